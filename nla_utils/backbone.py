@@ -1,0 +1,262 @@
+"""The frozen language model: load, embed, encode token ids to the activation h at layer ℓ.
+
+``hidden_states[ℓ]`` counts as the paper does: index 0 is the embedding output, index ℓ the output of
+block ℓ (1-based). Only the first ℓ blocks are run when h is all that is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nla_utils.config import ConfigError, RunConfig
+from nla_utils.sources import BackboneSpec, fetch, resolve, weight_hash
+
+ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
+
+
+class BackboneError(RuntimeError):
+    """The model cannot be used as a backbone, or gave activations that are not finite."""
+
+
+class _LayerReached(Exception):
+    """Raised by a hook to leave the forward pass once block ℓ has run."""
+
+
+@dataclass
+class Backbone:
+    """A frozen causal language model, its tokenizer and the extraction layer."""
+
+    spec: BackboneSpec
+    model: nn.Module
+    tokenizer: object
+    layer: int
+    start_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    padding_side: str
+    weight_hash: str
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def d(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return find_blocks(self.model)
+
+    def identity(self) -> dict:
+        """What every artefact made with this backbone must agree on."""
+        return {
+            "backbone": self.spec.name,
+            "weight_hash": self.weight_hash,
+            "layer": self.layer,
+            "layer_convention": "hidden_states[layer], 0 = embeddings",
+            "start_id": self.start_id,
+            "eos_ids": list(self.eos_ids),
+            "pad_id": self.pad_id,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
+        return self.model.get_input_embeddings()(ids_BT.to(self.device))
+
+    def logits(self, hidden_nd: Tensor) -> Tensor:
+        """Next-token logits (n, V) from final hidden states (n, d), final soft cap included.
+
+        The rows are made contiguous: a head applied to a strided slice is far slower on a CPU.
+        """
+        logits_nV = self.model.get_output_embeddings()(hidden_nd.contiguous())
+        cap = self.softcap
+        return logits_nV if cap is None else cap * torch.tanh(logits_nV / cap)
+
+    @property
+    def softcap(self) -> float | None:
+        """Gemma-2's cap on the final logits, ``None`` elsewhere."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    def hidden_at_layer(self, **inputs: Tensor) -> Tensor:
+        """``hidden_states[ℓ]`` (B, T, d) of a forward pass that stops at block ℓ."""
+        reached: list[Tensor] = []
+
+        def grab(_module, _args, output):
+            reached.append(output[0] if isinstance(output, tuple) else output)
+            raise _LayerReached
+
+        handle = self.blocks[self.layer - 1].register_forward_hook(grab)
+        try:
+            self.model.base_model(**inputs, use_cache=False)
+        except _LayerReached:
+            pass
+        finally:
+            handle.remove()
+        return reached[0]
+
+    @torch.inference_mode()
+    def encode(self, sequences: Sequence[Sequence[int]], start: bool) -> np.ndarray:
+        """Activation at the last token of each id sequence.
+
+        Args:
+            sequences: N token id sequences, each of at least one id.
+            start: put the start token (BOS) in front: ``corrected`` does, ``paper`` does not.
+
+        Returns:
+            h (N, d) float32, in the order given.
+
+        Raises:
+            BackboneError: an activation is not finite.
+
+        Rows are padded on the right: under causal attention a valid token never sees what follows
+        it, so no mask is needed. Rows of similar length share a batch.
+        """
+        head = [self.start_id] if start else []
+        rows = [head + list(s) for s in sequences]
+        if any(len(r) == 0 for r in rows):
+            raise BackboneError("a sequence of no tokens has no activation")
+        h_Nd = np.empty((len(rows), self.d), dtype=np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for batch in _batches(order, rows, ENCODE_TOKENS[self.device.type]):
+            h_Nd[batch] = self._encode_batch([rows[i] for i in batch])
+        check_finite(h_Nd, "re-encoded activations")
+        return h_Nd
+
+    def _encode_batch(self, rows: list[list[int]]) -> np.ndarray:
+        lengths = torch.tensor([len(r) for r in rows])
+        ids_BT = torch.full((len(rows), int(lengths.max())), self.pad_id)
+        for i, row in enumerate(rows):
+            ids_BT[i, : len(row)] = torch.tensor(row)
+        h_BTd = self.hidden_at_layer(input_ids=ids_BT.to(self.device))
+        last = h_BTd[torch.arange(len(rows)), lengths.to(h_BTd.device) - 1]
+        return last.float().cpu().numpy()
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens."""
+        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+    def tokenize_text(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _batches(order: list[int], rows: list[list[int]], budget: int):
+    """Cut length-sorted indices into batches of at most ``budget`` padded tokens."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(rows[i]) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def check_finite(h_Nd: np.ndarray, what: str) -> None:
+    """Raise ``BackboneError`` naming the first row that holds NaN or infinity."""
+    bad = np.flatnonzero(~np.isfinite(h_Nd).all(axis=1))
+    if len(bad):
+        raise BackboneError(
+            f"{what}: {len(bad)} of {len(h_Nd)} rows are not finite, the first is row {bad[0]}; "
+            f"try --dtype float32"
+        )
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder blocks, whatever the architecture calls it."""
+    n = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n:
+            return module
+    raise BackboneError(f"{type(model).__name__}: no list of {n} decoder blocks was found")
+
+
+def pick_device(device: str) -> str:
+    """``auto`` means CUDA, then MPS, then CPU."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
+    """The run's layer, else the registry's, else round(0.73 L); raises if it is not in 1..L-1."""
+    layer = wanted if wanted is not None else spec.layer
+    if layer is None:
+        layer = round(0.73 * n_layers)
+        print(f"{spec.name}: no layer given, using round(0.73 · {n_layers}) = {layer}")
+    if not 1 <= layer < n_layers:
+        raise ConfigError(
+            f"layer {layer} is out of range for {spec.name}: it has {n_layers} blocks, "
+            f"choose 1 to {n_layers - 1} (hidden_states[{n_layers}] is already normalised)"
+        )
+    return layer
+
+
+def load_backbone(run: RunConfig, check: bool = True) -> Backbone:
+    """Fetch, load, freeze and check the run's backbone.
+
+    Raises ``ConfigError`` (unknown name, layer out of range, no start token) before weights load,
+    ``BackboneError`` if the model fails the checks of :mod:`nla_utils.checks`.
+    """
+    from transformers import AutoConfig
+
+    spec = resolve(run.backbone)
+    folder = fetch(spec)
+    config = AutoConfig.from_pretrained(folder)
+    layer = pick_layer(run.layer, spec, config.num_hidden_layers)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start_id, eos_ids, pad_id = special_ids(spec, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype))
+    model.to(pick_device(run.device)).eval().requires_grad_(False)
+    side = spec.padding_side or tokenizer.padding_side
+    backbone = Backbone(
+        spec, model, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder)
+    )
+    if check:
+        from nla_utils.checks import check_backbone
+
+        check_backbone(backbone)
+    return backbone
+
+
+def special_ids(spec: BackboneSpec, tokenizer) -> tuple[int, tuple[int, ...], int]:
+    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token."""
+    start_id = spec.start_id
+    if start_id is None:
+        start_id = tokenizer.bos_token_id
+        if start_id is None:
+            raise ConfigError(
+                f"{spec.name}: its tokenizer has no BOS token and the registry names no start token; "
+                f"every target starts from one, so this backbone needs a registry entry with start_id"
+            )
+        print(f"{spec.name}: sequences start from the tokenizer's BOS, id {start_id}")
+    eos_ids = spec.eos_ids
+    if eos_ids is None:
+        eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = eos_ids[0] if eos_ids else start_id
+    return start_id, tuple(eos_ids), pad_id

@@ -1,0 +1,149 @@
+"""What text can reach at all: replay, paraphrase, tail oracle, and the texts of the null (§5, §8).
+
+Everything that needs the model happens here; scores are made from the arrays by
+:mod:`nla_utils.evaluation`.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from nla_utils import paper_way
+from nla_utils.backbone import Backbone
+from nla_utils.config import N_PARAPHRASES, PROTOCOLS, TAIL_LENGTHS, RunConfig
+from nla_utils.progress import Progress
+from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.store import Artefact, RunFolder, derive_seed, require_disk
+from nla_utils.targets import Targets
+
+ARTEFACT = "ceilings"
+PROMPT = (
+    "Paraphrase the following text using different words but the same meaning.\n\n"
+    "Text: {text}\n\nParaphrase:"
+)
+
+
+def make_ceilings(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> Artefact:
+    """Encode all that notebook 03 scores, or load it if it is whole.
+
+    Arrays, for each protocol p: ``{p}.replay`` (M, d), ``{p}.paraphrase`` (M, 8, d),
+    ``{p}.tail`` (M, len(TAIL_LENGTHS), d), ``{p}.pool_h`` (P, d). The replay ladder, on the paper's own targets:
+    ``ladder.*`` (M, d). ``{p}.paraphrase_ids`` and ``_lengths`` keep the texts.
+    """
+    if folder.has(ARTEFACT):
+        return folder.load(ARTEFACT)
+    sizes = run.sizes
+    require_disk(folder.path, 2 * (sizes.pool_size + sizes.n_eval * 40) * backbone.d * 4)
+    tensors: dict[str, np.ndarray] = {}
+    with Progress(total=6, desc="ceilings", unit="part") as bar:
+        for protocol in PROTOCOLS:
+            rows = targets.eval_rows(protocol)
+            tensors |= _named(protocol, _paraphrases(run, backbone, targets, rows, protocol))
+            bar.update()
+            tensors[f"{protocol}.replay"] = _replay(backbone, targets, rows, protocol)
+            tensors[f"{protocol}.tail"] = _tails(backbone, targets, rows, start=protocol == "corrected")
+            bar.update()
+        pool = targets.sequences(targets.pool)
+        tensors["paper.pool_h"] = backbone.encode(pool, start=False)
+        # Behind BOS the pool's texts re-encode to the pool's own activations.
+        tensors["corrected.pool_h"] = targets.v[targets.pool]
+        bar.update()
+        tensors |= _named("ladder", replay_ladder(backbone, targets, targets.in_sample))
+        bar.update()
+    return folder.save(
+        ARTEFACT, tensors, made_from={"targets": targets.sha256}, seed=run.seed,
+        sampling=_paraphrase_settings(run).record(), prompt=PROMPT,
+    )  # fmt: skip
+
+
+def _named(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}.{k}": v for k, v in tensors.items()}
+
+
+def _texts(backbone: Backbone, targets: Targets, rows: np.ndarray) -> list[str]:
+    return [backbone.decode_text(targets.sequence(i)) for i in rows]
+
+
+def _replay(backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str) -> np.ndarray:
+    if protocol == "paper":
+        return paper_way.encode_texts(backbone, _texts(backbone, targets, rows))
+    return backbone.encode(targets.sequences(rows), start=True)
+
+
+def replay_ladder(backbone: Backbone, targets: Targets, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Replay of the same targets, one slip corrected after the other (M, d) each.
+
+    ``published``: text, tokenizer's padding, index count − 1, no BOS. ``right_index``: text, last token,
+    no BOS. ``with_bos``: text behind BOS. ``same_ids``: the sampled ids behind BOS, EOS kept.
+    ``same_ids_no_bos``: the sampled ids, no BOS.
+    """
+    texts = _texts(backbone, targets, rows)
+    # A text can be empty (the target was a lone EOS); the start token alone stands for it.
+    ids = [backbone.tokenize_text(t) or [backbone.start_id] for t in texts]
+    own = targets.sequences(rows)
+    return {
+        "published": paper_way.encode_texts(backbone, texts),
+        "right_index": backbone.encode(ids, start=False),
+        "with_bos": backbone.encode(ids, start=True),
+        "same_ids": backbone.encode(own, start=True),
+        "same_ids_no_bos": backbone.encode(own, start=False),
+    }
+
+
+def _tails(backbone: Backbone, targets: Targets, rows: np.ndarray, start: bool) -> np.ndarray:
+    """The source's own last n tokens, re-encoded (M, len(TAIL_LENGTHS), d)."""
+    tails = [targets.sequence(i)[-n:] for i in rows for n in TAIL_LENGTHS]
+    return backbone.encode(tails, start=start).reshape(len(rows), len(TAIL_LENGTHS), -1)
+
+
+def _paraphrase_settings(run: RunConfig) -> SamplingSettings:
+    return SamplingSettings(max_new_tokens=run.sizes.max_new_tokens, top_p=0.95)
+
+
+def _paraphrases(
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str
+) -> dict[str, np.ndarray]:
+    """8 paraphrases per target: generated and re-encoded as the protocol does.
+
+    ``paper`` pads the prompts on the tokenizer's own side and re-encodes text; ``corrected`` pads
+    them on the left and re-encodes the sampled ids behind BOS.
+    """
+    prompts = [
+        _prompt_ids(backbone, text, protocol) for text in _texts(backbone, targets, rows)
+    ]
+    side = backbone.padding_side if protocol == "paper" else "left"
+    settings = _paraphrase_settings(run)
+    repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
+    sequences: list[list[int]] = []
+    for c, first in enumerate(range(0, len(repeated), SAMPLE_BATCH)):
+        ids_BT, mask_BT = paper_way.pad(repeated[first : first + SAMPLE_BATCH], backbone.pad_id, side)
+        seed = derive_seed(run.seed, f"paraphrase/{protocol}", c)
+        samples = sample(backbone, backbone.embed(ids_BT), settings, seed, mask_BT)
+        sequences += [samples.sequence(i) for i in range(len(ids_BT))]
+    if protocol == "paper":
+        h_nd = paper_way.encode_texts(backbone, [backbone.decode_text(s) for s in sequences])
+    else:
+        h_nd = backbone.encode(sequences, start=True)
+    return {
+        "paraphrase": h_nd.reshape(len(rows), N_PARAPHRASES, -1),
+        **_packed(sequences, settings.max_new_tokens, backbone.pad_id),
+    }
+
+
+def _prompt_ids(backbone: Backbone, text: str, protocol: str) -> list[int]:
+    """The prompt as the tokenizer encodes it by default; ``corrected`` sees to the start token."""
+    ids = backbone.tokenizer(PROMPT.format(text=text)).input_ids
+    if protocol == "corrected" and ids[0] != backbone.start_id:
+        ids = [backbone.start_id, *ids]
+    return ids
+
+
+def _packed(sequences: Sequence[Sequence[int]], width: int, pad_id: int) -> dict[str, np.ndarray]:
+    ids = np.full((len(sequences), width), pad_id, dtype=np.int32)
+    for i, s in enumerate(sequences):
+        ids[i, : len(s)] = s
+    lengths = np.array([len(s) for s in sequences], dtype=np.int32)
+    return {"paraphrase_ids": ids, "paraphrase_lengths": lengths}

@@ -1,0 +1,200 @@
+"""What a run is: profiles, the run's configuration, the verbalizer's configuration.
+
+All are frozen dataclasses, built through functions that refuse unknown keys and name the nearest
+known one, so that a typo never silently runs the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTOCOLS = ("paper", "corrected")
+
+
+class ConfigError(ValueError):
+    """A parameter of a run is unknown or out of range."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Sentence that names the closest known spellings of ``name``."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if close:
+        return f"did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"known: {', '.join(known)}"
+
+
+def cache_dir() -> Path:
+    """Folder for fetched and converted weights: ``$NLA_CACHE`` or ``~/.cache/nla_utils``."""
+    return Path(os.environ.get("NLA_CACHE", Path.home() / ".cache" / "nla_utils"))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes of a run (PROTOCOL.md §1-§6): N, M, K, pool, epochs and how often to validate."""
+
+    n_targets: int
+    n_eval: int
+    n_rollouts: int
+    pool_size: int
+    epochs: int
+    validate_every: int
+    n_validate: int
+    max_new_tokens: int = 64
+
+    @property
+    def n_train_rows(self) -> int:
+        """Targets that training may see: all but the held-out ones at the end."""
+        return self.n_targets - self.n_eval
+
+
+PROFILES: dict[str, Profile] = {
+    "smoke": Profile(96, 8, 4, 48, 1, 2, 8, max_new_tokens=24),
+    "quick": Profile(768, 32, 16, 512, 1, 20, 32),
+    "laptop": Profile(3000, 100, 32, 2000, 3, 100, 128),
+    "paper": Profile(30000, 200, 64, 2000, 3, 500, 512),
+}
+
+BATCH_SIZE = 16
+LEARNING_RATE = 3e-5
+GRAD_CLIP = 1.0
+VALIDATION_SHARE = 0.05
+N_PARAPHRASES = 8
+TAIL_LENGTHS = (1, 2, 4, 8, 16, 32)
+FLOOR_ROWS = 512
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: a backbone, a profile, a seed, and where its artefacts go.
+
+    ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and ``pool_size`` are overrides; ``None``
+    means the backbone's or the profile's own value.
+    """
+
+    backbone: str = "gemma3-270m"
+    profile: str = "quick"
+    seed: int = 1
+    out: str = "runs"
+    layer: Optional[int] = None
+    n_targets: Optional[int] = None
+    n_eval: Optional[int] = None
+    n_rollouts: Optional[int] = None
+    pool_size: Optional[int] = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise ConfigError(f"unknown profile {self.profile!r}: {nearest(self.profile, PROFILES)}")
+        if self.dtype not in ("bfloat16", "float32", "float16"):
+            raise ConfigError(f"dtype {self.dtype!r} is none of bfloat16, float32, float16")
+        check_sizes(self.sizes)
+
+    @property
+    def sizes(self) -> Profile:
+        """The profile with this run's overrides applied."""
+        names = ("n_targets", "n_eval", "n_rollouts", "pool_size")
+        overrides = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return dataclasses.replace(PROFILES[self.profile], **overrides)
+
+    @property
+    def folder_name(self) -> str:
+        """``quick``, or ``quick-layer9-seed2``: whatever differs from the profile is in the name."""
+        parts = [self.profile]
+        for name in ("layer", "n_targets", "n_eval", "n_rollouts", "pool_size"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name}{getattr(self, name)}")
+        if self.seed != 1:
+            parts.append(f"seed{self.seed}")
+        return "-".join(parts)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Build from plain values; raises ``ConfigError`` on a key that is no parameter."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown parameter {key!r}: {nearest(key, known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> "RunConfig":
+        """Build from a notebook's globals right after its parameters cell.
+
+        Papermill only warns about a parameter that the notebook does not have; every public plain
+        value in the namespace is taken for a parameter here, so an unknown one is an error.
+        """
+        plain = (str, int, float, bool, type(None))
+        values = {
+            k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)
+        }
+        return cls.from_mapping(values)
+
+
+def check_sizes(s: Profile) -> None:
+    """Raise ``ConfigError`` where the sizes cannot be met together."""
+    for name in ("n_targets", "n_eval", "n_rollouts", "pool_size"):
+        value = getattr(s, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if s.n_eval < 2:
+        raise ConfigError(f"n_eval is {s.n_eval}: at least 2 targets are needed to compare them")
+    need = 2 * s.n_eval + s.pool_size
+    if need > s.n_targets:
+        raise ConfigError(
+            f"n_targets is {s.n_targets}, too few: {s.n_eval} in-sample targets + {s.pool_size} of "
+            f"the pool + {s.n_eval} held-out targets need {need}"
+        )
+    if s.n_rollouts > s.pool_size:
+        raise ConfigError(
+            f"n_rollouts is {s.n_rollouts} but the pool holds {s.pool_size} texts: the unrelated-text "
+            f"null draws as many texts as there are rollouts"
+        )
+
+
+@dataclass(frozen=True)
+class AVConfig:
+    """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused."""
+
+    backbone_id: str
+    extraction_layer: int
+    num_prefix_tokens: int
+    backbone_dtype: str = "bfloat16"
+    d_vector: Optional[int] = None
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    pool: str = "last"
+    prefix_mode: str = "static"
+    prefix_mlp_hidden: Optional[int] = None
+    num_inject_slots: int = 1
+    lambda_mag: float = 0.0
+    beta_kl: float = 0.0
+    gamma_entropy: float = 0.0
+    delta_community: float = 0.0
+    h_min: float = 0.0
+    h_max: float = 0.0
+
+    def __post_init__(self) -> None:
+        supported = {"prefix_mode": "static", "num_inject_slots": 1, "pool": "last"}
+        for name, value in supported.items():
+            if getattr(self, name) != value:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; only {value!r} is supported")
+
+    @classmethod
+    def from_json(cls, path: Path) -> "AVConfig":
+        """Read a ``config.json``; raises ``ConfigError`` on keys that no release has."""
+        values = json.loads(Path(path).read_text())
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{path}: unknown key {key!r}: {nearest(key, known)}")
+        return cls(**values)

@@ -1,0 +1,213 @@
+"""Scores to the numbers of notebooks 03-05, under each protocol, with intervals and controls.
+
+A :class:`Column` is one protocol's column of a results file. Every mean over targets is added with
+its per-target values, so that its interval and paired differences come from the same resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nla_utils import metrics
+from nla_utils.config import FLOOR_ROWS, N_PARAPHRASES, TAIL_LENGTHS
+from nla_utils.metrics import fve, fve_matrix
+from nla_utils.rollouts import RolloutSet
+from nla_utils.store import Artefact
+from nla_utils.targets import Targets
+
+TOP_N = 5
+
+
+@dataclass
+class Column:
+    """One protocol's numbers: ``values`` by key, ``ci95`` for those that are means over targets."""
+
+    protocol: str
+    n: int
+    values: dict = field(default_factory=dict)
+    ci95: dict = field(default_factory=dict)
+    per_target: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, key: str, values_M: np.ndarray) -> None:
+        """A mean over targets, with its bootstrap interval; NaN rows are left out."""
+        self.per_target[key] = np.asarray(values_M, dtype=np.float64)
+        self.values[key] = float(np.nanmean(values_M))
+        self.ci95[key] = metrics.ci95(values_M)
+
+    def put(self, key: str, value: object) -> None:
+        """A figure that is no mean over targets."""
+        self.values[key] = value
+
+    def difference(self, a: str, b: str) -> None:
+        """``a`` − ``b``, paired by target."""
+        self.add(f"{a}_minus_{b}", self.per_target[a] - self.per_target[b])
+
+    def ratio(self, key: str, score_M: np.ndarray, floor_M: np.ndarray, ceiling_M: np.ndarray) -> None:
+        """ρ of three means over targets, its interval from joint resamples of the three."""
+        s, f, c = metrics.bootstrap_means(np.stack([score_M, floor_M, ceiling_M], axis=1)).T
+        self.values[key] = float(metrics.rho(score_M.mean(), floor_M.mean(), ceiling_M.mean()))
+        self.ci95[key] = [float(x) for x in np.percentile(metrics.rho(s, f, c), [2.5, 97.5])]
+
+    def to_json(self) -> dict:
+        return _without_nan(
+            {"protocol": self.protocol, "n": self.n, **self.values, "ci95": self.ci95}
+        )
+
+
+def _without_nan(x):
+    """NaN is not JSON: it becomes null."""
+    if isinstance(x, dict):
+        return {k: _without_nan(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_without_nan(v) for v in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
+
+
+def score_ceilings(targets: Targets, ceilings: Artefact, protocol: str) -> Column:
+    """Notebook 03 (PROTOCOL.md §5): replay, floor, NN, paraphrase, tail oracle, null; raw and centred.
+
+    ``paper`` takes μ, floor and NN from the evaluated targets themselves (slip ``self_mu``);
+    ``corrected`` takes them from the pool.
+    """
+    t = {k.split(".", 1)[1]: a for k, a in ceilings.tensors.items() if k.startswith(f"{protocol}.")}
+    v = targets.v[targets.eval_rows(protocol)]
+    pool = targets.v[targets.pool]
+    mu_cen = v.mean(axis=0) if protocol == "paper" else targets.mu
+    column = Column(protocol, len(v))
+    column.put("mu_norm", float(np.linalg.norm(mu_cen)))
+    column.put("mu_of", "the evaluated targets" if protocol == "paper" else "the pool")
+    for kind, mu in (("raw", None), ("cen", mu_cen)):
+        replay = fve(t["replay"], v, mu)
+        column.add(f"replay_{kind}_fve_mean", replay)
+        column.put(f"replay_{kind}_fve_p50", float(np.median(replay)))
+        paraphrase = fve(t["paraphrase"], v[:, None], mu)
+        column.add(f"paraphrase_bestof8_{kind}_fve_mean", paraphrase.max(axis=1))
+        column.add(f"paraphrase_all_{kind}_fve_mean", paraphrase.mean(axis=1))
+        column.add(f"nn_in_pool_{kind}_fve_mean", metrics.nearest_other(v, mu))
+        column.add(f"nn_large_pool_{kind}_fve_mean", fve_matrix(v, pool, mu).max(axis=1))
+        floor = metrics.pair_floor(v, mu) if protocol == "paper" else fve_matrix(v, pool, mu).mean(axis=1)
+        column.add(f"random_floor_{kind}_fve_mean", floor)
+        null = metrics.exact_k_curve(fve_matrix(v, t["pool_h"], mu), [N_PARAPHRASES])[:, 0]
+        column.add(f"unrelated_text_bestof8_{kind}_fve_mean", null)
+        column.difference(f"paraphrase_bestof8_{kind}_fve_mean", f"unrelated_text_bestof8_{kind}_fve_mean")
+        tail = fve(t["tail"], v[:, None], mu)
+        for j, n in enumerate(TAIL_LENGTHS):
+            column.add(f"tail_oracle_{n}_{kind}_fve_mean", tail[:, j])
+        column.put(
+            f"gap_{kind}",
+            column.values[f"paraphrase_bestof8_{kind}_fve_mean"] - column.values[f"random_floor_{kind}_fve_mean"],
+        )
+    return column
+
+
+def score_replay_ladder(targets: Targets, ceilings: Artefact) -> Column:
+    """Centred replay of the same targets as one slip after the other is corrected; μ of the pool."""
+    v = targets.v[targets.in_sample]
+    column = Column("ladder", len(v))
+    for name in ("published", "right_index", "same_ids_no_bos", "with_bos", "same_ids"):
+        column.add(f"replay_cen_{name}", fve(ceilings.tensors[f"ladder.{name}"], v, targets.mu))
+    return column
+
+
+def score_rollouts(
+    targets: Targets, rollouts: RolloutSet, ceilings: Artefact, protocol: str, ceiling_row: str
+) -> Column:
+    """Notebook 04 (PROTOCOL.md §4, §8): the AV's rows and their controls; raw, centred, ρ.
+
+    Args:
+        rollouts: of the targets to evaluate, whichever they are.
+        protocol: how to encode, and what ρ divides by.
+        ceiling_row: the row of notebook 03 that ρ takes as ceiling in ``paper``.
+    """
+    v, pool, h = targets.v[rollouts.rows], targets.v[targets.pool], rollouts.h(protocol)
+    k = h.shape[1] - 1
+    column = Column(protocol, len(v))
+    column.put("K", k)
+    column.put("pool_size", len(pool))
+    column.put("mu_norm", float(np.linalg.norm(targets.mu)))
+    for kind, mu in (("raw", None), ("cen", targets.mu)):
+        score = fve(h, v[:, None], mu)
+        column.add(f"adapter_{kind}_greedy_mean", score[:, 0])
+        column.add(f"adapter_{kind}_sampled_mean", score[:, 1:].mean(axis=1))
+        column.add(f"adapter_{kind}_bestofK_mean", score[:, 1:].max(axis=1))
+        column.add(f"adapter_{kind}_top5_mean", metrics.top_mean(score[:, 1:], TOP_N))
+        column.add(f"nn_retrieval_{kind}_mean", fve_matrix(v, pool, mu).max(axis=1))
+        _add_floor(column, kind, protocol, v, pool, mu)
+        _add_controls(column, kind, v, h, ceilings.tensors[f"{protocol}.pool_h"], mu, k)
+    column.add("constant_mu_raw_mean", fve(targets.mu, v))
+    hits, reciprocal = metrics.identification(h[:, 0], v, targets.mu)
+    column.add("greedy_identification_top1", hits)
+    column.add("greedy_identification_mrr", reciprocal)
+    column.put("identification_chance_top1", 1 / len(v))
+    column.put("identification_chance_mrr", float((1 / np.arange(1, len(v) + 1)).mean()))
+    _add_rho(column, targets, rollouts, ceilings, protocol, ceiling_row)
+    return column
+
+
+def _add_floor(column: Column, kind: str, protocol: str, v, pool, mu) -> None:
+    """``paper``: all ordered pairs of the pool's first 512. ``corrected``: each target against the pool."""
+    key = f"random_floor_{kind}_mean"
+    if protocol == "paper":
+        rows = metrics.pair_floor(pool[:FLOOR_ROWS], mu)
+        column.put(key, float(rows.mean()))
+        column.ci95[key] = metrics.ci95(rows)
+    else:
+        column.add(key, fve_matrix(v, pool, mu).mean(axis=1))
+
+
+def _add_controls(column: Column, kind: str, v, h, pool_h, mu, k: int) -> None:
+    """Unrelated-text null at K, and the rollouts of other targets: what selection alone gives."""
+    null = metrics.exact_k_curve(fve_matrix(v, pool_h, mu), [1, k])
+    column.add(f"unrelated_text_{kind}_bestof1_mean", null[:, 0])
+    column.add(f"unrelated_text_{kind}_bestofK_mean", null[:, 1])
+    greedy, best = shuffled_scores(v, h, mu)
+    column.add(f"shuffled_v_{kind}_greedy_mean", greedy)
+    column.add(f"shuffled_v_{kind}_bestofK_mean", best)
+    column.difference(f"adapter_{kind}_greedy_mean", f"shuffled_v_{kind}_greedy_mean")
+    column.difference(f"adapter_{kind}_bestofK_mean", f"shuffled_v_{kind}_bestofK_mean")
+    column.difference(f"adapter_{kind}_bestofK_mean", f"unrelated_text_{kind}_bestofK_mean")
+    column.difference(f"adapter_{kind}_greedy_mean", f"nn_retrieval_{kind}_mean")
+
+
+def shuffled_scores(v_Md, h_MKd, mu) -> tuple[np.ndarray, np.ndarray]:
+    """Rollouts of every other target against this one: mean greedy (M,) and mean best-of-K (M,)."""
+    m = len(v_Md)
+    scores_MMK = np.stack([fve_matrix(v_Md, h_Kd, mu) for h_Kd in h_MKd], axis=1)
+    other = ~np.eye(m, dtype=bool)
+    greedy = scores_MMK[:, :, 0][other].reshape(m, m - 1).mean(axis=1)
+    best = scores_MMK[:, :, 1:].max(axis=2)[other].reshape(m, m - 1).mean(axis=1)
+    return greedy, best
+
+
+def _add_rho(
+    column: Column, targets: Targets, rollouts: RolloutSet, ceilings: Artefact, protocol: str, ceiling_row: str
+) -> None:
+    """ρ_cen. ``paper``: floor and ceiling of notebook 03, whatever K. ``corrected``: a ceiling drawn as
+    often as the row it divides: one paraphrase for greedy, the best of 8 for the best of 8 rollouts."""
+    scale = score_ceilings(targets, ceilings, protocol)
+    if protocol == "paper":
+        rows = {
+            "rho_cen_greedy": ("adapter_cen_greedy_mean", ceiling_row),
+            "rho_cen_sampled_mean": ("adapter_cen_sampled_mean", ceiling_row),
+            "rho_cen_bestofK": ("adapter_cen_bestofK_mean", ceiling_row),
+            "rho_cen_nn_retrieval": ("nn_retrieval_cen_mean", ceiling_row),
+        }
+    else:
+        k = min(N_PARAPHRASES, column.values["K"])
+        score = fve(rollouts.h(protocol)[:, 1:], targets.v[rollouts.rows][:, None], targets.mu)
+        column.add("adapter_cen_bestof8_mean", metrics.exact_k_curve(score, [k])[:, 0])
+        rows = {
+            "rho_cen_greedy": ("adapter_cen_greedy_mean", "paraphrase_all"),
+            "rho_cen_sampled_mean": ("adapter_cen_sampled_mean", "paraphrase_all"),
+            "rho_cen_bestof8": ("adapter_cen_bestof8_mean", "paraphrase_bestof8"),
+        }
+    for key, (score_key, ceiling) in rows.items():
+        means_M3 = (
+            column.per_target[score_key],
+            scale.per_target["random_floor_cen_fve_mean"],
+            scale.per_target[f"{ceiling}_cen_fve_mean"],
+        )
+        column.ratio(key, *means_M3)

@@ -1,0 +1,92 @@
+"""Token cross-entropy of a frozen head, without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 128
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Sum of token cross-entropies; the gradient to the hidden states is made on the way forward.
+
+    The head is frozen, so the only gradient is ∂/∂h = (softmax(z) − onehot(y)) W, which needs the
+    logits z of one chunk of rows at a time and nothing of them later.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float]):
+        grad_nd = torch.empty_like(hidden_nd)
+        total = hidden_nd.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(hidden_nd), CHUNK_ROWS):
+            rows = slice(first, first + CHUNK_ROWS)
+            loss, grad_nd[rows] = _chunk(hidden_nd[rows], weight_Vd, targets_n[rows], cap)
+            total += loss
+        ctx.save_for_backward(grad_nd)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (grad_nd,) = ctx.saved_tensors
+        return grad_nd * upstream.to(grad_nd.dtype), None, None, None
+
+
+def _logits(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float]) -> Tensor:
+    z_nV = hidden_nd @ weight_Vd.T
+    return z_nV if cap is None else cap * torch.tanh(z_nV / cap)
+
+
+def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p(y) (n,), normaliser (n,)); leaves exp(z − max z) in ``z_nV``'s memory.
+
+    The normaliser is applied to (n, d) results instead of to (n, V) probabilities.
+    """
+    z_y_n = z_nV.gather(1, y_n[:, None])[:, 0].float()
+    top_n = z_nV.amax(dim=1)
+    z_nV.sub_(top_n[:, None]).exp_()
+    norm_n = z_nV.sum(dim=1, dtype=torch.float32)
+    return z_y_n - top_n.float() - norm_n.log(), norm_n
+
+
+def _chunk(hidden_nd: Tensor, weight_Vd: Tensor, y_n: Tensor, cap: Optional[float]):
+    z_nV = _logits(hidden_nd, weight_Vd, cap)
+    slope_nV = None if cap is None else 1 - (z_nV / cap) ** 2
+    logp_n, norm_n = _log_likelihood(z_nV, y_n)
+    loss = -logp_n.sum()
+    target_nd = weight_Vd[y_n].float()
+    if slope_nV is not None:
+        z_nV.mul_(slope_nV)
+        target_nd = target_nd * slope_nV.gather(1, y_n[:, None]).float()
+    grad_nd = (z_nV @ weight_Vd).float() / norm_n[:, None] - target_nd
+    return loss, grad_nd.to(hidden_nd.dtype)
+
+
+def head_cross_entropy(
+    hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None
+) -> Tensor:
+    """Mean token cross-entropy (nats) of a frozen linear head.
+
+    Args:
+        hidden_nd: final hidden states, contiguous, one row a token.
+        weight_Vd: the head's weight; gets no gradient.
+        targets_n: token ids (int64).
+        cap: Gemma-2's soft cap on the logits, or ``None``.
+    """
+    return _HeadCrossEntropy.apply(hidden_nd, weight_Vd, targets_n, cap) / len(hidden_nd)
+
+
+@torch.inference_mode()
+def head_logprobs(
+    hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None
+) -> Tensor:
+    """log p(target) (n,) under the whole vocabulary's softmax at temperature 1, chunk by chunk."""
+    chunks = range(0, len(hidden_nd), CHUNK_ROWS)
+    return torch.cat([
+        _log_likelihood(
+            _logits(hidden_nd[i : i + CHUNK_ROWS], weight_Vd, cap), targets_n[i : i + CHUNK_ROWS]
+        )[0]
+        for i in chunks
+    ])

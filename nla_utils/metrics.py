@@ -1,0 +1,146 @@
+"""Pure functions on arrays: fve, ρ, exact K-curve, Spearman, bootstrap, slope (PROTOCOL.md §1, §8)."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln
+from scipy.stats import rankdata
+
+Array = NDArray[np.floating]
+
+N_RESAMPLES = 10_000
+BOOTSTRAP_SEED = 20_240
+
+
+def _unit(x: Array) -> Array:
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(norm == 0, 1.0, norm)
+
+
+def fve(h: Array, v: Array, mu: Optional[Array] = None) -> Array:
+    """½ (1 + cos(h − μ, v − μ)) over the last axis, in [0, 1]; raw where ``mu`` is ``None``.
+
+    ``h`` and ``v`` broadcast against each other; a zero vector has cosine 0 with everything.
+    """
+    h, v = np.asarray(h, dtype=np.float64), np.asarray(v, dtype=np.float64)
+    if mu is not None:
+        h, v = h - mu, v - mu
+    return np.clip(0.5 * (1.0 + (_unit(h) * _unit(v)).sum(axis=-1)), 0.0, 1.0)
+
+
+def fve_matrix(a_Nd: Array, b_Md: Array, mu: Optional[Array] = None) -> Array:
+    """fve of every row of ``a`` against every row of ``b``, (N, M)."""
+    a, b = np.asarray(a_Nd, dtype=np.float64), np.asarray(b_Md, dtype=np.float64)
+    if mu is not None:
+        a, b = a - mu, b - mu
+    return np.clip(0.5 * (1.0 + _unit(a) @ _unit(b).T), 0.0, 1.0)
+
+
+def rho(score: float | Array, floor: float, ceiling: float) -> float | Array:
+    """(score − floor) / (ceiling − floor): 0 at the floor, 1 at the ceiling."""
+    return (score - floor) / (ceiling - floor)
+
+
+def pair_floor(v_Nd: Array, mu: Optional[Array] = None) -> Array:
+    """Per row, the mean fve against every other row (N,); its mean is over all ordered pairs."""
+    scores_NN = fve_matrix(v_Nd, v_Nd, mu)
+    n = len(scores_NN)
+    return (scores_NN.sum(axis=1) - np.diag(scores_NN)) / (n - 1)
+
+
+def nearest_other(v_Nd: Array, mu: Optional[Array] = None) -> Array:
+    """Per row, the best fve against any other row (N,)."""
+    scores_NN = fve_matrix(v_Nd, v_Nd, mu)
+    np.fill_diagonal(scores_NN, -np.inf)
+    return scores_NN.max(axis=1)
+
+
+def k_values(k_max: int) -> list[int]:
+    """1, 2, 4, … up to ``k_max``, which is always the last."""
+    ks = [1 << i for i in range(k_max.bit_length()) if 1 << i <= k_max]
+    return ks if ks[-1] == k_max else ks + [k_max]
+
+
+def first_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
+    """Max over the first k columns, per target, (M, len(ks)): the paper's K-curve."""
+    running_MK = np.maximum.accumulate(scores_MK, axis=1)
+    return running_MK[:, [k - 1 for k in ks]]
+
+
+def expected_max_weights(n: int, k: int) -> Array:
+    """Weight of the i-th smallest of n scores in the expected maximum of k drawn without replacement."""
+    i = np.arange(1, n + 1)
+    log_choose = np.full(n, -np.inf)
+    can = i >= k
+    log_choose[can] = gammaln(i[can]) - gammaln(k) - gammaln(i[can] - k + 1)
+    log_total = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    return np.exp(log_choose - log_total)
+
+
+def exact_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
+    """Expected maximum over all k-subsets of the columns, per target, (M, len(ks)).
+
+    Σ_i s_(i) · C(i−1, k−1) / C(K, k), scores sorted ascending (PROTOCOL.md §8).
+    """
+    ordered_MK = np.sort(np.asarray(scores_MK, dtype=np.float64), axis=1)
+    weights_KJ = np.stack([expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
+    return ordered_MK @ weights_KJ
+
+
+def top_mean(scores_MK: Array, n: int) -> Array:
+    """Mean of the n best columns per target (M,); of all columns where there are fewer."""
+    return np.sort(scores_MK, axis=1)[:, -n:].mean(axis=1)
+
+
+def slope_per_doubling(ks: Sequence[int], curve_J: Array) -> tuple[float, float, float]:
+    """Least-squares line of a curve against log₂ K: (slope, intercept, R²)."""
+    x = np.log2(np.asarray(ks, dtype=np.float64))
+    if len(x) < 2:
+        return float("nan"), float("nan"), float("nan")
+    slope, intercept = np.polyfit(x, curve_J, 1)
+    residual = curve_J - (slope * x + intercept)
+    total = ((curve_J - np.mean(curve_J)) ** 2).sum()
+    return float(slope), float(intercept), float(1 - (residual**2).sum() / total) if total else float("nan")
+
+
+def spearman_rows(a_MK: Array, b_MK: Array) -> Array:
+    """Spearman correlation of a[i] with b[i] per row (M,); NaN where a row is constant."""
+    ra = rankdata(a_MK, axis=1) - (a_MK.shape[1] + 1) / 2
+    rb = rankdata(b_MK, axis=1) - (b_MK.shape[1] + 1) / 2
+    size = np.sqrt((ra**2).sum(axis=1) * (rb**2).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(size > 0, (ra * rb).sum(axis=1) / size, np.nan)
+
+
+def bootstrap_means(values_M: Array, resamples: int = N_RESAMPLES, seed: int = BOOTSTRAP_SEED) -> Array:
+    """Means of ``resamples`` resamples over the first axis, (resamples, …), the same draw for equal M.
+
+    Rows of two quantities of the same targets are thereby resampled together: paired.
+    """
+    values_M = np.asarray(values_M, dtype=np.float64)
+    m = len(values_M)
+    counts_RM = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=resamples)
+    return counts_RM @ values_M / m
+
+
+def ci95(values_M: Array) -> list[float]:
+    """95 % percentile bootstrap interval of the mean over targets, NaN rows left out."""
+    values_M = np.asarray(values_M, dtype=np.float64)
+    values_M = values_M[np.isfinite(values_M)]
+    if len(values_M) == 0:
+        return [float("nan"), float("nan")]
+    return [float(x) for x in np.percentile(bootstrap_means(values_M), [2.5, 97.5])]
+
+
+def identification(h_Md: Array, v_Md: Array, mu: Optional[Array] = None) -> tuple[Array, Array]:
+    """Does h_i rank v_i first among the M targets? (top-1 hits (M,), reciprocal ranks (M,)).
+
+    Ties count against: a target that another one equals is not identified.
+    """
+    scores_MM = fve_matrix(h_Md, v_Md, mu)
+    own = np.diag(scores_MM)[:, None]
+    rank = (scores_MM >= own).sum(axis=1)
+    return (rank == 1).astype(float), 1.0 / rank

@@ -1,0 +1,49 @@
+"""Opening a run: what every notebook does first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nla_utils.backbone import Backbone, load_backbone, pick_device, pick_layer, special_ids
+from nla_utils.config import RunConfig
+from nla_utils.sources import fetch, resolve, weight_hash
+from nla_utils.store import RunFolder
+
+
+@dataclass
+class Run:
+    """A configuration, the folder it writes to, and the backbone if one was loaded."""
+
+    config: RunConfig
+    folder: RunFolder
+    backbone: Backbone | None = None
+
+
+def open_run(config: RunConfig) -> Run:
+    """Load the run's backbone and open its folder; bad input raises before weights load."""
+    backbone = load_backbone(config)
+    identity = {**backbone.identity(), "seed": config.seed}
+    return Run(config, RunFolder.of(config, backbone.name, identity), backbone)
+
+
+def open_folder(config: RunConfig) -> RunFolder:
+    """The run's folder with its live identity, without loading the model's weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    spec = resolve(config.backbone)
+    source: Path = fetch(spec)
+    model_config = AutoConfig.from_pretrained(source)
+    start_id, eos_ids, pad_id = special_ids(spec, AutoTokenizer.from_pretrained(source))
+    identity = {
+        "backbone": spec.name,
+        "weight_hash": weight_hash(source),
+        "layer": pick_layer(config.layer, spec, model_config.num_hidden_layers),
+        "start_id": start_id,
+        "eos_ids": list(eos_ids),
+        "pad_id": pad_id,
+        "dtype": config.dtype,
+        "device": pick_device(config.device),
+        "seed": config.seed,
+    }
+    return RunFolder.of(config, spec.name, identity)

@@ -1,0 +1,126 @@
+"""KV-cached sampler from input embeddings; returns ids and the log-probabilities it sampled from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nla_utils.backbone import Backbone
+
+# Rows decoded together. Large enough to keep matrix products efficient on two CPU cores.
+SAMPLE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to draw. ``temperature`` 0 is greedy; ``top_k`` 50 is the default that the paper left in force."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Samples:
+    """``ids`` (B, T) int32 right-padded, ``lengths`` (B,) int32 with the EOS counted, ``logprobs`` (B, T)
+    float32 under the truncated distribution, 0 after the end."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+
+    def sequence(self, i: int) -> list[int]:
+        return self.ids[i, : self.lengths[i]].tolist()
+
+    @property
+    def mean_logprob(self) -> np.ndarray:
+        """Mean over valid tokens (B,)."""
+        return (self.logprobs.sum(axis=1) / self.lengths).astype(np.float32)
+
+
+def draw(logits_BV: Tensor, s: SamplingSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-probability, (B,) and (B,).
+
+    Top-k comes before the softmax, so no normaliser over the whole vocabulary is ever needed.
+    """
+    k = min(s.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
+    top_Bk, index_Bk = logits_BV.topk(k)
+    logp_Bk = torch.log_softmax(top_Bk.float() / (s.temperature or 1.0), dim=-1)
+    if s.top_p < 1.0:
+        before_Bk = logp_Bk.exp().cumsum(-1) - logp_Bk.exp()
+        logp_Bk = torch.log_softmax(logp_Bk.masked_fill(before_Bk >= s.top_p, -torch.inf), dim=-1)
+    if s.temperature == 0:
+        choice_B1 = torch.zeros_like(index_Bk[:, :1])
+    else:
+        choice_B1 = torch.multinomial(logp_Bk.exp(), 1, generator=generator)
+    return index_Bk.gather(1, choice_B1)[:, 0], logp_Bk.gather(1, choice_B1)[:, 0]
+
+
+@torch.inference_mode()
+def sample(
+    backbone: Backbone,
+    embeds_BPd: Tensor,
+    settings: SamplingSettings,
+    seed: int,
+    mask_BP: Optional[Tensor] = None,
+) -> Samples:
+    """Continue each row of input embeddings until its first EOS (kept) or ``max_new_tokens``.
+
+    Args:
+        embeds_BPd: prompts in the backbone's dtype, e.g. the BOS embedding or ``[proj(v), prefix]``.
+        seed: of the generator for this batch alone.
+        mask_BP: 1 for real prompt positions, 0 for padding; ``None`` if all are real.
+    """
+    device = backbone.device
+    generator = torch.Generator(device).manual_seed(seed)
+    n_rows, steps = len(embeds_BPd), settings.max_new_tokens
+    ids_BT = torch.full((n_rows, steps), backbone.pad_id, device=device)
+    logprobs_BT = torch.zeros(n_rows, steps, device=device)
+    lengths_B = torch.zeros(n_rows, dtype=torch.int32, device=device)
+    alive_B = torch.ones(n_rows, dtype=torch.bool, device=device)
+    eos = torch.tensor(backbone.eos_ids, device=device)
+    decoder = _Decoder(backbone, mask_BP)
+    hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(device))
+    for t in range(steps):
+        token_B, logp_B = draw(backbone.logits(hidden_Bd), settings, generator)
+        ids_BT[:, t] = torch.where(alive_B, token_B, backbone.pad_id)
+        logprobs_BT[:, t] = torch.where(alive_B, logp_B, 0.0)
+        lengths_B += alive_B
+        alive_B &= ~torch.isin(token_B, eos)
+        if t + 1 == steps or not alive_B.any():
+            break
+        hidden_Bd = decoder.step(input_ids=ids_BT[:, t : t + 1])
+    return Samples(
+        ids_BT.int().cpu().numpy(), lengths_B.cpu().numpy(), logprobs_BT.cpu().numpy()
+    )
+
+
+class _Decoder:
+    """The backbone with its KV cache and, for padded prompts, mask and positions."""
+
+    def __init__(self, backbone: Backbone, mask_BP: Optional[Tensor]):
+        self.base = backbone.model.base_model
+        self.cache = DynamicCache(config=backbone.model.config)
+        self.mask_BT = None if mask_BP is None else mask_BP.to(backbone.device)
+
+    def step(self, **inputs: Tensor) -> Tensor:
+        """Run the new positions; returns the hidden state of the last one (B, d)."""
+        if self.mask_BT is not None:
+            new = next(iter(inputs.values())).shape[1]
+            if self.cache.get_seq_length():
+                self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(self.mask_BT), new)], 1)
+            # Padding sits at position 1, as in the library's generate.
+            positions_BT = (self.mask_BT.cumsum(-1) - 1).masked_fill(self.mask_BT == 0, 1)
+            inputs |= {"attention_mask": self.mask_BT, "position_ids": positions_BT[:, -new:]}
+        out = self.base(**inputs, past_key_values=self.cache, use_cache=True)
+        return out.last_hidden_state[:, -1]
+

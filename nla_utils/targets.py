@@ -1,0 +1,154 @@
+"""Target activations: draw sequences from the start token, extract v, check the pool (PROTOCOL.md §1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nla_utils.backbone import Backbone, check_finite
+from nla_utils.config import RunConfig
+from nla_utils.progress import Progress
+from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
+
+ARTEFACT = "targets"
+
+
+class CollapsedTargetsError(RuntimeError):
+    """The targets do not differ from each other (on Qwen: EOS found at the prompt position)."""
+
+
+@dataclass
+class Targets:
+    """N sequences and the activation at the last token of each.
+
+    ``ids`` (N, T) int32 right-padded, generated tokens only; ``lengths`` (N,); ``v`` (N, d) float32.
+    Rows are used in four parts: the first M as the paper evaluates them (``in_sample``), the next
+    ``pool``, then training only, and the last M, which training never sees (``held_out``).
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    v: np.ndarray
+    n_eval: int
+    pool_size: int
+    sha256: str
+
+    @property
+    def in_sample(self) -> np.ndarray:
+        return np.arange(self.n_eval)
+
+    @property
+    def pool(self) -> np.ndarray:
+        return np.arange(self.n_eval, self.n_eval + self.pool_size)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        return np.arange(len(self.v) - self.n_eval, len(self.v))
+
+    def eval_rows(self, protocol: str) -> np.ndarray:
+        """Targets that a protocol evaluates: ``paper`` its training data, ``corrected`` held-out ones."""
+        return self.in_sample if protocol == "paper" else self.held_out
+
+    @property
+    def mu(self) -> np.ndarray:
+        """μ (d,): mean of the pool."""
+        return self.v[self.pool].mean(axis=0)
+
+    def sequence(self, i: int) -> list[int]:
+        """Generated token ids of target i, EOS included where it has one, no start token."""
+        return self.ids[i, : self.lengths[i]].tolist()
+
+    def sequences(self, rows: np.ndarray) -> list[list[int]]:
+        return [self.sequence(i) for i in rows]
+
+    @classmethod
+    def of(cls, artefact: Artefact, run: RunConfig) -> "Targets":
+        t = artefact.tensors
+        return cls(t["ids"], t["lengths"], t["v"], run.sizes.n_eval, run.sizes.pool_size, artefact.sha256)
+
+
+def target_settings(run: RunConfig) -> SamplingSettings:
+    return SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
+
+
+def make_targets(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targets:
+    """Draw and extract the run's targets, or load them if they are whole.
+
+    Raises ``ArtefactError`` if what is on disk is another run's or there is no room,
+    ``CollapsedTargetsError`` or ``BackboneError`` if the activations are not healthy.
+    """
+    if folder.has(ARTEFACT):
+        return Targets.of(folder.load(ARTEFACT), run)
+    n = run.sizes.n_targets
+    require_disk(folder.path, 3 * n * (backbone.d + run.sizes.max_new_tokens) * 4)
+    settings = target_settings(run)
+    plan = {**folder.identity, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    chunks = ChunkStore(folder.file("targets.chunks"), plan)
+    parts = []
+    starts = range(0, n, SAMPLE_BATCH)
+    with Progress(total=n, desc="drawing targets", unit="seq") as bar:
+        for c, first in enumerate(starts):
+            size = min(SAMPLE_BATCH, n - first)
+            part = chunks.get(c)
+            if part is None:
+                part = _draw_chunk(backbone, settings, size, derive_seed(run.seed, "targets", c))
+                chunks.put(c, part)
+            parts.append(part)
+            bar.update(size)
+    tensors = {k: np.concatenate([p[k] for p in parts]) for k in ("ids", "lengths", "v")}
+    health = check_health(tensors["v"])
+    artefact = folder.save(ARTEFACT, tensors, sampling=settings.record(), seed=run.seed, health=health)
+    chunks.clear()
+    return Targets.of(artefact, run)
+
+
+def load_targets(run: RunConfig, folder: RunFolder) -> Targets:
+    """Targets made by notebook 01; raises ``ArtefactError`` if they are missing, foreign or broken."""
+    return Targets.of(folder.load(ARTEFACT), run)
+
+
+def _draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict:
+    start_B1 = torch.full((size, 1), backbone.start_id)
+    samples = sample(backbone, backbone.embed(start_B1), settings, seed)
+    v = backbone.encode([samples.sequence(i) for i in range(size)], start=True)
+    return {"ids": samples.ids, "lengths": samples.lengths, "v": v}
+
+
+def check_health(v_Nd: np.ndarray) -> dict:
+    """Finite, and not collapsed into one vector (PROTOCOL.md §1, the BOS = EOS trap).
+
+    Returns the figures it judged by; raises ``BackboneError`` or ``CollapsedTargetsError``.
+    """
+    check_finite(v_Nd, "target activations")
+    spread = float(np.sqrt(v_Nd.var(axis=0).mean()))
+    size = float(np.sqrt((v_Nd**2).mean()))
+    distinct = len(np.unique(v_Nd, axis=0))
+    if spread < 1e-4 * size or distinct < 0.5 * len(v_Nd):
+        raise CollapsedTargetsError(
+            f"{distinct} distinct vectors among {len(v_Nd)} targets, spread {spread:.3g} at size "
+            f"{size:.3g}: were sequences cut at the start token because it is also an EOS?"
+        )
+    return {"rms": size, "std": spread, "distinct": distinct}
+
+
+@dataclass
+class TextPairs:
+    """Training pairs (row of the target, token ids of its text) and how many were skipped."""
+
+    rows: list[int]
+    ids: list[list[int]]
+    skipped: int
+
+
+def paper_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: int) -> TextPairs:
+    """The paper's training texts: decoded without special tokens, tokenized again, long ones skipped."""
+    kept_rows, kept_ids = [], []
+    for i in rows:
+        ids = backbone.tokenize_text(backbone.decode_text(targets.sequence(i)))
+        if 0 < len(ids) <= limit:
+            kept_rows.append(int(i))
+            kept_ids.append(ids)
+    return TextPairs(kept_rows, kept_ids, len(rows) - len(kept_rows))

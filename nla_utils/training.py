@@ -1,0 +1,242 @@
+"""Supervised training of the AV, with validation by greedy rollouts and resume (PROTOCOL.md §2)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nla_utils.backbone import Backbone
+from nla_utils.checks import check_frozen
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
+from nla_utils.head_loss import head_cross_entropy
+from nla_utils.metrics import fve
+from nla_utils.progress import Progress
+from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.store import ArtefactError, RunFolder, atomic_write, derive_seed
+from nla_utils.targets import Targets, TextPairs, paper_pairs
+from nla_utils.verbalizer import ActivationVerbalizer, export_av
+
+ARTEFACT = "best_av"
+
+
+@dataclass
+class Split:
+    """Pairs to train on and to validate on (indices into the pairs), the paper's random 5 %."""
+
+    pairs: TextPairs
+    train: np.ndarray
+    validation: np.ndarray
+
+
+@dataclass
+class History:
+    """What training saw: the loss of every step, and each validation."""
+
+    loss: list[float] = field(default_factory=list)
+    validation: list[dict] = field(default_factory=list)
+
+    def best(self, key: str) -> dict:
+        return max(self.validation, key=lambda r: r[key])
+
+
+def make_split(run: RunConfig, backbone: Backbone, targets: Targets) -> Split:
+    """All pairs but the held-out targets' ones, split at random over the pairs as the paper does."""
+    sizes = run.sizes
+    pairs = paper_pairs(backbone, targets, np.arange(sizes.n_train_rows), sizes.max_new_tokens)
+    rng = np.random.default_rng(derive_seed(run.seed, "split", 0))
+    order = rng.permutation(len(pairs.rows))
+    n_val = max(1, round(VALIDATION_SHARE * len(order)))
+    return Split(pairs, order[n_val:], order[:n_val])
+
+
+def batches_of_epoch(run: RunConfig, split: Split, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch, the same whenever asked: training resumes at a step, not a shuffle."""
+    rng = np.random.default_rng(derive_seed(run.seed, "epoch", epoch))
+    order = rng.permutation(split.train)
+    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+
+
+@contextlib.contextmanager
+def fast_short_attention(backbone: Backbone):
+    """Plain attention while training on a CPU: its backward is the faster one at 64 tokens."""
+    before = backbone.model.config._attn_implementation
+    if backbone.device.type == "cpu":
+        backbone.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        backbone.model.set_attn_implementation(before)
+
+
+def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts: list[list[int]]) -> Tensor:
+    """Teacher-forced token cross-entropy of texts given ``[proj(v), prefix]``, mean over valid tokens."""
+    lengths = torch.tensor([len(t) for t in texts])
+    width = int(lengths.max())
+    ids_BT = torch.full((len(texts), width), backbone.pad_id)
+    for i, text in enumerate(texts):
+        ids_BT[i, : len(text)] = torch.tensor(text)
+    ids_BT = ids_BT.to(backbone.device)
+    prefix_BPd = av(v_Bd.to(backbone.device), backbone.dtype)
+    inputs_BSd = torch.cat([prefix_BPd, backbone.embed(ids_BT)], dim=1)
+    hidden_BSd = backbone.model.base_model(inputs_embeds=inputs_BSd, use_cache=False).last_hidden_state
+    # The last prefix position predicts the first token.
+    hidden_BTd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1]
+    valid_BT = (torch.arange(width) < lengths[:, None]).to(backbone.device)
+    head = backbone.model.get_output_embeddings().weight
+    return head_cross_entropy(hidden_BTd[valid_BT], head, ids_BT[valid_BT], backbone.softcap)
+
+
+@torch.inference_mode()
+def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, rows: list[int], limit: int) -> dict:
+    """Greedy rollouts of validation targets, re-encoded.
+
+    Returns ``fve_nrm`` (raw, no BOS: the paper's criterion) and ``fve_nrm_cen`` (centred, with BOS).
+    """
+    greedy = SamplingSettings(max_new_tokens=limit, temperature=0.0)
+    ids = []
+    for first in range(0, len(rows), SAMPLE_BATCH):
+        v_Bd = torch.from_numpy(targets.v[rows[first : first + SAMPLE_BATCH]]).to(backbone.device)
+        samples = sample(backbone, av(v_Bd, backbone.dtype), greedy, seed=0)
+        ids += [samples.sequence(i) for i in range(len(v_Bd))]
+    v = targets.v[rows]
+    return {
+        "fve_nrm": float(fve(backbone.encode(ids, start=False), v).mean()),
+        "fve_nrm_cen": float(fve(backbone.encode(ids, start=True), v, targets.mu).mean()),
+    }
+
+
+class Trainer:
+    """One training run; its whole state is in one file, replaced atomically at every validation."""
+
+    def __init__(self, run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder):
+        self.run, self.backbone, self.targets, self.folder = run, backbone, targets, folder
+        self.split = make_split(run, backbone, targets)
+        self.av = ActivationVerbalizer.fresh(backbone, run.sizes.max_new_tokens)
+        self.params = [self.av.proj.weight, self.av.prefix_embeds]
+        self.optimizer = torch.optim.AdamW(self.params, lr=LEARNING_RATE, weight_decay=0.0)
+        self.history = History()
+        self.best = self.av.trainable()
+        self.steps_per_epoch = len(batches_of_epoch(run, self.split, 0))
+        self.total_steps = self.steps_per_epoch * run.sizes.epochs
+        self.state_file: Path = folder.file("training.partial.safetensors")
+        if self.state_file.exists():
+            self._resume()
+
+    @property
+    def step(self) -> int:
+        return len(self.history.loss)
+
+    def train(self) -> None:
+        """Run to the end, validating every ``validate_every`` steps and after the last one."""
+        every = self.run.sizes.validate_every
+        with Progress(total=self.total_steps, initial=self.step, desc="training the AV", unit="step") as bar:
+            while self.step < self.total_steps:
+                self.history.loss.append(self._train_step())
+                bar.update()
+                if self.step % every == 0 or self.step == self.total_steps:
+                    self._validate()
+                    self._save_state()
+        check_frozen(self.backbone)
+
+    def _train_step(self) -> float:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        batch = batches_of_epoch(self.run, self.split, epoch)[position]
+        rows = [self.split.pairs.rows[i] for i in batch]
+        texts = [self.split.pairs.ids[i] for i in batch]
+        v_Bd = torch.from_numpy(self.targets.v[rows])
+        with fast_short_attention(self.backbone):
+            loss = pair_loss(self.backbone, self.av, v_Bd, texts)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, GRAD_CLIP)
+        self.optimizer.step()
+        return loss.item()
+
+    def _validate(self) -> None:
+        sizes = self.run.sizes
+        chosen = self.split.validation[: sizes.n_validate]
+        rows = [self.split.pairs.rows[i] for i in chosen]
+        record = validate(self.backbone, self.av, self.targets, rows, sizes.max_new_tokens)
+        self.history.validation.append({"step": self.step, **record})
+        if self.history.best("fve_nrm")["step"] == self.step:
+            self.best = self.av.trainable()
+
+    def _save_state(self) -> None:
+        tensors = {f"best.{k}": v for k, v in self.best.items()}
+        tensors |= self.av.trainable()
+        for i, p in enumerate(self.params):
+            state = self.optimizer.state[p]
+            tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
+        record = {"identity": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
+        atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
+
+    def _plan(self) -> dict:
+        sizes = self.run.sizes
+        return {**self.folder.identity, "targets": self.targets.sha256, "epochs": sizes.epochs, "seed": self.run.seed}
+
+    def _resume(self) -> None:
+        with safe_open(self.state_file, "pt") as f:
+            record = json.loads(f.metadata()["record"])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        if record["identity"] != self._plan():
+            raise ArtefactError(f"{self.state_file} belongs to another training run; delete it and rerun")
+        self.history = History(record["loss"], record["validation"])
+        self.best = {k: tensors[f"best.{k}"] for k in self.best}
+        self.av.load_trainable({k: tensors[k] for k in self.best}, str(self.state_file))
+        for i, p in enumerate(self.params):
+            self.optimizer.state[p] = {
+                k: tensors[f"adam.{i}.{k}"].to("cpu" if k == "step" else p.device)
+                for k in ("exp_avg", "exp_avg_sq", "step")
+            }
+
+
+def train_av(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> dict:
+    """Train the AV, or do nothing if a whole one is on disk; returns its sidecar.
+
+    The checkpoint kept is the best by the paper's criterion (raw fve_nrm of the validation pairs);
+    unlike the paper the last step is validated too, so that a short run keeps one.
+    """
+    if folder.has(ARTEFACT):
+        return folder.load(ARTEFACT).sidecar
+    trainer = Trainer(run, backbone, targets, folder)
+    trainer.train()
+    history, split = trainer.history, trainer.split
+    best = history.best("fve_nrm")
+    artefact = folder.save(
+        ARTEFACT,
+        {k: v.numpy() for k, v in trainer.best.items()},
+        made_from={"targets": targets.sha256},
+        seed=run.seed,
+        pairs=len(split.pairs.rows),
+        skipped_pairs=split.pairs.skipped,
+        train_pairs=len(split.train),
+        train_rows=sorted(split.pairs.rows[i] for i in split.train),
+        validation_rows=[split.pairs.rows[i] for i in split.validation],
+        trainable_params=sum(p.numel() for p in trainer.params),
+        steps=trainer.step,
+        best_step=best["step"],
+        best_val_fve_nrm=best["fve_nrm"],
+        best_step_by_centred=history.best("fve_nrm_cen")["step"],
+        loss=history.loss,
+        validation=history.validation,
+    )
+    trainer.av.load_trainable(trainer.best, "best checkpoint")
+    export_av(trainer.av, folder.file("av"), best["fve_nrm"], best["step"])
+    trainer.state_file.unlink(missing_ok=True)
+    return artefact.sidecar
+
+
+def load_av(run: RunConfig, backbone: Backbone, folder: RunFolder) -> ActivationVerbalizer:
+    """The trained AV of this run; raises ``ArtefactError`` if notebook 02 has not made it."""
+    artefact = folder.load(ARTEFACT)
+    av = ActivationVerbalizer.fresh(backbone, run.sizes.max_new_tokens)
+    tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
+    return av.load_trainable(tensors, str(artefact.path)).eval()
