@@ -136,7 +136,13 @@ class RunConfig:
         values = {
             k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)
         }
-        return cls.from_mapping(values)
+        try:
+            return cls.from_mapping(values)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} (every plain variable is taken for a parameter here: if you defined it "
+                f"yourself, restart the kernel)"
+            ) from None
 
 
 def check_sizes(s: Profile) -> None:

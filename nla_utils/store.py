@@ -119,8 +119,12 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: RunConfig, backbone_name: str, identity: Mapping[str, Any]) -> "RunFolder":
-        path = Path(run.out) / backbone_name / run.folder_name
-        return cls(path, dict(identity))
+        """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
+        return cls(ROOT / run.out / backbone_name / run.folder_name, dict(identity))
+
+    @property
+    def backbone(self) -> str:
+        return self.path.parent.name
 
     def file(self, name: str) -> Path:
         return self.path / name

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from nla_utils.backbone import Backbone, check_finite
-from nla_utils.config import RunConfig
+from nla_utils.config import FLOOR_ROWS, RunConfig
+from nla_utils.metrics import fve_matrix
 from nla_utils.progress import Progress
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
@@ -132,6 +133,38 @@ def check_health(v_Nd: np.ndarray) -> dict:
             f"{size:.3g}: were sequences cut at the start token because it is also an EOS?"
         )
     return {"rms": size, "std": spread, "distinct": distinct}
+
+
+def describe(targets: Targets, backbone: Backbone) -> dict:
+    """The figures of notebook 01: lengths, ‖v‖, ‖μ‖, the share of the mean square along μ, cosines."""
+    v, mu = targets.v.astype(np.float64), targets.mu.astype(np.float64)
+    along = v @ (mu / np.linalg.norm(mu))
+    cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
+    return {
+        "published": backbone.spec.published,
+        "num_layers": backbone.n_layers,
+        "hidden_size": backbone.d,
+        "length_mean": float(targets.lengths.mean()),
+        "ended_share": float(np.isin(_last_ids(targets), backbone.eos_ids).mean()),
+        "v_norm_mean": float(np.linalg.norm(v, axis=1).mean()),
+        "mu_norm": float(np.linalg.norm(mu)),
+        "mean_square_share_along_mu": float((along**2).sum() / (v**2).sum()),
+        "variance_share_along_mu": float(along.var() / v.var(axis=0).sum()),
+        **{f"unrelated_cosine_{k}_mean": float(c.mean()) for k, c in cosine.items()},
+        **{f"unrelated_cosine_{k}_std": float(c.std()) for k, c in cosine.items()},
+        "health": check_health(targets.v),
+    }
+
+
+def _last_ids(targets: Targets) -> np.ndarray:
+    return targets.ids[np.arange(len(targets.ids)), targets.lengths - 1]
+
+
+def unrelated_cosines(targets: Targets, centred: bool) -> np.ndarray:
+    """Cosines of all unordered pairs of the pool's first 512 targets, raw or centred by μ."""
+    pool = targets.v[targets.pool][:FLOOR_ROWS]
+    scores = fve_matrix(pool, pool, targets.mu if centred else None)
+    return 2 * scores[np.triu_indices(len(pool), 1)] - 1
 
 
 @dataclass

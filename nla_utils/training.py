@@ -240,3 +240,12 @@ def load_av(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Activation
     av = ActivationVerbalizer.fresh(backbone, run.sizes.max_new_tokens)
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
     return av.load_trainable(tensors, str(artefact.path)).eval()
+
+
+def describe(sidecar: dict) -> dict:
+    """The figures of notebook 02: pairs, steps, curves, and which step each criterion chose."""
+    keys = (
+        "pairs", "skipped_pairs", "train_pairs", "trainable_params", "steps", "best_step", "best_val_fve_nrm",
+        "best_step_by_centred", "loss", "validation",
+    )  # fmt: skip
+    return {k: sidecar[k] for k in keys}

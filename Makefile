@@ -1,0 +1,27 @@
+PYTHON ?= python3
+VENV := .venv
+NLA := $(VENV)/bin/nla
+
+.PHONY: reproduce test paper env clean
+
+env: $(VENV)/.installed
+
+# The environment of the lock file; made once, made again when the lock file changes.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+reproduce: env
+	$(NLA) reproduce --backbone gemma3-270m --profile quick --adopt
+
+test: env
+	$(VENV)/bin/python -m pytest -q
+
+paper: env
+	$(NLA) paper
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,92 @@
+"""The ``nla`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+def _fail(error: Exception) -> None:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    raise typer.Exit(2)
+
+
+def _settings(pairs: list[str]) -> dict[str, int]:
+    values = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not value.lstrip("-").isdigit():
+            raise ConfigError(f"--set {pair!r}: write it as name=number, for example n_rollouts=8")
+        values[name] = int(value)
+    return values
+
+
+def _show(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+@app.command()
+def reproduce(
+    backbone: Annotated[list[str], typer.Option(help="Registry name, hub id (org/name@commit) or folder; repeat for several.")] = ["gemma3-270m"],
+    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
+    first: Annotated[int, typer.Option("--from", help="First notebook to run.")] = 1,
+    last: Annotated[int, typer.Option("--until", help="Last notebook to run.")] = 6,
+    out: Annotated[Path, typer.Option(help="Folder for everything a run writes.")] = ROOT / "runs",
+    seed: Annotated[int, typer.Option(help="Seed of targets, training and rollouts.")] = 1,
+    layer: Annotated[Optional[int], typer.Option(help="Extraction layer, if not the backbone's own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
+    set_: Annotated[list[str], typer.Option("--set", help="Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=.")] = [],
+    adopt: Annotated[bool, typer.Option("--adopt", help="Copy results and executed notebooks into the repository and rebuild the paper.")] = False,
+) -> None:
+    """Run the notebooks 01-06 through papermill; what is whole and matches is skipped."""
+    from nla_utils.backbone import BackboneError
+    from nla_utils.reproduce import NotebookFailed
+    from nla_utils.reproduce import adopt as adopt_run
+    from nla_utils.reproduce import reproduce as run_all
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
+
+    out = out.resolve()
+    where = str(out.relative_to(ROOT)) if out.is_relative_to(ROOT) else str(out)
+    try:
+        names = [str(Path(b).resolve()) if Path(b).is_dir() else b for b in backbone]
+        configs = [
+            RunConfig.from_mapping(
+                {"backbone": b, "profile": profile, "seed": seed, "out": where, "layer": layer, "device": device,
+                 "dtype": dtype, **_settings(set_)}
+            )
+            for b in names
+        ]  # fmt: skip
+        folders = run_all(configs, first, last)
+    except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed, ValueError) as error:
+        _fail(error)
+    for folder in folders:
+        typer.echo(f"\n{folder.backbone}")
+        typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
+        typer.echo(f"  results (JSON)      {_show(folder.file('results'))}")
+        if folder.file("report").exists():
+            typer.echo(f"  tables and figures  {_show(folder.file('report'))}")
+            typer.echo(f"  paper section       {_show(folder.file('report/section11.md'))}")
+        if adopt:
+            adopt_run(folder)
+    if adopt:
+        paper()
+
+
+@app.command()
+def paper() -> None:
+    """Regenerate tables, figures and paper/section11.md from the JSON on disk; loads no model."""
+    from nla_utils.paper import build_paper
+
+    section, *_ = build_paper()
+    typer.echo("\nthe repository's own")
+    typer.echo(f"  paper section       {_show(section)}")
+    typer.echo(f"  tables              {_show(section.parent / 'tables')}")
+    typer.echo(f"  figures             {_show(ROOT / 'figures')}")

@@ -1,0 +1,172 @@
+"""Figures for the paper and the notebooks: one colour per backbone, intervals drawn, direct labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nla_utils.published import BACKBONES, TITLES, ceiling, k_curve, published
+from nla_utils.results import RunResults
+
+# Okabe-Ito: told apart by colour-blind readers and in grey print.
+COLOURS = {
+    "qwen25_7b": "#0072B2",
+    "llama32_3b": "#E69F00",
+    "gemma2_2b": "#009E73",
+    "gpt_oss_20b": "#999999",
+    "gemma3-270m": "#D55E00",
+    "smollm2-135m": "#CC79A7",
+}
+SPARE_COLOUR = "#56B4E9"
+NULL_GREY = "#666666"
+
+
+def colour(backbone: str) -> str:
+    return COLOURS.get(backbone, SPARE_COLOUR)
+
+
+def style(ax: Axes, x: str, y: str, title: str = "") -> None:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, loc="left", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def log2_k_axis(ax: Axes, ks: Sequence[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(ks), [str(k) for k in ks])
+    ax.minorticks_off()
+
+
+def draw_curve(ax: Axes, column: dict, key: str, color: str, label: str, line: str = "-") -> None:
+    """A K-curve of our results with its 95 % band."""
+    ks = [int(k) for k in column[key]]
+    low, high = np.array([column["ci95"][key][str(k)] for k in ks]).T
+    ax.plot(ks, list(column[key].values()), line, color=color, label=label, marker="o", markersize=3)
+    ax.fill_between(ks, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def level(ax: Axes, y: float, color: str, label: str, line: str = "--") -> None:
+    """A horizontal line that is labelled in the legend with its value."""
+    ax.axhline(y, color=color, linestyle=line, linewidth=1, label=f"{label} ({y:.3f})")
+
+
+def published_k_curves(ax: Axes) -> None:
+    """Figure 1, left: the published K-curves, each with its own floor and ceiling."""
+    for name in (*BACKBONES, "gpt_oss_20b"):
+        curve = k_curve(name)
+        ax.plot(list(curve), list(curve.values()), "o-", color=colour(name), markersize=3)
+        end = max(curve)
+        ax.annotate(TITLES[name], (end, curve[end]), textcoords="offset points", xytext=(6, -3), fontsize=8,
+                    color=colour(name))  # fmt: skip
+        if name in BACKBONES:
+            floor, top = ceiling(name)
+            ax.axhline(top, color=colour(name), linestyle="--", linewidth=0.8)
+            ax.axhline(floor, color=colour(name), linestyle=":", linewidth=0.8)
+    log2_k_axis(ax, [1, 2, 4, 8, 16, 32, 64])
+    ax.set_xlim(right=110)
+    style(ax, "K (rollouts, log₂)", "centred fve_nrm, best of K", "published; dashed: ceiling, dotted: floor")
+
+
+def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str) -> None:
+    """One K-curve with its nulls; floor and ceiling of the same protocol as horizontal lines."""
+    draw_curve(ax, column, "kcurve_oracle_top1_cen", color, "AV, best of K")
+    draw_curve(ax, column, "kcurve_unrelated_text_cen", NULL_GREY, "control: K unrelated texts", "--")
+    draw_curve(ax, column, "kcurve_shuffled_v_cen", "black", "control: other targets' rollouts", ":")
+    level(ax, scale["paraphrase_bestof8_cen_fve_mean"], color, "paraphrase best-of-8")
+    level(ax, scale["random_floor_cen_fve_mean"], color, "random floor", ":")
+    log2_k_axis(ax, column["ks"])
+    style(ax, "K (rollouts, log₂)", "centred fve_nrm", f"{title}, M = {column['n']}")
+    ax.legend(frameon=False, fontsize=6.5, loc="upper left")
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, top + 0.35 * (top - bottom))
+
+
+def same_limits(axes: Sequence[Axes]) -> None:
+    """Give panels that are compared one y range."""
+    bottoms, tops = zip(*(ax.get_ylim() for ax in axes))
+    for ax in axes:
+        ax.set_ylim(min(bottoms), max(tops))
+
+
+def figure_1(runs: Sequence[RunResults]) -> Figure:
+    """K-curves with each backbone's floor and ceiling: published on top, each run below under both protocols."""
+    n = len(runs)
+    fig = plt.figure(figsize=(9, 3.6 * (n + 1)), layout="constrained")
+    grid = fig.add_gridspec(n + 1, 2)
+    published_k_curves(fig.add_subplot(grid[0, :]))
+    for i, run in enumerate(runs, start=1):
+        axes = [fig.add_subplot(grid[i, j]) for j in (0, 1)]
+        for ax, protocol in zip(axes, ("paper", "corrected")):
+            column, scale = run.column("rerank_eval", protocol), run.column("oracle_ceiling", protocol)
+            k_curve_panel(ax, column, scale, colour(run.backbone), f"{run.title}: {protocol}")
+        same_limits(axes)
+    return fig
+
+
+def figure_2(runs: Sequence[RunResults]) -> Figure:
+    """‖μ‖ against the raw and the centred random floor, published and ours."""
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    points = [
+        (published(b)["centred_eval"]["mu_norm"], published(b)["ceilings"]["random_floor"], colour(b), TITLES[b])
+        for b in BACKBONES
+    ]
+    for run in _one_per_backbone(runs):
+        column = run.column("oracle_ceiling", "paper")
+        floors = {k: column[f"random_floor_{k}_fve_mean"] for k in ("raw", "cen")}
+        points.append((column["mu_norm"], floors, colour(run.backbone), run.backbone))
+    for x, floors, c, label in points:
+        ax.plot(x, floors["raw"], "o", color=c)
+        ax.plot(x, floors["cen"], "s", color=c, markerfacecolor="white")
+        ax.annotate(label, (x, floors["raw"]), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=7)
+    ax.axhline(0.5, color=NULL_GREY, linewidth=0.8, linestyle=":")
+    ax.set_xscale("log")
+    ax.margins(x=0.15, y=0.12)
+    style(ax, "‖μ‖ (log scale)", "random floor, fve_nrm", "filled: raw, open: centred; paper protocol")
+    return fig
+
+
+def _one_per_backbone(runs: Sequence[RunResults]) -> list[RunResults]:
+    """The largest run of each backbone."""
+    best: dict[str, RunResults] = {}
+    for run in runs:
+        size = run.data["targets"]["sizes"]["N"]
+        if run.backbone not in best or size > best[run.backbone].data["targets"]["sizes"]["N"]:
+            best[run.backbone] = run
+    return list(best.values())
+
+
+def figure_3(runs: Sequence[RunResults]) -> Figure:
+    """Replay of the same targets as one slip of the re-encoding after the other is corrected."""
+    steps = (
+        ("replay_cen_published", "as published"),
+        ("replay_cen_right_index", "last token\nfrom the mask"),
+        ("replay_cen_same_ids_no_bos", "sampled ids,\nno BOS"),
+        ("replay_cen_with_bos", "text\nbehind BOS"),
+        ("replay_cen_same_ids", "sampled ids\nbehind BOS"),
+    )
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for run in _one_per_backbone(runs):
+        ladder = run.column("oracle_ceiling", "ladder")
+        y = np.array([ladder[k] for k, _ in steps])
+        error = np.abs(np.array([ladder["ci95"][k] for k, _ in steps]).T - y)
+        ax.errorbar(range(len(steps)), y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3)
+        ax.annotate(run.title, (len(steps) - 1, y[-1]), textcoords="offset points", xytext=(6, -3), fontsize=8,
+                    color=colour(run.backbone))  # fmt: skip
+    ax.set_xticks(range(len(steps)), [label for _, label in steps], fontsize=8)
+    ax.margins(x=0.12)
+    style(ax, "", "replay, centred fve_nrm", "the same targets, re-encoded five ways")
+    return fig
+
+
+def save_figure(fig: Figure, folder: Path, name: str) -> None:
+    """PNG to look at and PDF for LaTeX, without dates, so that equal figures are equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
+    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    plt.close(fig)

@@ -1,0 +1,48 @@
+"""The paper's numbers, read from ``paper/published``: data to compare with, never inputs to a measurement."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from nla_utils.config import ROOT
+from nla_utils.store import read_json
+
+BACKBONES = ("qwen25_7b", "llama32_3b", "gemma2_2b")
+TITLES = {
+    "qwen25_7b": "Qwen2.5-7B",
+    "llama32_3b": "Llama-3.2-3B",
+    "gemma2_2b": "Gemma-2-2B",
+    "gpt_oss_20b": "gpt-oss-20b",
+}
+# The backbone of §11, whose tables the section regenerates.
+SECTION_11 = "gemma2_2b"
+
+
+def published(name: str) -> dict:
+    """The published figures of one backbone; raises ``ArtefactError`` if the file is missing."""
+    return read_json(ROOT / "paper" / "published" / f"{name}.json")
+
+
+def look_up(record: dict, path: str) -> Optional[Any]:
+    """Value at a dotted path, ``None`` where the paper does not give one."""
+    for key in path.split("."):
+        if not isinstance(record, dict) or key not in record:
+            return None
+        record = record[key]
+    return record
+
+
+def k_curve(name: str, kind: str = "cen") -> dict[int, float]:
+    """Published K-curve; where the paper averages two runs, so does this."""
+    record = published(name)["k_curve"]
+    if f"runs_{kind}" in record:
+        runs = record[f"runs_{kind}"]
+        return {int(k): sum(r[k] for r in runs) / len(runs) for k in runs[0]}
+    return {int(k): v for k, v in record[kind].items()}
+
+
+def ceiling(name: str) -> tuple[float, float]:
+    """(floor, ceiling), centred, as ρ uses them."""
+    record = published(name)
+    rows = record["ceilings"]
+    return rows["random_floor"]["cen"], rows[record["ceiling_used"]]["cen"]

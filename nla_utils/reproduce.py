@@ -1,0 +1,214 @@
+"""The six notebooks through papermill: preflight, skip what is whole, one progress line a notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Sequence
+
+import papermill
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+
+from nla_utils.config import ROOT, RunConfig
+from nla_utils.progress import MIRROR_VARIABLE
+from nla_utils.results import committed_results, results_file
+from nla_utils.run import open_folder
+from nla_utils.store import ArtefactError, RunFolder, atomic_write, read_json, require_disk
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook, the artefacts and the results file that it leaves."""
+
+    notebook: str
+    artefacts: tuple[str, ...]
+    results: str | None
+
+    @property
+    def number(self) -> int:
+        return int(self.notebook[:2])
+
+
+STAGES = (
+    Stage("01_extract_targets", ("targets",), "targets"),
+    Stage("02_train_av", ("best_av",), "training"),
+    Stage("03_ceilings", ("ceilings",), "oracle_ceiling"),
+    Stage("04_centred_eval", ("rollouts",), "centered_eval"),
+    Stage("05_k_curve", (), "rerank_eval"),
+    Stage("06_cross_backbone", (), None),
+)
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook raised; the message names the cell's error and the notebook as far as it ran."""
+
+
+def select_stages(first: int, last: int) -> list[Stage]:
+    if not 1 <= first <= last <= len(STAGES):
+        raise ValueError(f"--from {first} --until {last}: choose 1 to {len(STAGES)}, from not after until")
+    return [s for s in STAGES if first <= s.number <= last]
+
+
+def is_whole(folder: RunFolder, stage: Stage) -> bool:
+    """Whether a stage can be skipped: its artefacts load, its results were made from them, its executed
+    notebook is there. Raises ``ArtefactError`` for an artefact that is foreign or broken."""
+    if stage.results is None or not folder.file(f"executed/{stage.notebook}.ipynb").exists():
+        return False
+    if not all(folder.has(name) for name in stage.artefacts):
+        return False
+    for name in stage.artefacts:
+        folder.load(name)
+    path = results_file(folder, stage.results)
+    if not path.exists():
+        return False
+    made_from = read_json(path)["made_from"]
+    return all(_sha_on_disk(folder, name) == digest for name, digest in made_from.items())
+
+
+def _sha_on_disk(folder: RunFolder, name: str) -> str | None:
+    record = folder.file(f"{name}.safetensors.json")
+    return read_json(record)["sha256"] if record.exists() else None
+
+
+def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
+    """Everything that can be refused before long work: names, layer, weights, artefacts, disk."""
+    folder = open_folder(config)
+    for stage in STAGES:
+        present = [n for n in stage.artefacts if folder.has(n)]
+        for name in present:
+            folder.load(name)
+        if not present and stage.artefacts and stage.number < stages[0].number:
+            raise ArtefactError(
+                f"{folder.path} lacks what {stage.notebook} makes; start with --from {stage.number:02d}"
+            )
+    s = config.sizes
+    d = read_model_width(config)
+    require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
+    return folder
+
+
+def read_model_width(config: RunConfig) -> int:
+    from transformers import AutoConfig
+
+    from nla_utils.sources import fetch, resolve
+
+    return AutoConfig.from_pretrained(fetch(resolve(config.backbone))).hidden_size
+
+
+def reproduce(configs: Sequence[RunConfig], first: int = 1, last: int = 6) -> list[RunFolder]:
+    """Run the chosen notebooks for each configuration; returns the run folders.
+
+    All configurations are checked before the first long stage starts. Raises ``NotebookFailed``.
+    """
+    stages = select_stages(first, last)
+    folders = [preflight(c, stages) for c in configs]
+    for config, folder in zip(configs, folders):
+        stale = False
+        for stage in stages:
+            label = f"{folder.backbone} {stage.notebook}"
+            # Whatever comes after a stage that ran is run again: it may have been made from older inputs.
+            if not stale and is_whole(folder, stage):
+                print(f"{label}: whole, skipped", flush=True)
+                continue
+            stale = True
+            run_notebook(config, folder, stage, label)
+    return folders
+
+
+def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str) -> None:
+    """Execute one notebook into ``executed/``; a failed one is kept beside it as ``.failed.ipynb``."""
+    executed = folder.file(f"executed/{stage.notebook}.ipynb")
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    failed = executed.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as tmp, Ticker(label, Path(tmp) / "progress"):
+        out = Path(tmp) / executed.name
+        try:
+            papermill.execute_notebook(
+                ROOT / "notebooks" / f"{stage.notebook}.ipynb", out, parameters=parameters(config),
+                kernel_name="python3", progress_bar=False, cwd=ROOT,
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            )  # fmt: skip
+        except PapermillExecutionError as e:
+            shutil.copy(out, failed)
+            raise NotebookFailed(f"{stage.notebook}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
+        notebook = tidy(json.loads(out.read_text()))
+    atomic_write(executed, (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def parameters(config: RunConfig) -> dict:
+    """Papermill parameters: only what differs from the notebooks' own defaults."""
+    defaults = asdict(RunConfig())
+    return {k: v for k, v in asdict(config).items() if v != defaults[k]}
+
+
+def tidy(notebook: NotebookNode | dict) -> dict:
+    """An executed notebook without progress-bar frames, machine paths or widget state."""
+    notebook["metadata"].get("papermill", {}).pop("input_path", None)
+    notebook["metadata"].get("papermill", {}).pop("output_path", None)
+    notebook["metadata"].get("papermill", {}).pop("environment_variables", None)
+    for cell in notebook["cells"]:
+        kept = []
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "stream":
+                if output["name"] == "stderr":
+                    continue
+                output["text"] = "".join(output["text"]).replace(str(ROOT) + os.sep, "")
+            kept.append(output)
+        if "outputs" in cell:
+            cell["outputs"] = kept
+    return dict(notebook)
+
+
+class Ticker:
+    """One line for a running notebook: the stage's own progress bar where there is one, and the time."""
+
+    def __init__(self, label: str, mirror: Path):
+        self.label, self.mirror = label, mirror
+        self.live = sys.stderr.isatty()
+        self.done = threading.Event()
+
+    def __enter__(self) -> "Ticker":
+        os.environ[MIRROR_VARIABLE] = str(self.mirror)
+        self.started = time.monotonic()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.done.set()
+        self.thread.join()
+        del os.environ[MIRROR_VARIABLE]
+        state = "failed" if kind else "done"
+        print(f"{self._clear()}{self.label}: {state} in {self._elapsed()}", file=sys.stderr, flush=True)
+
+    def _tick(self) -> None:
+        while not self.done.wait(0.5 if self.live else 30):
+            bar = self.mirror.read_text() if self.mirror.exists() else "starting"
+            end = "" if self.live else "\n"
+            print(f"{self._clear()}{self.label} [{self._elapsed()}] {bar}", end=end, file=sys.stderr, flush=True)
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    def _clear(self) -> str:
+        return "\r\033[K" if self.live else ""
+
+
+def adopt(folder: RunFolder) -> None:
+    """Copy a run's results and executed notebooks to where the repository keeps them."""
+    results = committed_results() / folder.backbone / folder.path.name
+    for path in sorted(folder.file("results").glob("*.json")):
+        atomic_write(results / path.name, path.read_bytes())
+    for path in sorted(folder.file("executed").glob("0?_*.ipynb")):
+        if not path.name.endswith(".failed.ipynb"):
+            atomic_write(ROOT / "notebooks" / "executed" / folder.backbone / path.name, path.read_bytes())

@@ -1,0 +1,88 @@
+"""Results files: the numbers of a run as JSON, in the authors' key names, with what they were made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Mapping
+
+from nla_utils.config import ROOT, RunConfig
+from nla_utils.store import RunFolder, code_version, library_versions, read_json, sha256_file, write_json
+
+NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
+
+
+def results_file(folder: RunFolder, name: str) -> Path:
+    return folder.file(f"results/{name}.json")
+
+
+def write_results(
+    folder: RunFolder, run: RunConfig, name: str, values: Mapping, made_from: Mapping[str, str]
+) -> Path:
+    """Write ``results/{name}.json``: provenance first, then ``values``."""
+    path = results_file(folder, name)
+    sizes = run.sizes
+    record = {
+        "name": name,
+        "profile": run.folder_name,
+        "identity": folder.identity,
+        "sizes": {"N": sizes.n_targets, "M": sizes.n_eval, "K": sizes.n_rollouts, "pool": sizes.pool_size,
+                  "epochs": sizes.epochs, "T": sizes.max_new_tokens},
+        "made_from": dict(made_from),
+        "code": code_version(),
+        "libraries": library_versions(),
+        **values,
+    }  # fmt: skip
+    write_json(path, record)
+    return path
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The results files of one run, by name; ``files`` are their paths."""
+
+    backbone: str
+    profile: str
+    data: dict[str, dict]
+    files: dict[str, Path]
+
+    @property
+    def title(self) -> str:
+        return f"{self.backbone} · {self.profile}"
+
+    @property
+    def published_name(self) -> str:
+        """The published backbone that this run is set beside."""
+        return self.data["targets"]["published"]
+
+    def column(self, name: str, protocol: str) -> dict:
+        return self.data[name]["protocols"][protocol]
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.files[name])
+
+
+def load_run(folder: Path) -> RunResults | None:
+    """Results in ``folder`` (``…/<backbone>/<profile>``, files there or under ``results/``); ``None`` if
+    not all of them exist yet."""
+    inner = folder / "results" if (folder / "results").is_dir() else folder
+    files = {n: inner / f"{n}.json" for n in NAMES}
+    if not all(f.exists() for f in files.values()):
+        return None
+    data = {n: read_json(f) for n, f in files.items()}
+    return RunResults(data["targets"]["identity"]["backbone"], data["targets"]["profile"], data, files)
+
+
+def find_runs(roots: Iterable[Path]) -> list[RunResults]:
+    """Complete runs below the roots, sorted by backbone and profile; a later root wins over an earlier one."""
+    found: dict[tuple[str, str], RunResults] = {}
+    for root in roots:
+        for folder in sorted(p for p in Path(root).glob("*/*") if p.is_dir()):
+            run = load_run(folder)
+            if run is not None:
+                found[run.backbone, run.profile] = run
+    return [found[k] for k in sorted(found)]
+
+
+def committed_results() -> Path:
+    return ROOT / "paper" / "results"
