@@ -57,7 +57,7 @@ class Profile:
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(96, 8, 4, 48, 1, 2, 8, max_new_tokens=24),
-    "quick": Profile(768, 32, 16, 512, 1, 20, 32),
+    "quick": Profile(640, 32, 16, 512, 1, 20, 32),
     "laptop": Profile(3000, 100, 32, 2000, 3, 100, 128),
     "paper": Profile(30000, 200, 64, 2000, 3, 500, 512),
 }

@@ -14,7 +14,7 @@ from nla_utils import paper_way
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.progress import Progress
-from nla_utils.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
+from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
 from nla_utils.targets import Targets
 from nla_utils.training import ARTEFACT as AV_ARTEFACT
@@ -31,7 +31,7 @@ class RolloutSet:
     ``ids`` (M, 1+K, T) and ``lengths`` (M, 1+K): column 0 is greedy. ``h_bos``, ``h_nobos``
     (M, 1+K, d): the re-encoded activation with and without the start token. ``logp`` (M, K): mean
     token log-probability under the distribution that was sampled; ``logp_paper`` (M, K): as the
-    authors compute it.
+    authors compute it, on the targets that ``paper`` evaluates, NaN elsewhere.
     """
 
     rows: np.ndarray
@@ -73,6 +73,7 @@ def make_rollouts(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
                 v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
                 seed = derive_seed(run.seed, "rollouts", c)
                 part = _roll_out(backbone, av, v_Md, settings, sizes.n_rollouts, seed)
+                part["logp_paper"] = _paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
                 chunks.put(c, part)
             parts.append(part)
             bar.update(len(chosen))
@@ -98,33 +99,29 @@ def rollouts_of_rows(artefact: Artefact, rows: np.ndarray) -> RolloutSet:
 def _roll_out(
     backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, settings: SamplingSettings, k: int, seed: int
 ) -> dict[str, np.ndarray]:
+    """The greedy and the K sampled rollouts of each target, decoded in one batch."""
     m = len(v_Md)
     with torch.inference_mode():
-        prompt_MPd = av(v_Md, backbone.dtype)
-        greedy_settings = SamplingSettings(settings.max_new_tokens, temperature=0.0)
-        greedy = sample(backbone, prompt_MPd, greedy_settings, seed)
-        sampled = sample(backbone, prompt_MPd.repeat_interleave(k, dim=0), settings, seed)
-    ids = np.concatenate([greedy.ids[:, None], sampled.ids.reshape(m, k, -1)], axis=1)
-    lengths = np.concatenate([greedy.lengths[:, None], sampled.lengths.reshape(m, k)], axis=1)
-    flat = [ids[i, j, : lengths[i, j]].tolist() for i in range(m) for j in range(k + 1)]
+        prompt_BPd = av(v_Md, backbone.dtype).repeat_interleave(k + 1, dim=0)
+        greedy_B = torch.arange(len(prompt_BPd), device=backbone.device) % (k + 1) == 0
+        samples = sample(backbone, prompt_BPd, settings, seed, greedy_B=greedy_B)
+    flat = [samples.sequence(i) for i in range(len(greedy_B))]
     return {
-        "ids": ids,
-        "lengths": lengths,
+        "ids": samples.ids.reshape(m, k + 1, -1),
+        "lengths": samples.lengths.reshape(m, k + 1),
         "h_bos": backbone.encode(flat, start=True).reshape(m, k + 1, -1),
         "h_nobos": backbone.encode(flat, start=False).reshape(m, k + 1, -1),
-        "logp": sampled.mean_logprob.reshape(m, k),
-        "logp_paper": _paper_logprobs(backbone, av, v_Md, sampled, k),
+        "logp": samples.mean_logprob.reshape(m, k + 1)[:, 1:],
     }
 
 
 def _paper_logprobs(
-    backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, sampled: Samples, k: int
+    backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, part: dict[str, np.ndarray], wanted_M: np.ndarray
 ) -> np.ndarray:
-    """(M, K), one target's rollouts at a time: the logits of a chunk are the only large thing."""
-    per_target = [
-        paper_way.rollout_logprobs(
-            backbone, av, v_Md[i : i + 1].expand(k, -1), [sampled.sequence(i * k + j) for j in range(k)]
-        )
-        for i in range(len(v_Md))
-    ]
-    return np.stack(per_target).astype(np.float32)
+    """(M, K) the authors' way, one target's rollouts at a time; NaN where it is not wanted."""
+    logp_MK = np.full_like(part["logp"], np.nan)
+    k = logp_MK.shape[1]
+    for m in np.flatnonzero(wanted_M):
+        rollouts = [part["ids"][m, j, : part["lengths"][m, j]].tolist() for j in range(1, k + 1)]
+        logp_MK[m] = paper_way.rollout_logprobs(backbone, av, v_Md[m : m + 1].expand(k, -1), rollouts)
+    return logp_MK

@@ -47,8 +47,10 @@ class Samples:
         return (self.logprobs.sum(axis=1) / self.lengths).astype(np.float32)
 
 
-def draw(logits_BV: Tensor, s: SamplingSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability, (B,) and (B,).
+def draw(
+    logits_BV: Tensor, s: SamplingSettings, generator: torch.Generator, greedy_B: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-probability, (B,) and (B,); the likeliest one where ``greedy_B``.
 
     Top-k comes before the softmax, so no normaliser over the whole vocabulary is ever needed.
     """
@@ -62,6 +64,8 @@ def draw(logits_BV: Tensor, s: SamplingSettings, generator: torch.Generator) -> 
         choice_B1 = torch.zeros_like(index_Bk[:, :1])
     else:
         choice_B1 = torch.multinomial(logp_Bk.exp(), 1, generator=generator)
+        if greedy_B is not None:
+            choice_B1[greedy_B] = 0
     return index_Bk.gather(1, choice_B1)[:, 0], logp_Bk.gather(1, choice_B1)[:, 0]
 
 
@@ -72,6 +76,7 @@ def sample(
     settings: SamplingSettings,
     seed: int,
     mask_BP: Optional[Tensor] = None,
+    greedy_B: Optional[Tensor] = None,
 ) -> Samples:
     """Continue each row of input embeddings until its first EOS (kept) or ``max_new_tokens``.
 
@@ -79,6 +84,7 @@ def sample(
         embeds_BPd: prompts in the backbone's dtype, e.g. the BOS embedding or ``[proj(v), prefix]``.
         seed: of the generator for this batch alone.
         mask_BP: 1 for real prompt positions, 0 for padding; ``None`` if all are real.
+        greedy_B: rows that always take the likeliest token, ``None`` for the settings' own way.
     """
     device = backbone.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -91,7 +97,7 @@ def sample(
     decoder = _Decoder(backbone, mask_BP)
     hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(device))
     for t in range(steps):
-        token_B, logp_B = draw(backbone.logits(hidden_Bd), settings, generator)
+        token_B, logp_B = draw(backbone.logits(hidden_Bd), settings, generator, greedy_B)
         ids_BT[:, t] = torch.where(alive_B, token_B, backbone.pad_id)
         logprobs_BT[:, t] = torch.where(alive_B, logp_B, 0.0)
         lengths_B += alive_B

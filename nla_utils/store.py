@@ -72,7 +72,7 @@ def code_version() -> dict:
         ).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--", "nla_utils", "notebooks/*.ipynb", "requirements.lock")
+        dirty = git("status", "--porcelain", "--", "nla_utils", ":(glob)notebooks/*.ipynb", "requirements.lock")
         return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": None, "dirty": None}

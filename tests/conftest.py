@@ -1,0 +1,114 @@
+"""Tiny random backbones with real tokenizers. They test plumbing; no claim is made about activations."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from nla_utils.config import RunConfig  # noqa: E402
+from nla_utils.run import open_run  # noqa: E402
+from nla_utils.targets import make_targets  # noqa: E402
+
+CORPUS = Path(__file__).parent.parent / "README.md"
+SHAPE = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512, initializer_range=0.3,
+)  # fmt: skip
+CONFIGS = {
+    "gemma2": lambda ids: Gemma2Config(**SHAPE, **ids, head_dim=8, query_pre_attn_scalar=8, sliding_window=64),
+    "gemma3": lambda ids: Gemma3TextConfig(**SHAPE, **ids, head_dim=8, query_pre_attn_scalar=8, sliding_window=64),
+    "llama": lambda ids: LlamaConfig(**SHAPE, **ids),
+    "qwen2": lambda ids: Qwen2Config(**SHAPE, **ids),
+}
+# name: (architecture, padding side, BOS = EOS, tokenizer adds BOS)
+TINY = {
+    "tiny-gemma2": ("gemma2", "left", False, True),
+    "tiny-gemma3": ("gemma3", "left", False, True),
+    "tiny-llama": ("llama", "right", False, True),
+    "tiny-qwen2": ("qwen2", "right", True, False),
+}
+
+
+def build_tokenizer(padding_side: str, bos_is_eos: bool, adds_bos: bool, bos: bool = True) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False
+    )
+    # ASCII alone, so that any sequence of tokens is text that can be tokenized again.
+    tokenizer.train_from_iterator([CORPUS.read_bytes().decode("ascii", "ignore")], trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    names = {"bos_token": "<eos>" if bos_is_eos else "<bos>"} if bos else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side=padding_side, **names
+    )
+
+
+def build_backbone(folder: Path, architecture: str, padding_side: str, bos_is_eos: bool, adds_bos: bool) -> Path:
+    tokenizer = build_tokenizer(padding_side, bos_is_eos, adds_bos)
+    ids = dict(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(CONFIGS[architecture](ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("backbones")
+    return {name: build_backbone(root / name, *how) for name, how in TINY.items()}
+
+
+def tiny_config(folder: Path, out: Path, **changes) -> RunConfig:
+    values = dict(backbone=str(folder), profile="smoke", dtype="float32", device="cpu", out=str(out))
+    return RunConfig(**(values | changes))
+
+
+@pytest.fixture(scope="session", params=sorted(TINY))
+def tiny_run(request, tiny_folders, tmp_path_factory):
+    """An opened run with its targets, for each tiny backbone."""
+    config = tiny_config(tiny_folders[request.param], tmp_path_factory.mktemp(f"run-{request.param}"))
+    run = open_run(config)
+    return run, make_targets(config, run.backbone, run.folder)
+
+
+@pytest.fixture(scope="session")
+def gemma_run(tiny_folders, tmp_path_factory):
+    """The tiny Gemma-2: left padding, scaled embeddings, soft-capped logits."""
+    config = tiny_config(tiny_folders["tiny-gemma2"], tmp_path_factory.mktemp("gemma"))
+    run = open_run(config)
+    return run, make_targets(config, run.backbone, run.folder)
+
+
+@pytest.fixture(scope="session")
+def scored_run(tiny_run):
+    """A run taken through training, ceilings and rollouts."""
+    from nla_utils.ceilings import make_ceilings
+    from nla_utils.rollouts import make_rollouts
+    from nla_utils.training import train_av
+
+    run, targets = tiny_run
+    train_av(run.config, run.backbone, targets, run.folder)
+    ceilings = make_ceilings(run.config, run.backbone, targets, run.folder)
+    rollouts = make_rollouts(run.config, run.backbone, targets, run.folder)
+    return run, targets, ceilings, rollouts

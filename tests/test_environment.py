@@ -1,0 +1,45 @@
+"""One place for pins: the lock file. environment.yml and pyproject.toml must agree with it."""
+
+import re
+import tomllib
+
+from nla_utils.config import ROOT
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonical(n): v for n, v in pins}
+
+
+def test_environment_yml_has_the_lock_files_pins():
+    text = (ROOT / "environment.yml").read_text()
+    pins = dict(re.findall(r"^ {6}- ([\w.-]+)==(\S+)$", text, re.M))
+    assert {canonical(n): v for n, v in pins.items()} == locked()
+
+
+def test_every_dependency_is_locked_within_its_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    pins = locked()
+    for requirement in wanted:
+        name, floor = requirement.split(">=")
+        have = pins[canonical(name)]
+        assert [int(x) for x in re.findall(r"\d+", have)[:2]] >= [int(x) for x in floor.split(".")[:2]], requirement
+
+
+def test_transformers_floor_is_where_gemma_embeddings_scale_themselves():
+    from importlib.metadata import version
+
+    assert tuple(int(x) for x in version("transformers").split(".")[:2]) >= (5, 5)
+
+
+def test_nothing_unpickles():
+    for path in (ROOT / "nla_utils").glob("*.py"):
+        text = path.read_text()
+        assert "pickle" not in text and "weights_only=False" not in text
+        assert text.count("torch.load(") == text.count("weights_only=True)") - text.count("``weights_only=True``")

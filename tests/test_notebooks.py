@@ -1,0 +1,139 @@
+"""The six notebooks: kept clean, readable in shape, and run through papermill on tiny backbones."""
+
+import json
+import statistics
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from typer.testing import CliRunner
+
+from nla_utils.cli import app
+from nla_utils.config import ROOT
+from nla_utils.reproduce import STAGES
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
+
+
+def code(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_there_are_six():
+    assert [n.stem for n in NOTEBOOKS] == [s.notebook for s in STAGES]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_kept_without_outputs_and_short(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert all(not c.outputs and c.execution_count is None for c in code(notebook))
+    lengths = [c.source.count("\n") + 1 for c in code(notebook)]
+    assert max(lengths) <= 30 and statistics.median(lengths) <= 8
+    assert "def " not in "".join(c.source for c in code(notebook))
+    assert sum(c.cell_type == "markdown" for c in notebook.cells) >= len(lengths) / 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_parameters_are_one_cell_with_help(path):
+    tagged = [c for c in code(nbformat.read(path, 4)) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    inspected = papermill.inspect_notebook(str(path))
+    assert {"backbone", "profile", "seed", "out", "layer", "n_rollouts"} <= set(inspected)
+    assert all(p["help"] for p in inspected.values())
+
+
+@pytest.fixture(scope="module", params=["tiny-gemma2", "tiny-qwen2"])
+def reproduced(request, tiny_folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp(f"out-{request.param}")
+    command = ["reproduce", "--backbone", str(tiny_folders[request.param]), "--out", str(out), *OPTIONS]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    return command, result, out / request.param / "smoke"
+
+
+def test_all_six_run(reproduced):
+    _, result, folder = reproduced
+    for stage in STAGES:
+        notebook = nbformat.read(folder / "executed" / f"{stage.notebook}.ipynb", 4)
+        assert all(c.execution_count for c in code(notebook) if c.source.strip())
+        assert not any(o.output_type == "error" for c in code(notebook) for o in c.outputs)
+        assert str(ROOT) not in json.dumps(notebook)
+    for word in ("executed notebooks", "tables and figures", "paper section"):
+        assert word in result.output
+    assert (folder / "report" / "section11.md").exists()
+    assert (folder / "report" / "figures" / "fig1_k_curves.pdf").stat().st_size > 1000
+
+
+def test_a_second_run_skips_what_is_whole(reproduced):
+    command, _, folder = reproduced
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+    result = CliRunner().invoke(app, [*command, "--until", "05"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("whole, skipped") == 5
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+
+
+def test_results_hold_both_protocols_in_the_authors_names(reproduced):
+    folder = reproduced[2] / "results"
+    keys = {
+        "oracle_ceiling": ("replay_cen_fve_mean", "paraphrase_bestof8_raw_fve_mean"),
+        "centered_eval": ("adapter_cen_greedy_mean", "unrelated_text_cen_bestofK_mean"),
+        "rerank_eval": ("kcurve_oracle_top1_cen", "spearman_logp_vs_oracle_cen_p95"),
+    }
+    for name, wanted in keys.items():
+        protocols = json.loads((folder / f"{name}.json").read_text())["protocols"]
+        for protocol in ("paper", "corrected"):
+            column = protocols[protocol]
+            assert column["protocol"] == protocol and column["n"] == 8
+            assert set(wanted) <= set(column) and wanted[0] in column["ci95"]
+
+
+def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monkeypatch):
+    command, _, folder = reproduced
+    path = folder / "targets.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    monkeypatch.setattr("nla_utils.reproduce.run_notebook", lambda *_: pytest.fail("work began"))
+    result = CliRunner().invoke(app, command)
+    path.write_bytes(whole)
+    assert result.exit_code == 2 and "truncated or altered" in result.output
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
+    (["--profile", "quik"], "did you mean 'quick'"),
+    (["--set", "n_rollouts=0"], "n_rollouts is 0"),
+    (["--set", "rollouts=3"], "did you mean 'n_rollouts'"),
+    (["--set", "pool_size=5000"], "too few"),
+    (["--from", "5", "--until", "2"], "choose 1 to 6"),
+    (["--from", "3"], "lacks what 01_extract_targets makes"),
+    (["--layer", "9"], "out of range"),
+])  # fmt: skip
+def test_bad_input_is_refused_and_writes_nothing(tiny_folders, tmp_path, extra, message):
+    command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *OPTIONS, *extra]
+    if extra[0] == "--backbone":
+        command = ["reproduce", *extra, "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_plain_papermill_works_and_refuses_unknown_parameters(tiny_folders, tmp_path):
+    values = {"backbone": str(tiny_folders["tiny-llama"]), "profile": "smoke", "dtype": "float32", "out": str(tmp_path)}
+    first = str(ROOT / "notebooks" / "01_extract_targets.ipynb")
+    papermill.execute_notebook(first, str(tmp_path / "01.ipynb"), values, progress_bar=False, kernel_name="python3")
+    assert (tmp_path / "tiny-llama" / "smoke" / "results" / "targets.json").exists()
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'proflie'"):
+        papermill.execute_notebook(
+            first, str(tmp_path / "bad.ipynb"), {"proflie": "smoke"}, progress_bar=False, kernel_name="python3"
+        )
+
+
+def test_committed_executed_notebooks_have_no_errors_and_no_machine_paths():
+    for path in Path(ROOT / "notebooks" / "executed").glob("*/*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        assert not any(o.output_type == "error" for c in code(notebook) for o in c.outputs), path
+        assert "/home/" not in path.read_text() and "/tmp/" not in path.read_text() and "/work/" not in path.read_text(), path

@@ -1,0 +1,49 @@
+"""The real default backbone at the smallest profile, through the command that the README gives."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from nla_utils.cli import app
+from nla_utils.sources import REGISTRY, fetch, weight_hash
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("real")
+    result = CliRunner().invoke(app, ["reproduce", "--profile", "smoke", "--out", str(out), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    folder = out / "gemma3-270m" / "smoke" / "results"
+    return {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
+
+
+def test_replay(results):
+    protocols = results["oracle_ceiling"]["protocols"]
+    assert protocols["corrected"]["replay_cen_fve_mean"] >= 0.99
+    assert 0.6 < protocols["paper"]["replay_cen_fve_mean"] < 0.85
+
+
+def test_v_sits_in_its_tail(results):
+    column = results["oracle_ceiling"]["protocols"]["corrected"]
+    tails = [column[f"tail_oracle_{n}_cen_fve_mean"] for n in (1, 4, 16)]
+    assert tails == sorted(tails) and tails[-1] > 0.9
+
+
+def test_common_direction(results):
+    assert results["targets"]["unrelated_cosine_raw_mean"] > 0.5
+    assert abs(results["targets"]["unrelated_cosine_cen_mean"]) < 0.1
+    assert results["centered_eval"]["protocols"]["corrected"]["constant_mu_raw_mean"] > 0.85
+
+
+def test_gemma_scale_moves_the_papers_log_probabilities(results):
+    protocols = results["rerank_eval"]["protocols"]
+    assert protocols["paper"]["mean_logp"] < protocols["corrected"]["mean_logp"] - 3
+
+
+def test_the_second_offline_backbone_loads():
+    folder = fetch(REGISTRY["smollm2-135m"])
+    assert weight_hash(folder)
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30

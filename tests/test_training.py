@@ -1,0 +1,166 @@
+"""The head's loss, the verbalizer's formats, training, resume."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+
+from nla_utils.config import AVConfig, ConfigError
+from nla_utils.head_loss import head_cross_entropy, head_logprobs
+from nla_utils.run import open_run
+from nla_utils.store import ArtefactError
+from nla_utils.targets import make_targets
+from nla_utils.training import Trainer, load_av, make_split, pair_loss, train_av
+from nla_utils.verbalizer import ActivationVerbalizer, export_av, import_av
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_head_loss_and_gradient_equal_autograd_through_full_logits(cap, rows):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(rows, 16, generator=generator)
+    weight = torch.randn(90, 16, generator=generator)
+    y = torch.randint(0, 90, (rows,), generator=generator)
+    a, b = h.clone().requires_grad_(), h.clone().requires_grad_()
+    ours = head_cross_entropy(a, weight, y, cap)
+    logits = b @ weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    reference = F.cross_entropy(logits, y)
+    (ours * 3).backward()
+    (reference * 3).backward()
+    assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    expected = torch.log_softmax(logits.detach(), 1)[torch.arange(rows), y]
+    torch.testing.assert_close(head_logprobs(h, weight, y, cap), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pair_loss_and_its_gradient_equal_the_models_own(tiny_run):
+    run, targets = tiny_run
+    backbone = run.backbone
+    av = ActivationVerbalizer.fresh(backbone)
+    texts = [[5, 6, 7, 8], [9, 10]]
+    v = torch.from_numpy(targets.v[:2])
+    ours = pair_loss(backbone, av, v, texts)
+    ours.backward()
+    grads = [p.grad.clone() for p in av.parameters()]
+    av.zero_grad()
+    losses = []
+    for i, ids in enumerate(texts):
+        inputs = torch.cat([av(v[i : i + 1], backbone.dtype), backbone.embed(torch.tensor([ids]))], 1)
+        logits = backbone.model(inputs_embeds=inputs).logits[0]
+        n_prefix = inputs.shape[1] - len(ids)
+        losses.append(F.cross_entropy(logits[n_prefix - 1 : -1], torch.tensor(ids), reduction="sum"))
+    reference = sum(losses) / sum(map(len, texts))
+    reference.backward()
+    assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
+    for ours_grad, p in zip(grads, av.parameters()):
+        torch.testing.assert_close(ours_grad, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_fresh_av_passes_v_through_and_starts_from_the_start_token(tiny_run):
+    run, targets = tiny_run
+    backbone = run.backbone
+    av = ActivationVerbalizer.fresh(backbone)
+    out = av(torch.from_numpy(targets.v[:3]), backbone.dtype)
+    np.testing.assert_array_equal(out[:, 0].detach().numpy(), targets.v[:3])
+    start = backbone.embed(torch.tensor([backbone.start_id]))[0]
+    torch.testing.assert_close(out[0, 1].detach(), start)
+    assert sum(p.numel() for p in av.parameters()) == 32 * 32 + 1 * 32
+
+
+def test_gemma_2b_av_has_the_published_number_of_parameters():
+    config = AVConfig(backbone_id="google/gemma-2-2b", extraction_layer=19, num_prefix_tokens=1)
+    av = ActivationVerbalizer(config, 2304, torch.zeros(2304))
+    assert sum(p.numel() for p in av.parameters()) == 5_310_720
+
+
+def weights_of(backbone):
+    return {n: p.clone() for n, p in backbone.model.named_parameters()}
+
+
+def test_training_lowers_the_loss_and_leaves_the_backbone_alone(gemma_run, monkeypatch):
+    run, targets = gemma_run
+    before = weights_of(run.backbone)
+    monkeypatch.setattr("nla_utils.training.LEARNING_RATE", 3e-3)
+    trainer = Trainer(run.config, run.backbone, targets, run.folder)
+    trainer.total_steps = 10 * trainer.steps_per_epoch
+    trainer.train()
+    trainer.state_file.unlink()
+    n = trainer.steps_per_epoch
+    assert np.mean(trainer.history.loss[-n:]) < np.mean(trainer.history.loss[:n])
+    for name, p in run.backbone.model.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
+
+
+def test_killed_training_resumes_to_the_same_av(tiny_folders, tmp_path, monkeypatch):
+    runs = []
+    for name in ("whole", "cut"):
+        run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path / name))
+        runs.append((run, make_targets(run.config, run.backbone, run.folder)))
+    whole, cut = runs
+    train_av(whole[0].config, whole[0].backbone, whole[1], whole[0].folder)
+    step = Trainer._train_step
+
+    def killed_in_step_four(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", killed_in_step_four)
+    with pytest.raises(KeyboardInterrupt):
+        train_av(cut[0].config, cut[0].backbone, cut[1], cut[0].folder)
+    assert not cut[0].folder.has("best_av")
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    resumed = Trainer(cut[0].config, cut[0].backbone, cut[1], cut[0].folder)
+    assert resumed.step == 2
+    train_av(cut[0].config, cut[0].backbone, cut[1], cut[0].folder)
+    files = [r.folder.file("best_av.safetensors").read_bytes() for r, _ in runs]
+    assert files[0] == files[1]
+    assert not cut[0].folder.file("training.partial.safetensors").exists()
+
+
+def test_split_is_five_per_cent_and_never_holds_held_out_targets(tiny_run):
+    run, targets = tiny_run
+    split = make_split(run.config, run.backbone, targets)
+    used = {split.pairs.rows[i] for i in (*split.train, *split.validation)}
+    assert not used & set(targets.held_out)
+    assert len(split.validation) == max(1, round(0.05 * len(split.pairs.rows)))
+    assert not set(split.train) & set(split.validation)
+
+
+@pytest.mark.parametrize("drop", ["best_av.pt", "best_av.safetensors"])
+def test_both_formats_round_trip(gemma_run, tmp_path, drop):
+    backbone = gemma_run[0].backbone
+    av = ActivationVerbalizer.fresh(backbone)
+    torch.nn.init.normal_(av.proj.weight)
+    export_av(av, tmp_path, 0.5, 7)
+    state = torch.load(tmp_path / "best_av.pt", weights_only=True)
+    assert set(state) == {"trainable", "val_fve_nrm", "step"}
+    assert set(state["trainable"]) == {"proj.weight", "prefix_embeds"}
+    (tmp_path / drop).unlink()
+    torch.testing.assert_close(import_av(tmp_path, backbone).proj.weight, av.proj.weight)
+
+
+def test_av_of_another_backbone_is_refused(gemma_run, tmp_path):
+    backbone = gemma_run[0].backbone
+    av = ActivationVerbalizer.fresh(backbone)
+    with pytest.raises(ArtefactError, match=r"proj.weight is \(8, 8\)"):
+        av.load_trainable({"proj.weight": torch.eye(8), "prefix_embeds": torch.zeros(1, 32)}, "x.pt")
+    with pytest.raises(ArtefactError, match="holds"):
+        av.load_trainable({"weight": torch.eye(8)}, "x.pt")
+    export_av(av, tmp_path, 0.5, 7)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"extraction_layer": 3', '"extraction_layer": 2'))
+    with pytest.raises(ArtefactError, match="layer 2"):
+        import_av(tmp_path, backbone)
+    (tmp_path / "config.json").write_text(text.replace('"top_p"', '"topp"'))
+    with pytest.raises(ConfigError, match="top_p"):
+        import_av(tmp_path, backbone)
+
+
+def test_trained_av_loads_back(scored_run):
+    run = scored_run[0]
+    av = load_av(run.config, run.backbone, run.folder)
+    imported = import_av(run.folder.file("av"), run.backbone)
+    torch.testing.assert_close(av.proj.weight, imported.proj.weight)
