@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test paper env clean
+.PHONY: reproduce test paper bench env clean
 
 env: $(VENV)/.installed
 
@@ -19,6 +19,9 @@ reproduce: env
 
 test: env
 	$(VENV)/bin/python -m pytest -q
+
+bench: env
+	cd benchmarks && ../$(VENV)/bin/python run.py
 
 paper: env
 	$(NLA) paper

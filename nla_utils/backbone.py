@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nla_utils import attention
 from nla_utils.config import ConfigError, RunConfig
 from nla_utils.sources import BackboneSpec, fetch, resolve, weight_hash
 
-ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
+ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
 
 
 class BackboneError(RuntimeError):
@@ -41,6 +42,7 @@ class Backbone:
     pad_id: int
     padding_side: str
     weight_hash: str
+    library_attention: str
 
     @property
     def name(self) -> str:
@@ -84,14 +86,20 @@ class Backbone:
         """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
         return self.model.get_input_embeddings()(ids_BT.to(self.device))
 
-    def logits(self, hidden_nd: Tensor) -> Tensor:
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight (V, d) of the output head."""
+        return self.model.get_output_embeddings().weight
+
+    def logits(self, hidden_nd: Tensor, out_nV: Tensor | None = None) -> Tensor:
         """Next-token logits (n, V) from final hidden states (n, d), final soft cap included.
 
-        The rows are made contiguous: a head applied to a strided slice is far slower on a CPU.
+        The rows are made contiguous: a head applied to a strided slice is far slower on a CPU. So is a
+        product into fresh memory, hence ``out_nV`` for callers that come again.
         """
-        logits_nV = self.model.get_output_embeddings()(hidden_nd.contiguous())
+        logits_nV = torch.mm(hidden_nd.contiguous(), self.head_weight.T, out=out_nV)
         cap = self.softcap
-        return logits_nV if cap is None else cap * torch.tanh(logits_nV / cap)
+        return logits_nV if cap is None else logits_nV.div_(cap).tanh_().mul_(cap)
 
     @property
     def softcap(self) -> float | None:
@@ -231,9 +239,12 @@ def load_backbone(run: RunConfig, check: bool = True) -> Backbone:
     start_id, eos_ids, pad_id = special_ids(spec, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype))
     model.to(pick_device(run.device)).eval().requires_grad_(False)
+    library_attention = model.config._attn_implementation
+    if model.device.type == "cpu":
+        model.set_attn_implementation(attention.NAME)
     side = spec.padding_side or tokenizer.padding_side
     backbone = Backbone(
-        spec, model, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder)
+        spec, model, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder), library_attention
     )
     if check:
         from nla_utils.checks import check_backbone

@@ -15,6 +15,7 @@ def check_backbone(backbone: Backbone) -> None:
     """Run every check; raises ``BackboneError`` that names the one that failed."""
     check_frozen(backbone)
     ids = _probe_ids(backbone)
+    _check_attention(backbone, ids)
     _check_truncated(backbone, ids)
     _check_batching(backbone, ids)
     _check_left_padding(backbone, ids)
@@ -59,9 +60,20 @@ def _check_truncated(backbone: Backbone, ids: list[list[int]]) -> None:
     hidden_1d = backbone.model.base_model(
         torch.tensor([ids[0]], device=backbone.device), use_cache=False
     ).last_hidden_state[:, -1]
+    if getattr(backbone.model.get_output_embeddings(), "bias", None) is not None:
+        raise BackboneError(f"{backbone.name}: its output head has a bias, which is not supported")
     ours = backbone.logits(hidden_1d)[0].float().cpu().numpy()
     theirs = out.logits[0, -1].float().cpu().numpy()
     _require(backbone, _differ(ours, theirs), "the head on the last hidden state does not give the logits")
+
+
+def _check_attention(backbone: Backbone, ids: list[list[int]]) -> None:
+    """The attention in use gives what the library's own gives."""
+    ours, name = backbone.encode(ids, start=False), backbone.model.config._attn_implementation
+    backbone.model.set_attn_implementation(backbone.library_attention)
+    theirs = backbone.encode(ids, start=False)
+    backbone.model.set_attn_implementation(name)
+    _require(backbone, _differ(ours, theirs), "our attention and the library's disagree")
 
 
 def _check_batching(backbone: Backbone, ids: list[list[int]]) -> None:

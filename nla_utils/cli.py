@@ -11,6 +11,10 @@ from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
+SET_HELP = "Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."
+ADOPT_HELP = "Copy results and executed notebooks into the repository and rebuild the paper."
+
 
 def _fail(error: Exception) -> None:
     typer.secho(f"error: {error}", fg="red", err=True)
@@ -33,7 +37,7 @@ def _show(path: Path) -> str:
 
 @app.command()
 def reproduce(
-    backbone: Annotated[list[str], typer.Option(help="Registry name, hub id (org/name@commit) or folder; repeat for several.")] = ["gemma3-270m"],
+    backbone: Annotated[list[str], typer.Option(help=BACKBONE_HELP)] = ["gemma3-270m"],
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
     first: Annotated[int, typer.Option("--from", help="First notebook to run.")] = 1,
     last: Annotated[int, typer.Option("--until", help="Last notebook to run.")] = 6,
@@ -42,8 +46,8 @@ def reproduce(
     layer: Annotated[Optional[int], typer.Option(help="Extraction layer, if not the backbone's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
-    set_: Annotated[list[str], typer.Option("--set", help="Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=.")] = [],
-    adopt: Annotated[bool, typer.Option("--adopt", help="Copy results and executed notebooks into the repository and rebuild the paper.")] = False,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
+    adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is whole and matches is skipped."""
     from nla_utils.backbone import BackboneError

@@ -21,9 +21,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float]):
         grad_nd = torch.empty_like(hidden_nd)
         total = hidden_nd.new_zeros((), dtype=torch.float32)
+        buffer_CV = _buffer(hidden_nd, weight_Vd)
         for first in range(0, len(hidden_nd), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
-            loss, grad_nd[rows] = _chunk(hidden_nd[rows], weight_Vd, targets_n[rows], cap)
+            loss, grad_nd[rows] = _chunk(hidden_nd[rows], weight_Vd, targets_n[rows], cap, buffer_CV)
             total += loss
         ctx.save_for_backward(grad_nd)
         return total
@@ -34,9 +35,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return grad_nd * upstream.to(grad_nd.dtype), None, None, None
 
 
-def _logits(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float]) -> Tensor:
-    z_nV = hidden_nd @ weight_Vd.T
-    return z_nV if cap is None else cap * torch.tanh(z_nV / cap)
+def _buffer(hidden_nd: Tensor, weight_Vd: Tensor) -> Tensor:
+    """Memory for the logits of one chunk, used again by every chunk."""
+    return hidden_nd.new_empty(min(CHUNK_ROWS, len(hidden_nd)), len(weight_Vd))
+
+
+def _logits(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float], buffer_CV: Tensor) -> Tensor:
+    z_nV = torch.mm(hidden_nd, weight_Vd.T, out=buffer_CV[: len(hidden_nd)])
+    return z_nV if cap is None else z_nV.div_(cap).tanh_().mul_(cap)
 
 
 def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +57,8 @@ def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     return z_y_n - top_n.float() - norm_n.log(), norm_n
 
 
-def _chunk(hidden_nd: Tensor, weight_Vd: Tensor, y_n: Tensor, cap: Optional[float]):
-    z_nV = _logits(hidden_nd, weight_Vd, cap)
+def _chunk(hidden_nd: Tensor, weight_Vd: Tensor, y_n: Tensor, cap: Optional[float], buffer_CV: Tensor):
+    z_nV = _logits(hidden_nd, weight_Vd, cap, buffer_CV)
     slope_nV = None if cap is None else 1 - (z_nV / cap) ** 2
     logp_n, norm_n = _log_likelihood(z_nV, y_n)
     loss = -logp_n.sum()
@@ -83,10 +89,9 @@ def head_logprobs(
     hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None
 ) -> Tensor:
     """log p(target) (n,) under the whole vocabulary's softmax at temperature 1, chunk by chunk."""
-    chunks = range(0, len(hidden_nd), CHUNK_ROWS)
-    return torch.cat([
-        _log_likelihood(
-            _logits(hidden_nd[i : i + CHUNK_ROWS], weight_Vd, cap), targets_n[i : i + CHUNK_ROWS]
-        )[0]
-        for i in chunks
-    ])
+    buffer_CV, found = _buffer(hidden_nd, weight_Vd), []
+    for first in range(0, len(hidden_nd), CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        z_nV = _logits(hidden_nd[rows], weight_Vd, cap, buffer_CV)
+        found.append(_log_likelihood(z_nV, targets_n[rows])[0])
+    return torch.cat(found)

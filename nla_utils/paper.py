@@ -115,9 +115,9 @@ def _introduction(runs: Sequence[RunResults]) -> str:
         facts, training = run.data["targets"], run.data["training"]
         s = facts["sizes"]
         lines.append(
-            f"- **{run.title}**: layer {facts['identity']['layer']} of {facts['num_layers']}, d = {facts['hidden_size']}; "
-            f"N = {s['N']} sequences, {training['train_pairs']} training pairs, {training['steps']} steps; M = {s['M']} "
-            f"targets per protocol, K = {s['K']}, pool {s['pool']}."
+            f"- **{run.title}**: layer {facts['identity']['layer']} of {facts['num_layers']}, "
+            f"d = {facts['hidden_size']}; N = {s['N']} sequences, {training['train_pairs']} training pairs, "
+            f"{training['steps']} steps; M = {s['M']} targets per protocol, K = {s['K']}, pool {s['pool']}."
         )
     return "\n".join(lines) + "\n"
 
@@ -141,7 +141,8 @@ def _reading(run: RunResults) -> str:
     return (
         f"Replay is {show(ceiling, 'replay_cen_fve_mean')} centred under the corrected protocol and "
         f"{show(paper, 'replay_cen_fve_mean')} under the paper's. "
-        f"Held out, greedy minus the greedy text of other targets is {show(evaluation, greedy)}: {_verdict(evaluation, greedy)}. "
+        f"Held out, greedy minus the greedy text of other targets is {show(evaluation, greedy)}: "
+        f"{_verdict(evaluation, greedy)}. "
         f"Best-of-{evaluation['K']} minus the best of as many unrelated texts is {show(evaluation, best)}: "
         f"{_verdict(evaluation, best)}; minus the best of another target's rollouts {show(evaluation, other)}: "
         f"{_verdict(evaluation, other)}. Greedy minus NN-retrieval is {show(evaluation, retrieval)}: "

@@ -65,7 +65,6 @@ def rollout_logprobs(
     inputs_BSd = torch.cat([prefix_BPd, table_Vd[ids_BT]], dim=1)
     hidden_BSd = backbone.model.base_model(inputs_embeds=inputs_BSd, use_cache=False).last_hidden_state
     hidden_nd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1][valid_BT]
-    head = backbone.model.get_output_embeddings().weight
     logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
-    logp_BT[valid_BT] = head_logprobs(hidden_nd, head, ids_BT[valid_BT], backbone.softcap)
+    logp_BT[valid_BT] = head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
     return (logp_BT.sum(1) / valid_BT.sum(1)).cpu().numpy()

@@ -8,7 +8,7 @@ from typing import Optional
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from nla_utils.backbone import Backbone
 
@@ -94,10 +94,11 @@ def sample(
     lengths_B = torch.zeros(n_rows, dtype=torch.int32, device=device)
     alive_B = torch.ones(n_rows, dtype=torch.bool, device=device)
     eos = torch.tensor(backbone.eos_ids, device=device)
-    decoder = _Decoder(backbone, mask_BP)
+    decoder = _Decoder(backbone, embeds_BPd.shape[1] + steps, mask_BP)
+    logits_BV = torch.empty(n_rows, len(backbone.head_weight), dtype=backbone.dtype, device=device)
     hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(device))
     for t in range(steps):
-        token_B, logp_B = draw(backbone.logits(hidden_Bd), settings, generator, greedy_B)
+        token_B, logp_B = draw(backbone.logits(hidden_Bd, logits_BV), settings, generator, greedy_B)
         ids_BT[:, t] = torch.where(alive_B, token_B, backbone.pad_id)
         logprobs_BT[:, t] = torch.where(alive_B, logp_B, 0.0)
         lengths_B += alive_B
@@ -110,12 +111,34 @@ def sample(
     )
 
 
+class _PreallocatedLayer(DynamicLayer):
+    """Keys and values of one block in a buffer of full length: growing them copies nothing."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.filled = length, 0
+
+    def lazy_initialization(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        self.buffers = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_BGTD, value_BGTD)]
+        self.is_initialized = True
+
+    def update(self, key_BGTD: Tensor, value_BGTD: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_BGTD, value_BGTD)
+        end = self.filled + key_BGTD.shape[2]
+        for buffer, new in zip(self.buffers, (key_BGTD, value_BGTD)):
+            buffer[:, :, self.filled : end] = new
+        self.filled = end
+        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
+        return self.keys, self.values
+
+
 class _Decoder:
     """The backbone with its KV cache and, for padded prompts, mask and positions."""
 
-    def __init__(self, backbone: Backbone, mask_BP: Optional[Tensor]):
+    def __init__(self, backbone: Backbone, length: int, mask_BP: Optional[Tensor]):
         self.base = backbone.model.base_model
-        self.cache = DynamicCache(config=backbone.model.config)
+        self.cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(backbone.n_layers)])
         self.mask_BT = None if mask_BP is None else mask_BP.to(backbone.device)
 
     def step(self, **inputs: Tensor) -> Tensor:

@@ -226,7 +226,9 @@ def _convert(gguf: Path, out: Path) -> None:
     """GGUF to a Hugging Face folder: bf16 safetensors, tokenizer, config."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16

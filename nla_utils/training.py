@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,18 +63,6 @@ def batches_of_epoch(run: RunConfig, split: Split, epoch: int) -> list[np.ndarra
     return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
 
 
-@contextlib.contextmanager
-def fast_short_attention(backbone: Backbone):
-    """Plain attention while training on a CPU: its backward is the faster one at 64 tokens."""
-    before = backbone.model.config._attn_implementation
-    if backbone.device.type == "cpu":
-        backbone.model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        backbone.model.set_attn_implementation(before)
-
-
 def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts: list[list[int]]) -> Tensor:
     """Teacher-forced token cross-entropy of texts given ``[proj(v), prefix]``, mean over valid tokens."""
     lengths = torch.tensor([len(t) for t in texts])
@@ -90,8 +77,7 @@ def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts:
     # The last prefix position predicts the first token.
     hidden_BTd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1]
     valid_BT = (torch.arange(width) < lengths[:, None]).to(backbone.device)
-    head = backbone.model.get_output_embeddings().weight
-    return head_cross_entropy(hidden_BTd[valid_BT], head, ids_BT[valid_BT], backbone.softcap)
+    return head_cross_entropy(hidden_BTd[valid_BT], backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
 
 
 @torch.inference_mode()
@@ -152,10 +138,9 @@ class Trainer:
         rows = [self.split.pairs.rows[i] for i in batch]
         texts = [self.split.pairs.ids[i] for i in batch]
         v_Bd = torch.from_numpy(self.targets.v[rows])
-        with fast_short_attention(self.backbone):
-            loss = pair_loss(self.backbone, self.av, v_Bd, texts)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        loss = pair_loss(self.backbone, self.av, v_Bd, texts)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, GRAD_CLIP)
         self.optimizer.step()
         return loss.item()

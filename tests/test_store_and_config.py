@@ -19,7 +19,8 @@ def test_artefact_round_trip(folder):
     loaded = folder.load("x")
     np.testing.assert_array_equal(loaded.tensors["x"], x)
     assert loaded.sha256 == saved.sha256
-    assert loaded.sidecar["seed"] == 5 and "git_commit" in loaded.sidecar["code"] and "torch" in loaded.sidecar["libraries"]
+    assert loaded.sidecar["seed"] == 5
+    assert "git_commit" in loaded.sidecar["code"] and "torch" in loaded.sidecar["libraries"]
 
 
 def test_truncated_artefact_is_refused_by_name(folder):

@@ -226,7 +226,8 @@ def test_one_span_tail_oracle(scored_run, columns):
     run, targets, ceilings, _ = scored_run
     i = int(targets.held_out[0])
     for j, n in enumerate(TAIL_LENGTHS[:3]):
-        expected = naive.hidden(run.backbone.model, run.backbone.layer, [run.backbone.start_id, *targets.sequence(i)[-n:]])
+        tail = [run.backbone.start_id, *targets.sequence(i)[-n:]]
+        expected = naive.hidden(run.backbone.model, run.backbone.layer, tail)
         np.testing.assert_allclose(ceilings.tensors["corrected.tail"][0, j], expected, rtol=1e-3, atol=1e-3)
     assert columns["corrected"][0].values["tail_oracle_32_cen_fve_mean"] == pytest.approx(1, abs=1e-5)
 

@@ -1,0 +1,53 @@
+"""The machine's own limit: time of the backbone's matrix products alone, at the shapes a stage has."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nla_utils.backbone import Backbone
+
+
+@torch.inference_mode()
+def linear_seconds(weight: torch.Tensor, rows: int, repeats: int = 5) -> float:
+    """Median seconds of one product of (rows, in) with a weight (out, in)."""
+    x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    F.linear(x, weight)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        F.linear(x, weight)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def blocks_seconds(backbone: Backbone, rows: int) -> float:
+    """Seconds of the products of one block for ``rows`` tokens."""
+    linears = [m.weight for m in backbone.blocks[0].modules() if isinstance(m, nn.Linear)]
+    return sum(linear_seconds(w, rows) for w in linears)
+
+
+def limits(backbone: Backbone, sample_rows: int, train_rows: int) -> dict[str, float]:
+    """Tokens/s that the products alone would allow.
+
+    ``sampling``: every block and the head once a token, and the first ℓ blocks again to extract.
+    ``encoding``: the first ℓ blocks. ``training``: every block and the head, twice (activations
+    forward and their gradients backward; the weights are frozen and have none).
+    """
+    head = backbone.model.get_output_embeddings().weight
+    wide = 4096
+    block_sample, block_wide = blocks_seconds(backbone, sample_rows), blocks_seconds(backbone, wide)
+    head_sample = linear_seconds(head, sample_rows)
+    extract = backbone.layer * block_wide / wide
+    decode = (backbone.n_layers * block_sample + head_sample) / sample_rows
+    block_train, head_train = blocks_seconds(backbone, train_rows), linear_seconds(head, 128) * train_rows / 128
+    return {
+        "sampling": 1 / (decode + extract),
+        "encoding": 1 / extract,
+        "training": train_rows / (2 * (backbone.n_layers * block_train + head_train)),
+        "head_gflops": 2 * head.numel() * sample_rows / head_sample / 1e9,
+    }

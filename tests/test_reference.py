@@ -1,0 +1,55 @@
+"""The fast path against the plain one of ``benchmarks/reference.py``: same results, whatever the speed."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2_contingency
+
+from nla_utils.config import ROOT
+from nla_utils.sampling import SamplingSettings, sample
+from nla_utils.training import pair_loss
+from nla_utils.verbalizer import ActivationVerbalizer
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import reference  # noqa: E402
+
+
+def test_encoding_agrees(tiny_run):
+    backbone = tiny_run[0].backbone
+    ids = torch.randint(3, 200, (20, 12), generator=torch.Generator().manual_seed(0))
+    theirs = reference.encode(backbone, ids).numpy()
+    np.testing.assert_allclose(backbone.encode(ids.tolist(), start=False), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_training_step_agrees(tiny_run):
+    run, targets = tiny_run
+    ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
+    av = ActivationVerbalizer.fresh(run.backbone)
+    v = torch.from_numpy(targets.v[:4])
+    theirs = reference.train_step(run.backbone, av, v, ids)
+    expected = [p.grad.clone() for p in av.parameters()]
+    av.zero_grad()
+    loss = pair_loss(run.backbone, av, v, ids.tolist())
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs, rel=1e-5)
+    for p, grad in zip(av.parameters(), expected):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
+
+
+def test_samples_come_from_the_librarys_distribution(tiny_run):
+    """Second tokens of many sequences, ours against generate's: one table, one chi-square test."""
+    backbone = tiny_run[0].backbone
+    n = 4000
+    start = torch.full((n, 1), backbone.start_id)
+    ours = sample(backbone, backbone.embed(start), SamplingSettings(2), seed=3).ids[:, 1]
+    torch.manual_seed(3)
+    theirs = backbone.model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=2, top_k=50,
+        eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
+    )[:, 2].numpy()  # fmt: skip
+    common = [t for t in np.union1d(ours, theirs) if (ours == t).sum() + (theirs == t).sum() >= 20]
+    counts = np.array([[(x == t).sum() for t in common] for x in (ours, theirs)])
+    rest = n - counts.sum(axis=1)
+    assert chi2_contingency(np.column_stack([counts, rest + 1])).pvalue > 1e-3
