@@ -21,13 +21,13 @@ import reference
 import torch
 
 from nla_utils.backbone import Backbone
-from nla_utils.config import ROOT, RunConfig
-from nla_utils.rollouts import _paper_logprobs, _roll_out
+from nla_utils.config import N_PARAPHRASES, PROFILES, ROOT, RunConfig
+from nla_utils.rollouts import paper_logprobs, roll_out
 from nla_utils.run import open_run
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings
 from nla_utils.store import code_version, library_versions, write_json
 from nla_utils.tables import markdown
-from nla_utils.targets import _draw_chunk
+from nla_utils.targets import draw_chunk
 from nla_utils.training import pair_loss
 from nla_utils.verbalizer import ActivationVerbalizer
 
@@ -101,7 +101,7 @@ def measure() -> dict:
     run = open_run(RunConfig(profile="quick"))
     backbone = run.backbone
     settings = SamplingSettings()
-    chunk = _draw_chunk(backbone, settings, 128, seed=0)
+    chunk = draw_chunk(backbone, settings, 128, seed=0)
     sequences = [chunk["ids"][i, : chunk["lengths"][i]].tolist() for i in range(128)]
     ids_NT = torch.from_numpy(chunk["ids"]).long()
     v = torch.from_numpy(chunk["v"])
@@ -110,7 +110,7 @@ def measure() -> dict:
     text_ids = torch.tensor(texts)
 
     def ours_sampling() -> int:
-        return int(_draw_chunk(backbone, settings, SAMPLE_BATCH, seed=1)["lengths"].sum())
+        return int(draw_chunk(backbone, settings, SAMPLE_BATCH, seed=1)["lengths"].sum())
 
     def reference_sampling() -> int:
         ids, _ = reference.sample_and_extract(backbone, REFERENCE_SEQUENCES)
@@ -135,8 +135,8 @@ def measure() -> dict:
 
     def ours_evaluation() -> int:
         # One set of rollouts for 04 and 05, encoded both ways, with both kinds of log-probability.
-        part = _roll_out(backbone, av, v[:15], settings, K, seed=2)
-        _paper_logprobs(backbone, av, v[:15], part, np.ones(15, dtype=bool))
+        part = roll_out(backbone, av, v[:15], settings, K, seed=2)
+        paper_logprobs(backbone, av, v[:15], part, np.ones(15, dtype=bool))
         return int(part["lengths"].sum())
 
     def reference_evaluation() -> int:
@@ -157,12 +157,47 @@ def measure() -> dict:
     return {
         "backbone": run.folder.identity,
         "stages": stages,
+        "quick_pipeline": quick_pipeline(stages),
+        "profiles": {
+            "sampling with extraction": profile(ours_sampling),
+            "encoding to layer": profile(ours_encoding),
+            "training step": profile(ours_training),
+        },
         "store": store_sizes(run, backbone),
         "gemm": limit,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "code": code_version(),
         "libraries": library_versions(),
     }
+
+
+def profile(work: Callable[[], int]) -> dict[str, float]:
+    """Share of the operations' own time, the six largest and the rest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    spent = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    total = sum(spent.values())
+    top = dict(sorted(spent.items(), key=lambda x: -x[1])[:6])
+    return {**{k: t / total for k, t in top.items()}, "the rest": 1 - sum(top.values()) / total}
+
+
+def quick_pipeline(stages: list[dict]) -> dict:
+    """Seconds of `quick` on either path, from the measured rates and the profile's sizes.
+
+    Tokens: targets and both sets of paraphrases, one epoch, and the rollouts of both sets of targets.
+    """
+    s = PROFILES["quick"]
+    texts = s.n_targets + 2 * N_PARAPHRASES * s.n_eval
+    tokens = {
+        "sampling with extraction": texts * s.max_new_tokens,
+        "training step": (s.n_targets - s.n_eval) * s.max_new_tokens * s.epochs,
+        "rollouts of 04 and 05": 2 * s.n_eval * (s.n_rollouts + 1) * s.max_new_tokens,
+    }
+    seconds = {
+        side: sum(tokens[x["stage"]] / x[f"{side}_tokens_per_s"] for x in stages if x["stage"] in tokens)
+        for side in ("reference", "ours")
+    }
+    return {**{f"{k}_seconds": v for k, v in seconds.items()}, "ratio": seconds["reference"] / seconds["ours"]}
 
 
 def store_sizes(run, backbone) -> dict:
@@ -177,7 +212,7 @@ def store_sizes(run, backbone) -> dict:
     return {"reference_bytes_per_target": theirs, "ours_bytes_per_target": ours, "ratio": theirs / ours}
 
 
-def table(record: dict) -> str:
+def report(record: dict) -> str:
     rows = [
         {
             "stage": s["stage"],
@@ -200,7 +235,18 @@ def table(record: dict) -> str:
             MEMORY: "–",
         }
     )
-    return markdown(pd.DataFrame(rows).set_index("stage"))
+    whole = record["quick_pipeline"]
+    lines = [
+        markdown(pd.DataFrame(rows).set_index("stage")),
+        f"`quick` from these rates: reference {whole['reference_seconds'] / 60:.1f} minutes, ours "
+        f"{whole['ours_seconds'] / 60:.1f}: {whole['ratio']:.1f} times.\n",
+        "What the time of our stages is made of (torch's profiler, share of the operations' own time):\n",
+    ]
+    lines += [
+        f"- {stage}: " + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in shares.items())
+        for stage, shares in record["profiles"].items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
@@ -209,5 +255,5 @@ if __name__ == "__main__":
     write_json(folder / "results.json", result)
     readme = (folder / "README.md").read_text()
     head, _, _ = readme.partition("<!-- table -->")
-    (folder / "README.md").write_text(f"{head}<!-- table -->\n\n{table(result)}")
-    print(table(result))
+    (folder / "README.md").write_text(f"{head}<!-- table -->\n\n{report(result)}")
+    print(report(result))

@@ -157,7 +157,7 @@ class Backbone:
         for i, row in enumerate(rows):
             ids_BT[i, : len(row)] = torch.tensor(row)
         h_BTd = self.hidden_at_layer(input_ids=ids_BT.to(self.device))
-        last = h_BTd[torch.arange(len(rows)), lengths.to(h_BTd.device) - 1]
+        last = h_BTd[torch.arange(len(rows), device=h_BTd.device), lengths.to(h_BTd.device) - 1]
         return last.float().cpu().numpy()
 
     def decode_text(self, ids: Sequence[int]) -> str:

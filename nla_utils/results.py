@@ -50,11 +50,6 @@ class RunResults:
     def title(self) -> str:
         return f"{self.backbone} · {self.profile}"
 
-    @property
-    def published_name(self) -> str:
-        """The published backbone that this run is set beside."""
-        return self.data["targets"]["published"]
-
     def column(self, name: str, protocol: str) -> dict:
         return self.data[name]["protocols"][protocol]
 

@@ -72,8 +72,8 @@ def make_rollouts(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
             if part is None:
                 v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
                 seed = derive_seed(run.seed, "rollouts", c)
-                part = _roll_out(backbone, av, v_Md, settings, sizes.n_rollouts, seed)
-                part["logp_paper"] = _paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
+                part = roll_out(backbone, av, v_Md, settings, sizes.n_rollouts, seed)
+                part["logp_paper"] = paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
                 chunks.put(c, part)
             parts.append(part)
             bar.update(len(chosen))
@@ -96,7 +96,7 @@ def rollouts_of_rows(artefact: Artefact, rows: np.ndarray) -> RolloutSet:
     return RolloutSet(**{k: t[at] for k, t in artefact.tensors.items()})
 
 
-def _roll_out(
+def roll_out(
     backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, settings: SamplingSettings, k: int, seed: int
 ) -> dict[str, np.ndarray]:
     """The greedy and the K sampled rollouts of each target, decoded in one batch."""
@@ -115,7 +115,7 @@ def _roll_out(
     }
 
 
-def _paper_logprobs(
+def paper_logprobs(
     backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, part: dict[str, np.ndarray], wanted_M: np.ndarray
 ) -> np.ndarray:
     """(M, K) the authors' way, one target's rollouts at a time; NaN where it is not wanted."""

@@ -40,8 +40,7 @@ class BackboneSpec:
 
     ``layer`` None means round(0.73 L). ``start_id`` None means the tokenizer's BOS. ``eos_ids``
     None means the tokenizer's EOS. ``padding_side`` None means the tokenizer's own.
-    ``published`` names the file of ``paper/published`` to compare with; ``ceiling`` is the row that the
-    paper divides by in ρ on this backbone.
+    ``ceiling`` is the row that the paper divides by in ρ on this backbone.
     """
 
     name: str
@@ -51,7 +50,6 @@ class BackboneSpec:
     start_id: Optional[int] = None
     eos_ids: Optional[tuple[int, ...]] = None
     padding_side: Optional[str] = None
-    published: str = "gemma2_2b"
     ceiling: str = "paraphrase_bestof8"
 
 
@@ -85,12 +83,11 @@ REGISTRY: dict[str, BackboneSpec] = {
             # The base text of this model is separated by id 0, its chat turns end in id 2.
             eos_ids=(0, 2),
             padding_side="right",
-            published="llama32_3b",
         ),
         BackboneSpec("gemma2-2b", "google/gemma-2-2b", layer=19),
-        BackboneSpec("llama32-3b", "meta-llama/Llama-3.2-3B", layer=20, published="llama32_3b", ceiling="nn_in_pool"),
+        BackboneSpec("llama32-3b", "meta-llama/Llama-3.2-3B", layer=20, ceiling="nn_in_pool"),
         BackboneSpec(
-            "qwen25-7b", "Qwen/Qwen2.5-7B", layer=20, num_prefix_tokens=16, published="qwen25_7b",
+            "qwen25-7b", "Qwen/Qwen2.5-7B", layer=20, num_prefix_tokens=16,
             # Qwen declares no BOS; the authors start its sequences from <|endoftext|>, its EOS too.
             start_id=151643, eos_ids=(151643,),
         ),

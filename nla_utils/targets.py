@@ -95,7 +95,7 @@ def make_targets(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targe
             size = min(SAMPLE_BATCH, n - first)
             part = chunks.get(c)
             if part is None:
-                part = _draw_chunk(backbone, settings, size, derive_seed(run.seed, "targets", c))
+                part = draw_chunk(backbone, settings, size, derive_seed(run.seed, "targets", c))
                 chunks.put(c, part)
             parts.append(part)
             bar.update(size)
@@ -111,7 +111,8 @@ def load_targets(run: RunConfig, folder: RunFolder) -> Targets:
     return Targets.of(folder.load(ARTEFACT), run)
 
 
-def _draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict:
+def draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict[str, np.ndarray]:
+    """``size`` sequences from the start token and the activation at the end of each: ids, lengths, v."""
     start_B1 = torch.full((size, 1), backbone.start_id)
     samples = sample(backbone, backbone.embed(start_B1), settings, seed)
     v = backbone.encode([samples.sequence(i) for i in range(size)], start=True)
@@ -141,7 +142,6 @@ def describe(targets: Targets, backbone: Backbone) -> dict:
     along = v @ (mu / np.linalg.norm(mu))
     cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
     return {
-        "published": backbone.spec.published,
         "num_layers": backbone.n_layers,
         "hidden_size": backbone.d,
         "length_mean": float(targets.lengths.mean()),

@@ -103,6 +103,17 @@ def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monke
     assert result.exit_code == 2 and "truncated or altered" in result.output
 
 
+def test_several_backbones_in_one_call(tiny_folders, tmp_path):
+    names = ("tiny-llama", "tiny-gemma3")
+    chosen = [x for n in names for x in ("--backbone", str(tiny_folders[n]))]
+    command = ["reproduce", *chosen, "--out", str(tmp_path), "--until", "1", "--seed", "3", *OPTIONS]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    for name in names:
+        record = json.loads((tmp_path / name / "smoke-seed3" / "results" / "targets.json").read_text())
+        assert record["identity"]["seed"] == 3 and record["identity"]["backbone"] == name
+
+
 @pytest.mark.parametrize("extra", [["--set", "n_rollouts=0"], ["--layer", "9"], ["--from", "5", "--until", "2"]])
 def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
     command, _, folder = reproduced

@@ -42,7 +42,7 @@ def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkey
         targets = make_targets(run.config, run.backbone, run.folder)
         train_av(run.config, run.backbone, targets, run.folder)
         if name == "cut":
-            roll, calls = rollouts_module._roll_out, []
+            roll, calls = rollouts_module.roll_out, []
 
             def killed_in_the_third_chunk(*args):
                 calls.append(1)
@@ -50,7 +50,7 @@ def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkey
                     raise KeyboardInterrupt
                 return roll(*args)
 
-            monkeypatch.setattr(rollouts_module, "_roll_out", killed_in_the_third_chunk)
+            monkeypatch.setattr(rollouts_module, "roll_out", killed_in_the_third_chunk)
             with pytest.raises(KeyboardInterrupt):
                 make_rollouts(run.config, run.backbone, targets, run.folder)
             assert not run.folder.has("rollouts")

@@ -55,7 +55,7 @@ def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatc
     whole = open_run(tiny_config(folder, tmp_path / "whole"))
     make_targets(whole.config, whole.backbone, whole.folder)
     cut = open_run(tiny_config(folder, tmp_path / "cut"))
-    draw, calls = targets_module._draw_chunk, []
+    draw, calls = targets_module.draw_chunk, []
 
     def killed_in_the_second_chunk(*args):
         calls.append(1)
@@ -63,7 +63,7 @@ def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(targets_module, "_draw_chunk", killed_in_the_second_chunk)
+    monkeypatch.setattr(targets_module, "draw_chunk", killed_in_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
         make_targets(cut.config, cut.backbone, cut.folder)
     assert not cut.folder.has("targets")
