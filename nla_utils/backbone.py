@@ -70,17 +70,9 @@ class Backbone:
 
     def identity(self) -> dict:
         """What every artefact made with this backbone must agree on."""
-        return {
-            "backbone": self.spec.name,
-            "weight_hash": self.weight_hash,
-            "layer": self.layer,
-            "layer_convention": "hidden_states[layer], 0 = embeddings",
-            "start_id": self.start_id,
-            "eos_ids": list(self.eos_ids),
-            "pad_id": self.pad_id,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-        }
+        ids = (self.start_id, self.eos_ids, self.pad_id)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return identity(self.spec, self.weight_hash, self.layer, ids, dtype, self.device.type)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
@@ -167,6 +159,24 @@ class Backbone:
     def tokenize_text(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def identity(
+    spec: BackboneSpec, weights: str, layer: int, special: tuple[int, tuple[int, ...], int], dtype: str, device: str
+) -> dict:
+    """The contract that artefacts carry; ``special`` is (start, EOS ids, pad)."""
+    start_id, eos_ids, pad_id = special
+    return {
+        "backbone": spec.name,
+        "weight_hash": weights,
+        "layer": layer,
+        "layer_convention": "hidden_states[layer], 0 = embeddings",
+        "start_id": start_id,
+        "eos_ids": list(eos_ids),
+        "pad_id": pad_id,
+        "dtype": dtype,
+        "device": device,
+    }
 
 
 def _batches(order: list[int], rows: list[list[int]], budget: int):

@@ -96,10 +96,7 @@ def score_ceilings(targets: Targets, ceilings: Artefact, protocol: str) -> Colum
         tail = fve(t["tail"], v[:, None], mu)
         for j, n in enumerate(TAIL_LENGTHS):
             column.add(f"tail_oracle_{n}_{kind}_fve_mean", tail[:, j])
-        column.put(
-            f"gap_{kind}",
-            column.values[f"paraphrase_bestof8_{kind}_fve_mean"] - column.values[f"random_floor_{kind}_fve_mean"],
-        )
+        column.add(f"gap_{kind}", paraphrase.max(axis=1) - floor)
     return column
 
 
@@ -118,7 +115,7 @@ def score_rollouts(
     """Notebook 04 (PROTOCOL.md §4, §8): the AV's rows and their controls; raw, centred, ρ.
 
     Args:
-        rollouts: of the targets to evaluate, whichever they are.
+        rollouts: of the targets to evaluate; ρ is added if they are the protocol's own.
         protocol: how to encode, and what ρ divides by.
         ceiling_row: the row of notebook 03 that ρ takes as ceiling in ``paper``.
     """
@@ -141,9 +138,12 @@ def score_rollouts(
     hits, reciprocal = metrics.identification(h[:, 0], v, targets.mu)
     column.add("greedy_identification_top1", hits)
     column.add("greedy_identification_mrr", reciprocal)
+    column.add("greedy_identification_top1_minus_chance", hits - 1 / len(v))
     column.put("identification_chance_top1", 1 / len(v))
     column.put("identification_chance_mrr", float((1 / np.arange(1, len(v) + 1)).mean()))
-    _add_rho(column, targets, rollouts, ceilings, protocol, ceiling_row)
+    # Ceilings were measured on the protocol's own targets; on other ones there is nothing to pair with.
+    if np.array_equal(rollouts.rows, targets.eval_rows(protocol)):
+        _add_against_ceilings(column, targets, rollouts, ceilings, protocol, ceiling_row)
     return column
 
 
@@ -182,32 +182,28 @@ def shuffled_scores(v_Md, h_MKd, mu) -> tuple[np.ndarray, np.ndarray]:
     return greedy, best
 
 
-def _add_rho(
+def _add_against_ceilings(
     column: Column, targets: Targets, rollouts: RolloutSet, ceilings: Artefact, protocol: str, ceiling_row: str
 ) -> None:
-    """ρ_cen. ``paper``: floor and ceiling of notebook 03, whatever K. ``corrected``: a ceiling drawn as
-    often as the row it divides: one paraphrase for greedy, the best of 8 for the best of 8 rollouts."""
-    scale = score_ceilings(targets, ceilings, protocol)
+    """ρ_cen, and the paired differences from paraphrase and floor.
+
+    ``paper``: floor and ceiling of notebook 03, whatever K. ``corrected``: a ceiling drawn as often as the
+    row it divides: one paraphrase for greedy, the best of 8 for the best of 8 rollouts.
+    """
+    scale = score_ceilings(targets, ceilings, protocol).per_target
+    k = min(N_PARAPHRASES, column.values["K"])
+    score_MK = fve(rollouts.h(protocol)[:, 1:], targets.v[rollouts.rows][:, None], targets.mu)
+    column.add("adapter_cen_bestof8_mean", metrics.exact_k_curve(score_MK, [k])[:, 0])
+    rows, floor = column.per_target, scale["random_floor_cen_fve_mean"]
+    best_of_8 = scale["paraphrase_bestof8_cen_fve_mean"]
+    column.add("adapter_cen_bestofK_minus_paraphrase_bestof8", rows["adapter_cen_bestofK_mean"] - best_of_8)
+    column.add("adapter_cen_bestof8_minus_paraphrase_bestof8", rows["adapter_cen_bestof8_mean"] - best_of_8)
+    raw_floor = scale["random_floor_raw_fve_mean"]
+    column.add("adapter_raw_greedy_minus_random_floor", rows["adapter_raw_greedy_mean"] - raw_floor)
     if protocol == "paper":
-        rows = {
-            "rho_cen_greedy": ("adapter_cen_greedy_mean", ceiling_row),
-            "rho_cen_sampled_mean": ("adapter_cen_sampled_mean", ceiling_row),
-            "rho_cen_bestofK": ("adapter_cen_bestofK_mean", ceiling_row),
-            "rho_cen_nn_retrieval": ("nn_retrieval_cen_mean", ceiling_row),
-        }
+        divisors = {"greedy": ceiling_row, "sampled": ceiling_row, "bestofK": ceiling_row}
+        column.ratio("rho_cen_nn_retrieval", rows["nn_retrieval_cen_mean"], floor, scale[f"{ceiling_row}_cen_fve_mean"])
     else:
-        k = min(N_PARAPHRASES, column.values["K"])
-        score = fve(rollouts.h(protocol)[:, 1:], targets.v[rollouts.rows][:, None], targets.mu)
-        column.add("adapter_cen_bestof8_mean", metrics.exact_k_curve(score, [k])[:, 0])
-        rows = {
-            "rho_cen_greedy": ("adapter_cen_greedy_mean", "paraphrase_all"),
-            "rho_cen_sampled_mean": ("adapter_cen_sampled_mean", "paraphrase_all"),
-            "rho_cen_bestof8": ("adapter_cen_bestof8_mean", "paraphrase_bestof8"),
-        }
-    for key, (score_key, ceiling) in rows.items():
-        means_M3 = (
-            column.per_target[score_key],
-            scale.per_target["random_floor_cen_fve_mean"],
-            scale.per_target[f"{ceiling}_cen_fve_mean"],
-        )
-        column.ratio(key, *means_M3)
+        divisors = {"greedy": "paraphrase_all", "sampled": "paraphrase_all", "bestof8": "paraphrase_bestof8"}
+    for row, ceiling in divisors.items():
+        column.ratio(f"rho_cen_{row}", rows[f"adapter_cen_{row}_mean"], floor, scale[f"{ceiling}_cen_fve_mean"])

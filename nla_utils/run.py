@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nla_utils.backbone import Backbone, load_backbone, pick_device, pick_layer, special_ids
+from nla_utils.backbone import Backbone, identity, load_backbone, pick_device, pick_layer, special_ids
 from nla_utils.config import RunConfig
 from nla_utils.sources import fetch, resolve, weight_hash
 from nla_utils.store import RunFolder
@@ -23,8 +23,8 @@ class Run:
 def open_run(config: RunConfig) -> Run:
     """Load the run's backbone and open its folder; bad input raises before weights load."""
     backbone = load_backbone(config)
-    identity = {**backbone.identity(), "seed": config.seed}
-    return Run(config, RunFolder.of(config, backbone.name, identity), backbone)
+    live = {**backbone.identity(), "seed": config.seed}
+    return Run(config, RunFolder.of(config, backbone.name, live), backbone)
 
 
 def open_folder(config: RunConfig) -> RunFolder:
@@ -33,17 +33,7 @@ def open_folder(config: RunConfig) -> RunFolder:
 
     spec = resolve(config.backbone)
     source: Path = fetch(spec)
-    model_config = AutoConfig.from_pretrained(source)
-    start_id, eos_ids, pad_id = special_ids(spec, AutoTokenizer.from_pretrained(source))
-    identity = {
-        "backbone": spec.name,
-        "weight_hash": weight_hash(source),
-        "layer": pick_layer(config.layer, spec, model_config.num_hidden_layers),
-        "start_id": start_id,
-        "eos_ids": list(eos_ids),
-        "pad_id": pad_id,
-        "dtype": config.dtype,
-        "device": pick_device(config.device),
-        "seed": config.seed,
-    }
-    return RunFolder.of(config, spec.name, identity)
+    layer = pick_layer(config.layer, spec, AutoConfig.from_pretrained(source).num_hidden_layers)
+    special = special_ids(spec, AutoTokenizer.from_pretrained(source))
+    live = identity(spec, weight_hash(source), layer, special, config.dtype, pick_device(config.device))
+    return RunFolder.of(config, spec.name, {**live, "seed": config.seed})

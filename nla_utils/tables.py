@@ -34,7 +34,7 @@ EVAL_ROWS = (
 )
 RHO_ROWS = (
     ("greedy", "centred_eval.greedy.rho_cen", "rho_cen_greedy"),
-    ("sampled (mean)", "centred_eval.sampled_mean.rho_cen", "rho_cen_sampled_mean"),
+    ("sampled (mean)", "centred_eval.sampled_mean.rho_cen", "rho_cen_sampled"),
     ("best-of-K over paraphrase best-of-8", "centred_eval.best_of_k.rho_cen", "rho_cen_bestofK"),
     ("best-of-8 over paraphrase best-of-8", "", "rho_cen_bestof8"),
     ("NN-retrieval", "centred_eval.nn_retrieval.rho_cen", "rho_cen_nn_retrieval"),

@@ -89,6 +89,11 @@ def test_embedding_scale_outside_the_module_is_found(tiny_folders, tmp_path, mon
         check_backbone(backbone)
 
 
+def test_the_identity_is_the_same_with_and_without_the_model(tiny_folders, tmp_path):
+    config = tiny_config(tiny_folders["tiny-gemma2"], tmp_path)
+    assert open_folder(config) == open_run(config).folder
+
+
 @pytest.mark.parametrize("layer", [0, 4, -1, 99])
 def test_layer_out_of_range(tiny_folders, tmp_path, layer):
     with pytest.raises(ConfigError, match="choose 1 to 3"):

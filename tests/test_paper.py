@@ -37,9 +37,7 @@ def test_every_committed_number_traces_to_a_run():
             record = run.data[name]
             assert re.fullmatch("[0-9a-f]{40}", record["code"]["git_commit"]) and record["code"]["dirty"] is False
             assert all(re.fullmatch("[0-9a-f]{64}", v) for v in record["made_from"].values())
-            assert record["identity"] == run.data["targets"]["identity"] | {
-                k: v for k, v in record["identity"].items() if k not in run.data["targets"]["identity"]
-            }
+            assert record["identity"] == run.data["targets"]["identity"]
         shared = {k: v for n in NAMES for k, v in run.data[n]["made_from"].items()}
         for name in NAMES:
             assert run.data[name]["made_from"].items() <= shared.items()
