@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Optional
 
+from nla_utils import metrics
 from nla_utils.config import ROOT
 from nla_utils.store import read_json
 
@@ -46,3 +48,16 @@ def ceiling(name: str) -> tuple[float, float]:
     record = published(name)
     rows = record["ceilings"]
     return rows["random_floor"]["cen"], rows[record["ceiling_used"]]["cen"]
+
+
+def published_null(name: str, k: int) -> tuple[float, float]:
+    """(best of k unrelated texts, best of k rollouts), centred, from what the paper itself prints.
+
+    NN-in-pool among 200 and NN-retrieval from 2,000 are the best of 199 and of 2,000 unrelated texts: two
+    points of a line against log K, read off at k. Unlike the rollouts those texts are encoded behind BOS,
+    and the first point uses the 200 targets' own mean.
+    """
+    record = published(name)
+    points = {199: look_up(record, "ceilings.nn_in_pool.cen"), 2000: look_up(record, "centred_eval.nn_retrieval.cen")}
+    slope, intercept, _ = metrics.slope_per_doubling(list(points), list(points.values()))
+    return slope * math.log2(k) + intercept, look_up(record, "centred_eval.best_of_k.cen")

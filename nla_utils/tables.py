@@ -6,7 +6,7 @@ from typing import Optional, Sequence
 
 import pandas as pd
 
-from nla_utils.published import BACKBONES, TITLES, look_up, published
+from nla_utils.published import BACKBONES, TITLES, look_up, published, published_null
 from nla_utils.results import RunResults
 
 # (label, published path, key in our results); {kind} is raw or cen.
@@ -215,6 +215,17 @@ def backbones_table(runs: Sequence[RunResults]) -> pd.DataFrame:
             else _plain(run.column(file, "paper").get(key)) for label, _, file, key in rows
         }  # fmt: skip
     return pd.DataFrame(table)
+
+
+def published_null_table() -> pd.DataFrame:
+    """Published best-of-64 beside the best of 64 unrelated texts, interpolated from the paper's own rows."""
+    rows = []
+    for name in BACKBONES:
+        k = published(name)["centred_eval"]["K"]
+        null, rollouts = published_null(name, k)
+        rows.append({"backbone": TITLES[name], "K": str(k), "best of K rollouts": number(rollouts),
+                     "best of K unrelated texts": number(null), "difference": f"{rollouts - null:+.3f}"})  # fmt: skip
+    return pd.DataFrame(rows).set_index("backbone")
 
 
 def _plain(value) -> str:
