@@ -138,9 +138,11 @@ def score_rollouts(
     hits, reciprocal = metrics.identification(h[:, 0], v, targets.mu)
     column.add("greedy_identification_top1", hits)
     column.add("greedy_identification_mrr", reciprocal)
-    column.add("greedy_identification_top1_minus_chance", hits - 1 / len(v))
+    chance = float((1 / np.arange(1, len(v) + 1)).mean())
+    # Top-1 hits are too few for a bootstrap interval (none at all gives one of no width); the rank is not.
+    column.add("greedy_identification_mrr_minus_chance", reciprocal - chance)
     column.put("identification_chance_top1", 1 / len(v))
-    column.put("identification_chance_mrr", float((1 / np.arange(1, len(v) + 1)).mean()))
+    column.put("identification_chance_mrr", chance)
     # Ceilings were measured on the protocol's own targets; on other ones there is nothing to pair with.
     if np.array_equal(rollouts.rows, targets.eval_rows(protocol)):
         _add_against_ceilings(column, targets, rollouts, ceilings, protocol, ceiling_row)

@@ -245,9 +245,11 @@ def latex(table: pd.DataFrame, caption: str, label: str) -> str:
     return escaped.to_latex(caption=_tex(caption), label=label, column_format="l" + "r" * len(table.columns))
 
 
+TEX = {
+    "&": r"\&", "%": r"\%", "_": r"\_", "<": "$<$", ">": "$>$", "‖": r"$\|$", "μ": r"$\mu$", "ρ": r"$\rho$",
+    "−": "$-$", "–": "--", "·": r"$\cdot$", "²": "$^2$", "₂": "$_2$", "§": r"\S{}", "’": "'",
+}  # fmt: skip
+
+
 def _tex(text: object) -> str:
-    text = str(text)
-    for old, new in (("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("‖", r"$\|$"), ("μ", r"$\mu$"), ("−", "$-$"),
-                     ("–", "--"), ("·", r"$\cdot$"), ("ρ", r"$\rho$")):  # fmt: skip
-        text = text.replace(old, new)
-    return text
+    return "".join(TEX.get(c, c) for c in str(text))

@@ -24,7 +24,7 @@ from nla_utils.config import RunConfig  # noqa: E402
 from nla_utils.run import open_run  # noqa: E402
 from nla_utils.targets import make_targets  # noqa: E402
 
-CORPUS = Path(__file__).parent.parent / "README.md"
+CORPUS = Path(__file__).parent / "corpus.txt"
 SHAPE = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, initializer_range=0.3,
@@ -52,7 +52,7 @@ def build_tokenizer(padding_side: str, bos_is_eos: bool, adds_bos: bool, bos: bo
         vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False
     )
     # ASCII alone, so that any sequence of tokens is text that can be tokenized again.
-    tokenizer.train_from_iterator([CORPUS.read_bytes().decode("ascii", "ignore")], trainer)
+    tokenizer.train_from_iterator([CORPUS.read_text(encoding="ascii")], trainer)
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     names = {"bos_token": "<eos>" if bos_is_eos else "<bos>"} if bos else {}

@@ -102,12 +102,14 @@ def test_killed_training_resumes_to_the_same_av(tiny_folders, tmp_path, monkeypa
     train_av(whole[0].config, whole[0].backbone, whole[1], whole[0].folder)
     step = Trainer._train_step
 
-    def killed_in_step_four(self):
-        if self.step == 3:
+    assert whole[0].folder.load("best_av").sidecar["steps"] > 2
+
+    def killed_after_two_steps(self):
+        if self.step == 2:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(Trainer, "_train_step", killed_in_step_four)
+    monkeypatch.setattr(Trainer, "_train_step", killed_after_two_steps)
     with pytest.raises(KeyboardInterrupt):
         train_av(cut[0].config, cut[0].backbone, cut[1], cut[0].folder)
     assert not cut[0].folder.has("best_av")
