@@ -142,7 +142,7 @@ def _one_per_backbone(runs: Sequence[RunResults]) -> list[RunResults]:
 
 
 def figure_3(runs: Sequence[RunResults]) -> Figure:
-    """Replay of the same targets as one slip of the re-encoding after the other is corrected."""
+    """Replay of the same targets, re-encoded with and without each slip."""
     steps = (
         ("replay_cen_published", "as published"),
         ("replay_cen_right_index", "last token\nfrom the mask"),
@@ -156,10 +156,9 @@ def figure_3(runs: Sequence[RunResults]) -> Figure:
         y = np.array([ladder[k] for k, _ in steps])
         error = np.abs(np.array([ladder["ci95"][k] for k, _ in steps]).T - y)
         ax.errorbar(range(len(steps)), y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3)
-        ax.annotate(run.title, (len(steps) - 1, y[-1]), textcoords="offset points", xytext=(6, -3), fontsize=8,
+        ax.annotate(run.title, (0, y[0]), textcoords="offset points", xytext=(7, 10), fontsize=8,
                     color=colour(run.backbone))  # fmt: skip
     ax.set_xticks(range(len(steps)), [label for _, label in steps], fontsize=8)
-    ax.margins(x=0.12)
     style(ax, "", "replay, centred fve_nrm", "the same targets, re-encoded five ways")
     return fig
 
