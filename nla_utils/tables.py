@@ -6,7 +6,7 @@ from typing import Optional, Sequence
 
 import pandas as pd
 
-from nla_utils.published import BACKBONES, TITLES, look_up, published, published_null
+from nla_utils.published import BACKBONES, TITLES, k_curve, look_up, published, published_null
 from nla_utils.results import RunResults
 
 # (label, published path, key in our results); {kind} is raw or cen.
@@ -111,8 +111,6 @@ def rerank_table(run: RunResults, reference: str) -> pd.DataFrame:
 
 def k_curve_table(run: RunResults, reference: str) -> pd.DataFrame:
     """Centred K-curve: published · first-K under ``paper`` · exact under ``corrected`` · its nulls."""
-    from nla_utils.published import k_curve
-
     stated = k_curve(reference)
     paper, corrected = run.column("rerank_eval", "paper"), run.column("rerank_eval", "corrected")
     columns = (
