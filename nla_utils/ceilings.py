@@ -107,12 +107,28 @@ def _paraphrases(
 ) -> dict[str, np.ndarray]:
     """8 paraphrases per target: generated and re-encoded as the protocol does.
 
-    ``paper`` pads the prompts on the tokenizer's own side and re-encodes text; ``corrected`` pads
-    them on the left and re-encodes the sampled ids behind BOS.
+    ``paper`` re-encodes text; ``corrected`` the sampled ids behind BOS.
     """
-    prompts = [
-        _prompt_ids(backbone, text, protocol) for text in _texts(backbone, targets, rows)
-    ]
+    sequences = draw_paraphrases(run, backbone, targets, rows, protocol)
+    if protocol == "paper":
+        h_nd = paper_way.encode_texts(backbone, [backbone.decode_text(s) for s in sequences])
+    else:
+        h_nd = backbone.encode(sequences, start=True)
+    return {
+        "paraphrase": h_nd.reshape(len(rows), N_PARAPHRASES, -1),
+        **_packed(sequences, run.sizes.max_new_tokens, backbone.pad_id),
+    }
+
+
+def draw_paraphrases(
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str
+) -> list[list[int]]:
+    """Token ids of 8 paraphrases per target, targets in order.
+
+    ``paper`` pads the prompts on the tokenizer's own side (slip ``pad_generate``); ``corrected`` pads them
+    on the left and sees to the start token.
+    """
+    prompts = [_prompt_ids(backbone, text, protocol) for text in _texts(backbone, targets, rows)]
     side = backbone.padding_side if protocol == "paper" else "left"
     settings = _paraphrase_settings(run)
     repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
@@ -122,14 +138,13 @@ def _paraphrases(
         seed = derive_seed(run.seed, f"paraphrase/{protocol}", c)
         samples = sample(backbone, backbone.embed(ids_BT), settings, seed, mask_BT)
         sequences += [samples.sequence(i) for i in range(len(ids_BT))]
-    if protocol == "paper":
-        h_nd = paper_way.encode_texts(backbone, [backbone.decode_text(s) for s in sequences])
-    else:
-        h_nd = backbone.encode(sequences, start=True)
-    return {
-        "paraphrase": h_nd.reshape(len(rows), N_PARAPHRASES, -1),
-        **_packed(sequences, settings.max_new_tokens, backbone.pad_id),
-    }
+    return sequences
+
+
+def stored_paraphrases(ceilings: Artefact, protocol: str) -> list[list[int]]:
+    """The paraphrases that a protocol's ceiling was made of."""
+    ids, lengths = (ceilings.tensors[f"{protocol}.paraphrase_{k}"] for k in ("ids", "lengths"))
+    return [row[:n].tolist() for row, n in zip(ids, lengths)]
 
 
 def _prompt_ids(backbone: Backbone, text: str, protocol: str) -> list[int]:

@@ -46,6 +46,7 @@ def reproduce(
     layer: Annotated[Optional[int], typer.Option(help="Extraction layer, if not the backbone's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
+    target_span: Annotated[str, typer.Option(help="What the AV is trained to write: full, or last:n.")] = "full",
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
@@ -64,7 +65,7 @@ def reproduce(
         configs = [
             RunConfig.from_mapping(
                 {"backbone": b, "profile": profile, "seed": seed, "out": where, "layer": layer, "device": device,
-                 "dtype": dtype, **_settings(set_)}
+                 "dtype": dtype, "target_span": target_span, **_settings(set_)}
             )
             for b in names
         ]  # fmt: skip

@@ -31,6 +31,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}"
 
 
+def span_length(span: str) -> Optional[int]:
+    """How many tokens of the end a verbalizer writes: n for ``last:n``, ``None`` for ``full`` (the paper's)."""
+    kind, _, n = span.partition(":")
+    if span == "full":
+        return None
+    if kind == "last" and n.isdigit() and int(n) >= 1:
+        return int(n)
+    raise ConfigError(f"target_span is {span!r}; write 'full' (the paper's) or 'last:n', for example 'last:8'")
+
+
 def cache_dir() -> Path:
     """Folder for fetched and converted weights: ``$NLA_CACHE`` or ``~/.cache/nla_utils``."""
     return Path(os.environ.get("NLA_CACHE", Path.home() / ".cache" / "nla_utils"))
@@ -90,8 +100,10 @@ class RunConfig:
     pool_size: Optional[int] = None
     device: str = "auto"
     dtype: str = "bfloat16"
+    target_span: str = "full"
 
     def __post_init__(self) -> None:
+        span_length(self.target_span)
         if self.profile not in PROFILES:
             raise ConfigError(f"unknown profile {self.profile!r}: {nearest(self.profile, PROFILES)}")
         if self.dtype not in ("bfloat16", "float32", "float16"):
@@ -106,12 +118,19 @@ class RunConfig:
         return dataclasses.replace(PROFILES[self.profile], **overrides)
 
     @property
+    def text_length(self) -> int:
+        """Tokens that the AV writes at most."""
+        return min(self.sizes.max_new_tokens, span_length(self.target_span) or self.sizes.max_new_tokens)
+
+    @property
     def folder_name(self) -> str:
         """``quick``, or ``quick-layer9-seed2``: whatever differs from the profile is in the name."""
         parts = [self.profile]
         for name in ("layer", "n_targets", "n_eval", "n_rollouts", "pool_size"):
             if getattr(self, name) is not None:
                 parts.append(f"{name}{getattr(self, name)}")
+        if self.target_span != "full":
+            parts.append(self.target_span.replace(":", ""))
         if self.seed != 1:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)
@@ -168,7 +187,11 @@ def check_sizes(s: Profile) -> None:
 
 @dataclass(frozen=True)
 class AVConfig:
-    """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused."""
+    """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused.
+
+    ``target_span`` is ours: which part of the source the AV was trained to write, ``full`` as in every
+    published checkpoint, or ``last:n``.
+    """
 
     backbone_id: str
     extraction_layer: int
@@ -182,6 +205,7 @@ class AVConfig:
     prefix_mode: str = "static"
     prefix_mlp_hidden: Optional[int] = None
     num_inject_slots: int = 1
+    target_span: str = "full"
     lambda_mag: float = 0.0
     beta_kl: float = 0.0
     gamma_entropy: float = 0.0
@@ -190,6 +214,7 @@ class AVConfig:
     h_max: float = 0.0
 
     def __post_init__(self) -> None:
+        span_length(self.target_span)
         supported = {"prefix_mode": "static", "num_inject_slots": 1, "pool": "last"}
         for name, value in supported.items():
             if getattr(self, name) != value:

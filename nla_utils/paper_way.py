@@ -15,22 +15,27 @@ from nla_utils.verbalizer import ActivationVerbalizer
 TEXT_BATCH = 16
 
 
-@torch.inference_mode()
 def encode_texts(backbone: Backbone, texts: list[str]) -> np.ndarray:
-    """h (N, d) float32 of texts as the ceilings script reads it: slips ``bos`` and ``left_pad``.
+    """h (N, d) float32 of texts as the ceilings script reads it: slips ``bos``, ``left_pad``, ``eos_text``."""
+    return encode_padded(backbone, [backbone.tokenize_text(t) for t in texts])
 
-    No BOS; padded on the tokenizer's own side, in batches of 16; read at index count − 1, which on
-    a left-padded row is not the last token. A text of no tokens is read at index −1.
+
+@torch.inference_mode()
+def encode_padded(backbone: Backbone, rows: list[list[int]]) -> np.ndarray:
+    """h (N, d) float32 of token ids, read at index count − 1 (slip ``left_pad``).
+
+    Padded on the tokenizer's own side, in batches of 16; on a left-padded row index count − 1 is not the
+    last token. A row of no tokens is read at index −1.
     """
-    h_Nd = np.empty((len(texts), backbone.d), dtype=np.float32)
-    for first in range(0, len(texts), TEXT_BATCH):
-        rows = [backbone.tokenize_text(t) for t in texts[first : first + TEXT_BATCH]]
-        ids_BT, mask_BT = pad(rows, backbone.pad_id, backbone.padding_side)
+    h_Nd = np.empty((len(rows), backbone.d), dtype=np.float32)
+    for first in range(0, len(rows), TEXT_BATCH):
+        batch = rows[first : first + TEXT_BATCH]
+        ids_BT, mask_BT = pad(batch, backbone.pad_id, backbone.padding_side)
         h_BTd = backbone.hidden_at_layer(
             input_ids=ids_BT.to(backbone.device), attention_mask=mask_BT.to(backbone.device)
         )
         index_B = mask_BT.sum(dim=1) - 1
-        h_Nd[first : first + len(rows)] = h_BTd[torch.arange(len(rows)), index_B].float().cpu().numpy()
+        h_Nd[first : first + len(batch)] = h_BTd[torch.arange(len(batch)), index_B].float().cpu().numpy()
     check_finite(h_Nd, "texts encoded the paper's way")
     return h_Nd
 

@@ -58,8 +58,8 @@ def make_rollouts(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     av_sha = folder.load(AV_ARTEFACT).sha256
     sizes = run.sizes
     rows = np.concatenate([targets.in_sample, targets.held_out])
-    require_disk(folder.path, 4 * len(rows) * (sizes.n_rollouts + 1) * (2 * backbone.d + sizes.max_new_tokens) * 4)
-    settings = SamplingSettings(max_new_tokens=sizes.max_new_tokens)
+    require_disk(folder.path, 4 * len(rows) * (sizes.n_rollouts + 1) * (2 * backbone.d + run.text_length) * 4)
+    settings = SamplingSettings(max_new_tokens=run.text_length)
     parents = {"targets": targets.sha256, AV_ARTEFACT: av_sha}
     plan = {**folder.identity, **parents, "k": sizes.n_rollouts, "sampling": settings.record()}
     chunks = ChunkStore(folder.file("rollouts.chunks"), plan)

@@ -146,6 +146,7 @@ def describe(targets: Targets, backbone: Backbone) -> dict:
         "hidden_size": backbone.d,
         "length_mean": float(targets.lengths.mean()),
         "ended_share": float(np.isin(_last_ids(targets), backbone.eos_ids).mean()),
+        "embedding_norm_mean": _embedding_norm(targets, backbone),
         "v_norm_mean": float(np.linalg.norm(v, axis=1).mean()),
         "mu_norm": float(np.linalg.norm(mu)),
         "mean_square_share_along_mu": float((along**2).sum() / (v**2).sum()),
@@ -154,6 +155,13 @@ def describe(targets: Targets, backbone: Backbone) -> dict:
         **{f"unrelated_cosine_{k}_std": float(c.std()) for k, c in cosine.items()},
         "health": check_health(targets.v),
     }
+
+
+def _embedding_norm(targets: Targets, backbone: Backbone) -> float:
+    """Mean norm of the token embeddings of one target's text after another, through the module."""
+    ids = torch.tensor([i for s in targets.sequences(targets.in_sample) for i in s])
+    with torch.inference_mode():
+        return float(backbone.embed(ids).float().norm(dim=-1).mean())
 
 
 def _last_ids(targets: Targets) -> np.ndarray:
@@ -169,19 +177,29 @@ def unrelated_cosines(targets: Targets, centred: bool) -> np.ndarray:
 
 @dataclass
 class TextPairs:
-    """Training pairs (row of the target, token ids of its text) and how many were skipped."""
+    """Training pairs (row of the target, token ids of its text), how many were skipped for their length,
+    and how many came back from the text as other ids than were sampled (special tokens aside)."""
 
     rows: list[int]
     ids: list[list[int]]
     skipped: int
+    changed: int
 
 
 def paper_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: int) -> TextPairs:
     """The paper's training texts: decoded without special tokens, tokenized again, long ones skipped."""
-    kept_rows, kept_ids = [], []
+    kept_rows, kept_ids, changed = [], [], 0
+    special = set(backbone.tokenizer.all_special_ids)
     for i in rows:
-        ids = backbone.tokenize_text(backbone.decode_text(targets.sequence(i)))
+        sampled = targets.sequence(i)
+        ids = backbone.tokenize_text(backbone.decode_text(sampled))
+        changed += ids != [t for t in sampled if t not in special]
         if 0 < len(ids) <= limit:
             kept_rows.append(int(i))
             kept_ids.append(ids)
-    return TextPairs(kept_rows, kept_ids, len(rows) - len(kept_rows))
+    return TextPairs(kept_rows, kept_ids, len(rows) - len(kept_rows), changed)
+
+
+def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> TextPairs:
+    """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again."""
+    return TextPairs([int(i) for i in rows], [targets.sequence(i)[-n:] for i in rows], skipped=0, changed=0)

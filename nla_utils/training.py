@@ -14,13 +14,13 @@ from torch import Tensor
 
 from nla_utils.backbone import Backbone
 from nla_utils.checks import check_frozen
-from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig, span_length
 from nla_utils.head_loss import head_cross_entropy
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, derive_seed
-from nla_utils.targets import Targets, TextPairs, paper_pairs
+from nla_utils.targets import Targets, TextPairs, paper_pairs, tail_pairs
 from nla_utils.verbalizer import ActivationVerbalizer, export_av
 
 ARTEFACT = "best_av"
@@ -47,9 +47,13 @@ class History:
 
 
 def make_split(run: RunConfig, backbone: Backbone, targets: Targets) -> Split:
-    """All pairs but the held-out targets' ones, split at random over the pairs as the paper does."""
+    """All pairs but the held-out targets' ones, split at random over the pairs as the paper does.
+
+    A pair's text is the whole source, or its last n tokens where ``target_span`` says so.
+    """
     sizes = run.sizes
-    pairs = paper_pairs(backbone, targets, np.arange(sizes.n_train_rows), sizes.max_new_tokens)
+    rows, n = np.arange(sizes.n_train_rows), span_length(run.target_span)
+    pairs = tail_pairs(targets, rows, n) if n else paper_pairs(backbone, targets, rows, sizes.max_new_tokens)
     rng = np.random.default_rng(derive_seed(run.seed, "split", 0))
     order = rng.permutation(len(pairs.rows))
     n_val = max(1, round(VALIDATION_SHARE * len(order)))
@@ -105,7 +109,7 @@ class Trainer:
     def __init__(self, run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder):
         self.run, self.backbone, self.targets, self.folder = run, backbone, targets, folder
         self.split = make_split(run, backbone, targets)
-        self.av = ActivationVerbalizer.fresh(backbone, run.sizes.max_new_tokens)
+        self.av = ActivationVerbalizer.fresh(backbone, run.text_length, run.target_span)
         self.params = [self.av.proj.weight, self.av.prefix_embeds]
         self.optimizer = torch.optim.AdamW(self.params, lr=LEARNING_RATE, weight_decay=0.0)
         self.history = History()
@@ -149,7 +153,7 @@ class Trainer:
         sizes = self.run.sizes
         chosen = self.split.validation[: sizes.n_validate]
         rows = [self.split.pairs.rows[i] for i in chosen]
-        record = validate(self.backbone, self.av, self.targets, rows, sizes.max_new_tokens)
+        record = validate(self.backbone, self.av, self.targets, rows, self.run.text_length)
         self.history.validation.append({"step": self.step, **record})
         if self.history.best("fve_nrm")["step"] == self.step:
             self.best = self.av.trainable()
@@ -165,7 +169,8 @@ class Trainer:
 
     def _plan(self) -> dict:
         sizes = self.run.sizes
-        return {**self.folder.identity, "targets": self.targets.sha256, "epochs": sizes.epochs, "seed": self.run.seed}
+        plan = {"targets": self.targets.sha256, "epochs": sizes.epochs, "seed": self.run.seed}
+        return {**self.folder.identity, **plan, "target_span": self.run.target_span}
 
     def _resume(self) -> None:
         with safe_open(self.state_file, "pt") as f:
@@ -200,8 +205,10 @@ def train_av(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFo
         {k: v.numpy() for k, v in trainer.best.items()},
         made_from={"targets": targets.sha256},
         seed=run.seed,
+        target_span=run.target_span,
         pairs=len(split.pairs.rows),
         skipped_pairs=split.pairs.skipped,
+        changed_pairs=split.pairs.changed,
         train_pairs=len(split.train),
         train_rows=sorted(split.pairs.rows[i] for i in split.train),
         validation_rows=[split.pairs.rows[i] for i in split.validation],
@@ -222,15 +229,20 @@ def train_av(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFo
 def load_av(run: RunConfig, backbone: Backbone, folder: RunFolder) -> ActivationVerbalizer:
     """The trained AV of this run; raises ``ArtefactError`` if notebook 02 has not made it."""
     artefact = folder.load(ARTEFACT)
-    av = ActivationVerbalizer.fresh(backbone, run.sizes.max_new_tokens)
+    av = ActivationVerbalizer.fresh(backbone, run.text_length, run.target_span)
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
     return av.load_trainable(tensors, str(artefact.path)).eval()
 
 
-def describe(sidecar: dict) -> dict:
-    """The figures of notebook 02: pairs, steps, curves, and which step each criterion chose."""
+def describe(sidecar: dict, targets: Targets) -> dict:
+    """The figures of notebook 02: pairs, steps, curves, which step each criterion chose, and how many of each
+    evaluation set were trained on."""
     keys = (
-        "pairs", "skipped_pairs", "train_pairs", "trainable_params", "steps", "best_step", "best_val_fve_nrm",
-        "best_step_by_centred", "loss", "validation",
+        "pairs", "skipped_pairs", "changed_pairs", "train_pairs", "trainable_params", "steps", "best_step",
+        "best_val_fve_nrm", "best_step_by_centred", "loss", "validation",
     )  # fmt: skip
-    return {k: sidecar[k] for k in keys}
+    return {
+        **{k: sidecar[k] for k in keys},
+        "in_sample_trained_on": int(np.isin(targets.in_sample, sidecar["train_rows"]).sum()),
+        "held_out_trained_on": int(np.isin(targets.held_out, sidecar["train_rows"]).sum()),
+    }

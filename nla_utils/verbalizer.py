@@ -35,7 +35,7 @@ class ActivationVerbalizer(nn.Module):
         assert actual == expected, f"{actual} trainable parameters, d² + P·d = {expected}"
 
     @classmethod
-    def fresh(cls, backbone: Backbone, max_new_tokens: int = 64) -> "ActivationVerbalizer":
+    def fresh(cls, backbone: Backbone, max_new_tokens: int = 64, target_span: str = "full") -> "ActivationVerbalizer":
         """An untrained AV for a backbone, on its device."""
         config = AVConfig(
             backbone_id=backbone.spec.name,
@@ -43,6 +43,7 @@ class ActivationVerbalizer(nn.Module):
             extraction_layer=backbone.layer,
             num_prefix_tokens=backbone.spec.num_prefix_tokens,
             max_new_tokens=max_new_tokens,
+            target_span=target_span,
         )
         with torch.no_grad():
             start = backbone.embed(torch.tensor([backbone.start_id]))[0]

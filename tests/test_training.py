@@ -1,5 +1,7 @@
 """The head's loss, the verbalizer's formats, training, resume."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +168,20 @@ def test_trained_av_loads_back(scored_run):
     av = load_av(run.config, run.backbone, run.folder)
     imported = import_av(run.folder.file("av"), run.backbone)
     torch.testing.assert_close(av.proj.weight, imported.proj.weight)
+
+
+def test_a_last_n_verbalizer_is_trained_on_the_end_and_says_so(tiny_run, tmp_path):
+    run, targets = tiny_run
+    config = dataclasses.replace(run.config, target_span="last:3", out=str(tmp_path))
+    split = make_split(config, run.backbone, targets)
+    assert split.pairs.ids[5] == targets.sequence(split.pairs.rows[5])[-3:]
+    av = ActivationVerbalizer.fresh(run.backbone, config.text_length, config.target_span)
+    assert (av.config.max_new_tokens, av.config.target_span) == (3, "last:3")
+    export_av(av, tmp_path, 0.5, 1)
+    assert import_av(tmp_path, run.backbone).config.target_span == "last:3"
+
+
+@pytest.mark.parametrize("span", ["last", "last:0", "first:4", "last:x"])
+def test_an_unknown_span_is_refused(span):
+    with pytest.raises(ConfigError, match="last:8"):
+        AVConfig("b", 1, 1, target_span=span)
