@@ -14,7 +14,8 @@ import numpy as np
 from nla_utils import metrics
 from nla_utils.config import FLOOR_ROWS, N_PARAPHRASES, TAIL_LENGTHS
 from nla_utils.metrics import fve, fve_matrix
-from nla_utils.rollouts import RolloutSet
+from nla_utils.readings import probe_lengths
+from nla_utils.rollouts import RolloutSet, rows_at
 from nla_utils.store import Artefact
 from nla_utils.targets import Targets
 
@@ -110,12 +111,13 @@ def score_replay_ladder(targets: Targets, ceilings: Artefact) -> Column:
 
 
 def score_rollouts(
-    targets: Targets, rollouts: RolloutSet, ceilings: Artefact, protocol: str, ceiling_row: str
+    targets: Targets, rollouts: RolloutSet, ceilings: Artefact, readings: Artefact, protocol: str, ceiling_row: str
 ) -> Column:
     """Notebook 04 (PROTOCOL.md §4, §8): the AV's rows and their controls; raw, centred, ρ.
 
     Args:
         rollouts: of the targets to evaluate; ρ is added if they are the protocol's own.
+        readings: holds the probe decode of the same targets.
         protocol: how to encode, and what ρ divides by.
         ceiling_row: the row of notebook 03 that ρ takes as ceiling in ``paper``.
     """
@@ -135,6 +137,7 @@ def score_rollouts(
         _add_floor(column, kind, protocol, v, pool, mu)
         _add_controls(column, kind, v, h, ceilings.tensors[f"{protocol}.pool_h"], mu, k)
     column.add("constant_mu_raw_mean", fve(targets.mu, v))
+    _add_probe(column, v, readings, rollouts.rows, protocol, targets.mu)
     hits, reciprocal = metrics.identification(h[:, 0], v, targets.mu)
     column.add("greedy_identification_top1", hits)
     column.add("greedy_identification_mrr", reciprocal)
@@ -142,6 +145,7 @@ def score_rollouts(
     # Top-1 hits are too few for a bootstrap interval (none at all gives one of no width); the rank is not.
     column.add("greedy_identification_mrr_minus_chance", reciprocal - chance)
     column.put("identification_chance_top1", 1 / len(v))
+    column.put("shorter_than_limit_share", float((rollouts.lengths[:, 1:] < rollouts.ids.shape[2]).mean()))
     column.put("identification_chance_mrr", chance)
     # Ceilings were measured on the protocol's own targets; on other ones there is nothing to pair with.
     if np.array_equal(rollouts.rows, targets.eval_rows(protocol)):
@@ -172,6 +176,36 @@ def _add_controls(column: Column, kind: str, v, h, pool_h, mu, k: int) -> None:
     column.difference(f"adapter_{kind}_bestofK_mean", f"shuffled_v_{kind}_bestofK_mean")
     column.difference(f"adapter_{kind}_bestofK_mean", f"unrelated_text_{kind}_bestofK_mean")
     column.difference(f"adapter_{kind}_greedy_mean", f"nn_retrieval_{kind}_mean")
+
+
+def _add_probe(column: Column, v, readings: Artefact, rows: np.ndarray, protocol: str, mu) -> None:
+    """The probe's last n tokens, re-encoded as the protocol does, and greedy minus the longest of them."""
+    h_RJd = readings.tensors["probe_h_nobos" if protocol == "paper" else "probe_h_bos"]
+    h = h_RJd[rows_at(readings, rows)]
+    lengths = probe_lengths(readings.tensors["probe_ids"].shape[1])
+    for kind, center in (("raw", None), ("cen", mu)):
+        for j, n in enumerate(lengths):
+            column.add(f"probe_decode_{n}_{kind}_mean", fve(h[:, j], v, center))
+    column.put("probe_length", lengths[-1])
+    longest = column.per_target[f"probe_decode_{lengths[-1]}_cen_mean"]
+    column.add("adapter_cen_greedy_minus_probe_decode", column.per_target["adapter_cen_greedy_mean"] - longest)
+
+
+def add_unpaired(column: Column, key: str, a_M: np.ndarray, b_M: np.ndarray) -> None:
+    """Mean of a − mean of b, two different sets of targets, with a bootstrap interval of each drawn apart."""
+    column.put(key, float(a_M.mean() - b_M.mean()))
+    gap_R = metrics.bootstrap_means(a_M) - metrics.bootstrap_means(b_M, seed=metrics.BOOTSTRAP_SEED + 1)
+    column.ci95[key] = [float(x) for x in np.percentile(gap_R, [2.5, 97.5])]
+
+
+def compare_in_sample(held_out: Column, in_sample: Column) -> None:
+    """Adds to ``held_out`` what training on a target was worth: in-sample minus held-out, greedy and best-of-K.
+
+    Both are taken above the rollouts of other targets, so that an easier set of targets does not count.
+    """
+    for row in ("greedy", "bestofK"):
+        key = f"adapter_cen_{row}_mean_minus_shuffled_v_cen_{row}_mean"
+        add_unpaired(held_out, f"in_sample_advantage_{row}", in_sample.per_target[key], held_out.per_target[key])
 
 
 def shuffled_scores(v_Md, h_MKd, mu) -> tuple[np.ndarray, np.ndarray]:

@@ -73,9 +73,9 @@ def published_k_curves(ax: Axes) -> None:
     style(ax, "K (rollouts, log₂)", "centred fve_nrm, best of K", "published; dashed: ceiling, dotted: floor")
 
 
-def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str) -> None:
+def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str, of: str = "AV") -> None:
     """One K-curve with its nulls; floor and ceiling of the same protocol as horizontal lines."""
-    draw_curve(ax, column, "kcurve_oracle_top1_cen", color, "AV, best of K")
+    draw_curve(ax, column, "kcurve_oracle_top1_cen", color, f"{of}, best of K")
     draw_curve(ax, column, "kcurve_unrelated_text_cen", NULL_GREY, "control: K unrelated texts", "--")
     draw_curve(ax, column, "kcurve_shuffled_v_cen", "black", "control: other targets' rollouts", ":")
     level(ax, scale["paraphrase_bestof8_cen_fve_mean"], color, "paraphrase best-of-8")
@@ -85,6 +85,21 @@ def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str) -
     ax.legend(frameon=False, fontsize=6.5, loc="upper left")
     bottom, top = ax.get_ylim()
     ax.set_ylim(bottom, top + 0.35 * (top - bottom))
+
+
+def draw_compute(ax: Axes, curves: dict[str, list[dict]], color: str, title: str) -> None:
+    """Centred score against forward tokens: AV, its null, the reader, and the reader's guided search."""
+    looks = {"AV": (color, "o:"), "unrelated text": (NULL_GREY, "s--"), "reader": (color, "o-"),
+             "reader, guided": ("black", ".-")}  # fmt: skip
+    for name, points in curves.items():
+        tokens, means = [p["tokens"] for p in points], [p["mean"] for p in points]
+        low, high = np.array([p["ci95"] for p in points]).T
+        shade, line = looks[name]
+        ax.plot(tokens, means, line, color=shade, markersize=3, label=name)
+        ax.fill_between(tokens, low, high, color=shade, alpha=0.12, linewidth=0)
+    ax.set_xscale("log")
+    ax.legend(frameon=False, fontsize=7)
+    style(ax, "forward tokens per target (log)", "centred fve_nrm", title)
 
 
 def same_limits(axes: Sequence[Axes]) -> None:
@@ -160,6 +175,44 @@ def figure_3(runs: Sequence[RunResults]) -> Figure:
                     color=colour(run.backbone))  # fmt: skip
     ax.set_xticks(range(len(steps)), [label for _, label in steps], fontsize=8)
     style(ax, "", "replay, centred fve_nrm", "the same targets, re-encoded five ways")
+    return fig
+
+
+ABLATION_PANELS = (
+    ("replay", "replay"), ("paraphrase_bestof8", "paraphrase best-of-8"), ("greedy", "greedy"),
+    ("bestofK", "best-of-K"), ("rho_bestofK", "ρ, best-of-K"),
+)  # fmt: skip
+
+
+def figure_4(runs: Sequence[RunResults]) -> Figure:
+    """Slip by slip: each quantity as the paper's slips are corrected one after the other."""
+    fig, axes = plt.subplots(1, len(ABLATION_PANELS), figsize=(13, 3.6), layout="constrained", sharey=True)
+    for run in _one_per_backbone(runs):
+        steps = run.data["centered_eval"]["ablation"]["in_order"]
+        labels = ["as published"] + [f"+ {s}" for s in steps if s != "paper"]
+        y = np.arange(len(steps))
+        for ax, (key, title) in zip(axes, ABLATION_PANELS):
+            values = np.array([c[key] for c in steps.values()])
+            low, high = np.array([c["ci95"][key] for c in steps.values()]).T
+            ax.fill_betweenx(y, low, high, color=colour(run.backbone), alpha=0.15, linewidth=0)
+            ax.plot(values, y, "o-", color=colour(run.backbone), markersize=4, label=run.title)
+            style(ax, "centred fve_nrm" if key[:3] != "rho" else "ρ_cen", "", title)
+    axes[0].set_yticks(y, labels, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    return fig
+
+
+def figure_5(runs: Sequence[RunResults]) -> Figure:
+    """Beyond §11: score against forward tokens, the AV, its null, the tail reader and its guided search."""
+    chosen = _one_per_backbone(runs)
+    fig, axes = plt.subplots(1, len(chosen), figsize=(5.2 * len(chosen), 3.8), layout="constrained", squeeze=False)
+    for ax, run in zip(axes[0], chosen):
+        draw_compute(ax, run.data["centered_eval"]["compute"], colour(run.backbone), run.title)
+        column = run.column("centered_eval", "corrected")
+        level(ax, column["nn_retrieval_cen_mean"], "black", "NN-retrieval", ":")
+        ax.legend(frameon=False, fontsize=7)
+    same_limits(axes[0])
     return fig
 
 

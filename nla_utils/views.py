@@ -6,12 +6,13 @@ from typing import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from nla_utils import metrics
 from nla_utils.backbone import Backbone
 from nla_utils.evaluation import Column
-from nla_utils.figures import NULL_GREY, colour, k_curve_panel, same_limits, style
+from nla_utils.figures import NULL_GREY, colour, draw_compute, k_curve_panel, same_limits, style
 from nla_utils.metrics import fve
 from nla_utils.rollouts import RolloutSet
 from nla_utils.targets import Targets, unrelated_cosines
@@ -85,11 +86,31 @@ def bars(rows: Sequence[tuple[str, dict, str]], backbone: Backbone, x: str) -> F
     return fig
 
 
-def k_curves(columns: dict[str, Column], scales: dict[str, dict], backbone: str) -> Figure:
-    """Both protocols' K-curves with their nulls, floors and ceilings."""
+def ablation_table(steps: dict, keys: Sequence[str]) -> pd.DataFrame:
+    """Value of each quantity after each correction, ``in_order`` and ``alone``, and its change from the step
+    before (in order) or from ``paper`` (alone)."""
+    rows = {}
+    for way, columns in steps.items():
+        before = start = columns["paper"]
+        for slip, column in columns.items():
+            reference = before if way == "in_order" else start
+            rows[way, slip] = {k: f"{column[k]:.3f} ({column[k] - reference[k]:+.3f})" for k in keys}
+            before = column
+    return pd.DataFrame(rows).T
+
+
+def compute_panel(curves: dict[str, list[dict]], backbone: str) -> Figure:
+    """Centred score against forward tokens per target."""
+    fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    draw_compute(ax, curves, colour(backbone), "held out, corrected")
+    return fig
+
+
+def k_curves(columns: dict[str, Column], scales: dict[str, dict], backbone: str, of: str = "AV") -> Figure:
+    """Both protocols' K-curves with their nulls, floors and ceilings; ``of`` names whose texts they are."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for ax, (protocol, column) in zip(axes, columns.items()):
-        k_curve_panel(ax, column.to_json(), scales[protocol], colour(backbone), protocol)
+        k_curve_panel(ax, column.to_json(), scales[protocol], colour(backbone), protocol, of)
     same_limits(axes)
     return fig
 

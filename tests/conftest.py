@@ -112,3 +112,14 @@ def scored_run(tiny_run):
     ceilings = make_ceilings(run.config, run.backbone, targets, run.folder)
     rollouts = make_rollouts(run.config, run.backbone, targets, run.folder)
     return run, targets, ceilings, rollouts
+
+
+@pytest.fixture(scope="session")
+def readings(scored_run):
+    """What the reader and the probe write for the targets of ``scored_run``."""
+    from nla_utils.reader import fit_reader
+    from nla_utils.readings import make_readings
+
+    run, targets, *_ = scored_run
+    fit_reader(run.config, run.backbone, targets, run.folder)
+    return make_readings(run.config, run.backbone, targets, run.folder)

@@ -17,14 +17,14 @@ from nla_utils.training import load_av, make_split, paper_pairs
 
 
 @pytest.fixture
-def columns(scored_run):
+def columns(scored_run, readings):
     run, targets, ceilings, rollouts = scored_run
     made = {}
     for p in ("paper", "corrected"):
         chosen = rollout_set(rollouts, targets, p)
         made[p] = (
             score_ceilings(targets, ceilings, p),
-            score_rollouts(targets, chosen, ceilings, p, "paraphrase_bestof8"),
+            score_rollouts(targets, chosen, ceilings, readings, p, "paraphrase_bestof8"),
             score_k_curve(targets, chosen, ceilings, p),
         )
     return made

@@ -1,0 +1,59 @@
+"""Streaming least squares: Y ≈ ȳ + (X − x̄) B from data that is seen once, chunk by chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class NormalEquations:
+    """Sums from which B and the residual covariance follow in closed form.
+
+    X (n, p) and Y (n, q) are added in chunks and never kept. Sums are float64, products within a chunk
+    float32, so X and Y should come roughly centred; the exact means are taken out at the end.
+    """
+
+    def __init__(self, p: int, q: int):
+        self.n = 0
+        self.sum_x = torch.zeros(p, dtype=torch.float64)
+        self.sum_y = torch.zeros(q, dtype=torch.float64)
+        self.raw_xx = torch.zeros(p, p, dtype=torch.float64)
+        self.raw_xy = torch.zeros(p, q, dtype=torch.float64)
+        self.raw_yy = torch.zeros(q, q, dtype=torch.float64)
+
+    def add(self, x_np: Tensor, y_nq: Tensor) -> None:
+        self.n += len(x_np)
+        self.sum_x += x_np.sum(0).double().cpu()
+        self.sum_y += y_nq.sum(0).double().cpu()
+        self.raw_xx += (x_np.T @ x_np).double().cpu()
+        self.raw_xy += (x_np.T @ y_nq).double().cpu()
+        self.raw_yy += (y_nq.T @ y_nq).double().cpu()
+
+    @property
+    def xx(self) -> Tensor:
+        return self.raw_xx - torch.outer(self.sum_x, self.sum_x) / self.n
+
+    @property
+    def xy(self) -> Tensor:
+        return self.raw_xy - torch.outer(self.sum_x, self.sum_y) / self.n
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(B (p, q), intercept ȳ − x̄ B (q,)), with a penalty of ``ridge`` times the mean diagonal of XᵀX."""
+        xx = self.xx
+        penalty = ridge * xx.diagonal().mean().clamp_min(1e-12)
+        b_pq = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=torch.float64), self.xy)
+        return b_pq, (self.sum_y - self.sum_x @ b_pq) / self.n
+
+    def residual_covariance(self, b_pq: Tensor, ridge: float) -> Tensor:
+        """Covariance (q, q) of what is left of Y, with ``ridge`` times its mean diagonal added to the diagonal."""
+        cross = b_pq.T @ self.xy
+        yy = self.raw_yy - torch.outer(self.sum_y, self.sum_y) / self.n
+        s = (yy - cross - cross.T + b_pq.T @ (self.xx @ b_pq)) / self.n
+        return s + ridge * s.diagonal().mean() * torch.eye(len(s), dtype=torch.float64)
+
+
+def whitening(covariance_qq: Tensor) -> Tensor:
+    """L⁻¹ (q, q) float32 of covariance = L Lᵀ: rows times its transpose have unit covariance."""
+    lower = torch.linalg.cholesky(covariance_qq)
+    eye = torch.eye(len(lower), dtype=lower.dtype)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).float()

@@ -1,0 +1,113 @@
+"""Readings: what the tail reader and the probe write for the evaluation targets, re-encoded.
+
+The reader's K draws and its greedy text are kept like an AV's rollouts (:mod:`nla_utils.rollouts`), so that the
+same scores, controls and curves apply to both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nla_utils.backbone import Backbone
+from nla_utils.config import RunConfig
+from nla_utils.guided import guided_search
+from nla_utils.probe import probe_decode
+from nla_utils.progress import Progress
+from nla_utils.reader import ARTEFACT as READER_ARTEFACT
+from nla_utils.reader import TailReader, load_reader, read_tails
+from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed
+from nla_utils.targets import Targets
+
+ARTEFACT = "readings"
+PROBE_LENGTHS = (1, 2, 4, 8)
+# Rows read together: the scores of the whole vocabulary exist once for each.
+ROW_BATCH = 512
+
+
+def make_readings(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> Artefact:
+    """Tails of the in-sample and the held-out targets, or what is whole on disk.
+
+    Arrays as in :class:`~nla_utils.rollouts.RolloutSet`; ``probe_ids`` (R, n), ``probe_h_bos`` and
+    ``probe_h_nobos`` (R, lengths, d), the probe's last 1, 2, 4, 8 tokens; ``guided_ids`` (M, n), ``guided_h``
+    (M, d), ``guided_curve`` (M, rounds + 1) and ``guided_spent`` of the held-out targets, at the forward tokens
+    that the AV's best-of-K takes.
+    """
+    if folder.has(ARTEFACT):
+        return folder.load(ARTEFACT)
+    reader = load_reader(backbone, folder)
+    rows = np.concatenate([targets.in_sample, targets.held_out])
+    parents = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
+    tensors = {"rows": rows, **_draws(run, backbone, reader, targets, rows, folder, parents)}
+    tensors |= _probe(run, backbone, targets, rows)
+    held = slice(len(targets.in_sample), None)
+    found = guided_search(
+        reader, backbone, targets.v[targets.held_out], targets.mu,
+        tensors["ids"][held, 1:], tensors["h_bos"][held, 1:], av_forward_tokens(run),
+    )  # fmt: skip
+    tensors |= {f"guided_{k}": x for k, x in vars(found).items()}
+    return folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed, k=run.sizes.n_rollouts)
+
+
+def av_forward_tokens(run: RunConfig) -> int:
+    """Forward tokens of the AV's best-of-K for one target: K texts written, and read again behind BOS."""
+    return run.sizes.n_rollouts * (2 * run.text_length + 1)
+
+
+def _draws(
+    run: RunConfig, backbone: Backbone, reader: TailReader, targets: Targets, rows: np.ndarray, folder: RunFolder,
+    parents: dict[str, str],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Greedy and K drawn tails of each row, re-encoded with and without BOS."""
+    k = run.sizes.n_rollouts
+    chunks = ChunkStore(folder.file("readings.chunks"), {**folder.identity, **parents, "k": k})
+    per_chunk = max(1, ROW_BATCH // (k + 1))
+    parts = []
+    with Progress(total=len(rows), desc="reading tails", unit="target") as bar:
+        for c, first in enumerate(range(0, len(rows), per_chunk)):
+            chosen = rows[first : first + per_chunk]
+            part = chunks.get(c)
+            if part is None:
+                v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
+                part = read_rollouts(reader, backbone, v_Md, k, derive_seed(run.seed, "readings", c))
+                chunks.put(c, part)
+            parts.append(part)
+            bar.update(len(chosen))
+    tensors = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    chunks.clear()
+    return tensors
+
+
+def read_rollouts(
+    reader: TailReader, backbone: Backbone, v_Md: torch.Tensor, k: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The greedy and k drawn tails of each target as rollouts."""
+    m = len(v_Md)
+    greedy = torch.arange(m * (k + 1)) % (k + 1) == 0
+    ids_Bn, logp_B = read_tails(reader, v_Md.repeat_interleave(k + 1, dim=0), seed, greedy)
+    flat = ids_Bn.tolist()
+    return {
+        "ids": ids_Bn.int().numpy().reshape(m, k + 1, -1),
+        "lengths": np.full((m, k + 1), reader.n, dtype=np.int32),
+        "h_bos": backbone.encode(flat, start=True).reshape(m, k + 1, -1),
+        "h_nobos": backbone.encode(flat, start=False).reshape(m, k + 1, -1),
+        "logp": logp_B.float().numpy().reshape(m, k + 1)[:, 1:],
+        "logp_paper": np.full((m, k), np.nan, dtype=np.float32),
+    }
+
+
+def probe_lengths(n: int) -> list[int]:
+    """The lengths of the probe's text that are scored: 1, 2, 4, 8 as far as there are tokens."""
+    return [x for x in PROBE_LENGTHS if x <= n]
+
+
+def _probe(run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray) -> dict[str, np.ndarray]:
+    ids_Rn, _ = probe_decode(run, backbone, targets, rows)
+    lengths = probe_lengths(ids_Rn.shape[1])
+    texts = [row[-n:].tolist() for row in ids_Rn for n in lengths]
+    shape = (len(rows), len(lengths), -1)
+    return {
+        "probe_ids": ids_Rn.astype(np.int32),
+        "probe_h_bos": backbone.encode(texts, start=True).reshape(shape),
+        "probe_h_nobos": backbone.encode(texts, start=False).reshape(shape),
+    }

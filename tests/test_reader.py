@@ -1,0 +1,186 @@
+"""Streaming least squares, the tail reader, the probe and the guided search."""
+
+import numpy as np
+import pytest
+import torch
+
+from nla_utils.guided import guided_search
+from nla_utils.linear import NormalEquations, whitening
+from nla_utils.metrics import fve
+from nla_utils.probe import nearest_tokens, probe_decode
+from nla_utils.reader import (
+    TailReader,
+    accumulate,
+    embedding_table,
+    every_position,
+    fit_reader,
+    half_norms,
+    load_reader,
+    read_greedy,
+    read_tails,
+    reader_split,
+    solve_reader,
+    tail_features,
+)
+from nla_utils.readings import av_forward_tokens, read_rollouts
+
+
+def test_streamed_least_squares_equals_the_whole_at_once():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(400, 6)) + 0.3, rng.normal(size=(400, 3)) - 0.2
+    y = y + x @ rng.normal(size=(6, 3))
+    equations = NormalEquations(6, 3)
+    for part in np.array_split(np.arange(400), 7):
+        equations.add(torch.from_numpy(x[part]).float(), torch.from_numpy(y[part]).float())
+    b, intercept = equations.solve(0.0)
+    expected = np.linalg.lstsq(np.c_[x, np.ones(400)], y, rcond=None)[0]
+    np.testing.assert_allclose(b, expected[:-1], atol=1e-4)
+    np.testing.assert_allclose(intercept, expected[-1], atol=1e-4)
+    residual = y - np.c_[x, np.ones(400)] @ expected
+    np.testing.assert_allclose(equations.residual_covariance(b, 0.0), residual.T @ residual / 400, atol=1e-4)
+
+
+def test_whitening_gives_unit_covariance():
+    a = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    covariance = a @ a.T + torch.eye(5, dtype=torch.float64)
+    w = whitening(covariance).double()
+    torch.testing.assert_close(w @ covariance @ w.T, torch.eye(5, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_tail_features_stand_backwards_and_are_padded_by_the_start_token():
+    ids = np.array([[5, 6, 7, 0], [8, 9, 0, 0]])
+    got = tail_features(ids, np.array([0, 1, 0]), np.array([3, 2, 1]), 3, start_id=2)
+    np.testing.assert_array_equal(got, [[7, 6, 5], [9, 8, 2], [5, 2, 2]])
+
+
+def planted(n=3, d=24, vocabulary=40, noise=0.05, seed=3):
+    """Targets that are exactly linear in their last n embeddings, and the reader that knows it."""
+    g = torch.Generator().manual_seed(seed)
+    table = torch.randn(vocabulary, d, generator=g)
+    weights = torch.randn(n, d, d, generator=g) / d**0.5 * torch.tensor([1.0, 0.7, 0.5])[:n, None, None]
+    ids = torch.randint(0, vocabulary, (50, n), generator=g)
+    mean = table.mean(0)
+    v = sum((table[ids[:, n - 1 - j]] - mean) @ weights[j] for j in range(n))
+    v = v + noise * torch.randn(v.shape, generator=g) + 4.0
+    whiten = torch.eye(d) / noise
+    scaled = weights @ whiten.T
+    reader = TailReader(
+        scaled, whiten, torch.full((d,), 4.0), mean, torch.zeros(vocabulary),
+        torch.stack([half_norms(table, w, mean) for w in scaled]), torch.zeros(vocabulary, dtype=torch.bool), table,
+    )  # fmt: skip
+    return reader, v, ids
+
+
+def test_the_last_token_of_a_planted_text_is_found():
+    reader, v, ids = planted(n=1)
+    assert (read_greedy(reader, v) == ids).float().mean() > 0.98
+
+
+def test_first_step_is_the_exact_posterior():
+    """Candidates' scores are log N(v; μ + A(e − ē), Σ) + prior, up to a constant of each row."""
+    reader, v, _ = planted(n=3)
+    ids, scores = reader.candidates(0, reader.first_residual(v), 40)
+    predicted = (reader.table_Vd - reader.embedding_mean_d) @ reader.weights_nad[0]
+    exact = -0.5 * torch.cdist(reader.first_residual(v).double(), predicted.double()) ** 2
+    difference = scores - exact.gather(1, ids).float()
+    assert (difference.max(1).values - difference.min(1).values).max() < 0.5
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+
+
+def test_draws_follow_the_posterior():
+    reader, v, _ = planted(n=1, noise=1.5)
+    ids, scores = reader.candidates(0, reader.first_residual(v[:1]), 50)
+    p = torch.softmax(scores[0], 0).double()
+    n = 20_000
+    drawn, _ = read_tails(reader, v[:1].expand(n, -1), seed=5, greedy_M=torch.zeros(n, dtype=torch.bool))
+    counts = torch.bincount(drawn[:, 0], minlength=40)[ids[0]].double()
+    keep = n * p > 5
+    chi2 = (((counts - n * p) ** 2) / (n * p))[keep].sum()
+    assert chi2 < keep.sum() + 5 * (2 * keep.sum()) ** 0.5
+
+
+def test_every_position_is_the_activation_of_the_prefix(tiny_run):
+    run, targets = tiny_run
+    rows = np.array([3, 7])
+    v, row, position = every_position(run.backbone, targets, rows)
+    prefixes = [targets.sequence(r)[:p] for r, p in zip(row, position)]
+    np.testing.assert_allclose(v.numpy(), run.backbone.encode(prefixes, start=True), atol=2e-4)
+    np.testing.assert_allclose(v.numpy()[position == targets.lengths[row]], targets.v[rows], atol=2e-4)
+
+
+def test_held_out_targets_are_in_no_part_of_the_reader(tiny_run):
+    run, targets = tiny_run
+    train, validation = reader_split(run.config, targets)
+    assert not set(train) & set(validation)
+    assert not (set(train) | set(validation)) & set(targets.held_out)
+
+
+def test_fitted_reader_is_kept_and_reads_the_same(tiny_run, tmp_path):
+    run, targets = tiny_run
+    fitted = fit_reader(run.config, run.backbone, targets, run.folder)
+    v = torch.from_numpy(targets.v[targets.held_out])
+    text = read_greedy(fitted, v)
+    assert text.shape == (len(v), fitted.n)
+    assert torch.equal(text, read_greedy(load_reader(run.backbone, run.folder), v))
+    ends = torch.isin(text[:, :-1], torch.tensor(run.backbone.eos_ids))
+    assert not ends.any(), "EOS stands before the end"
+
+
+def test_chunks_of_the_fit_do_not_matter(gemma_run, monkeypatch):
+    run, targets = gemma_run
+    rows = np.arange(30)
+    solved = []
+    for size in (16384, 60):
+        monkeypatch.setattr("nla_utils.reader.FIT_TOKENS", size)
+        parts = accumulate(run.backbone, targets, rows, 2)
+        solved.append(solve_reader(run.backbone, *parts, 2, 1e-2))
+    for name in solved[0]:
+        np.testing.assert_allclose(solved[0][name], solved[1][name], rtol=1e-2, atol=1e-2, err_msg=name)
+
+
+def test_guided_search_never_loses_and_keeps_to_its_budget(tiny_run):
+    run, targets = tiny_run
+    reader = fit_reader(run.config, run.backbone, targets, run.folder)
+    v = targets.v[targets.held_out]
+    drawn = read_rollouts(reader, run.backbone, torch.from_numpy(v), 4, seed=1)
+    budget = 2000
+    found = guided_search(
+        reader, run.backbone, v, targets.mu, drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], budget
+    )  # fmt: skip
+    assert found.spent[-1] <= budget and len(found.spent) == found.curve.shape[1] > 1
+    assert (np.diff(found.curve, axis=1) >= 0).all()
+    np.testing.assert_allclose(found.curve[:, 0], fve(drawn["h_bos"][:, 1:], v[:, None], targets.mu).max(1))
+    again = run.backbone.encode(found.ids.tolist(), start=True)
+    np.testing.assert_allclose(fve(again, v, targets.mu), found.curve[:, -1], atol=1e-5)
+    assert av_forward_tokens(run.config) == 4 * (2 * 24 + 1)
+
+
+def test_nearest_tokens_is_the_largest_centred_cosine():
+    g = torch.Generator().manual_seed(2)
+    table, guess = torch.randn(60, 8, generator=g), torch.randn(9, 8, generator=g)
+    mean = table.mean(0)
+    centred = table - mean
+    cosine = guess @ (centred / centred.norm(dim=1, keepdim=True)).T
+    np.testing.assert_array_equal(nearest_tokens(table, mean, guess), cosine.argmax(1))
+
+
+def test_probe_writes_as_many_tokens_as_the_reader(tiny_run):
+    run, targets = tiny_run
+    ids, record = probe_decode(run.config, run.backbone, targets, targets.held_out)
+    assert ids.shape == (len(targets.held_out), 8)
+    assert ids.min() >= 0 and ids.max() < len(embedding_table(run.backbone))
+    assert len(record["trials"]) > 1
+
+
+@pytest.mark.parametrize("noise", [0.05, 3.0])
+def test_logp_is_the_mean_over_tokens_of_what_was_drawn(noise):
+    reader, v, _ = planted(n=2, noise=noise)
+    ids, logp = read_tails(reader, v, seed=1, greedy_M=torch.zeros(len(v), dtype=torch.bool))
+    residual, total = reader.first_residual(v), torch.zeros(len(v))
+    for j in range(2):
+        candidates, scores = reader.candidates(j, residual, 50)
+        token = ids[:, 1 - j]
+        log_p = torch.log_softmax(scores, 1)
+        total += (log_p * (candidates == token[:, None])).sum(1)
+        residual = residual - reader.explained(j, token)
+    torch.testing.assert_close(logp, total / 2, atol=1e-4, rtol=1e-4)
