@@ -45,11 +45,11 @@ class NormalEquations:
         return b_pq, (self.sum_y - self.sum_x @ b_pq) / self.n
 
     def residual_covariance(self, b_pq: Tensor, ridge: float) -> Tensor:
-        """Covariance (q, q) of what is left of Y, with ``ridge`` times its mean diagonal added to the diagonal."""
+        """Covariance (q, q) of what is left of Y, with ``ridge`` times Y's mean variance added to the diagonal."""
         cross = b_pq.T @ self.xy
         yy = self.raw_yy - torch.outer(self.sum_y, self.sum_y) / self.n
         s = (yy - cross - cross.T + b_pq.T @ (self.xx @ b_pq)) / self.n
-        return s + ridge * s.diagonal().mean() * torch.eye(len(s), dtype=torch.float64)
+        return s + ridge * yy.diagonal().mean() / self.n * torch.eye(len(s), dtype=torch.float64)
 
 
 def whitening(covariance_qq: Tensor) -> Tensor:

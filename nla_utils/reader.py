@@ -12,6 +12,7 @@ step, no sampling from the language model, no text is re-encoded to choose (PROT
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,11 @@ class TailReader:
         """What token −(j+1) adds to the whitened v (M, d)."""
         return (self.table_Vd[ids_M].float() - self.embedding_mean_d) @ self.weights_nad[j]
 
+    def with_weights(self, weights_nad: Tensor) -> "TailReader":
+        """The same reader with other whitened A_j."""
+        half_norm_nV = torch.stack([half_norms(self.table_Vd, w, self.embedding_mean_d) for w in weights_nad])
+        return dataclasses.replace(self, weights_nad=weights_nad, half_norm_nV=half_norm_nV)
+
     def candidates(self, j: int, residual_Md: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens at −(j+1) and their log-posteriors up to a constant, best first, (M, k).
 
@@ -107,7 +113,7 @@ def fit_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: Run
     best, trials = None, []
     for ridge in RIDGES:
         tensors = solve_reader(backbone, equations, mean_d, embedding_mean_d, counts_V, n, ridge)
-        reader = _on_device(tensors, backbone)
+        reader = reader_from(tensors, backbone)
         h = backbone.encode(read_greedy(reader, v_Md).tolist(), start=True)
         score = float(fve(h, targets.v[validation], targets.mu).mean())
         trials.append({"ridge": ridge, "fve_nrm_cen": score})
@@ -122,17 +128,17 @@ def fit_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: Run
 
 def load_reader(backbone: Backbone, folder: RunFolder) -> TailReader:
     """The fitted reader; raises ``ArtefactError`` if notebook 02 has not made it."""
-    return _on_device(folder.load(ARTEFACT).tensors, backbone)
+    return reader_from(folder.load(ARTEFACT).tensors, backbone)
 
 
 @torch.inference_mode()
 def accumulate(
-    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int
+    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, last_only: bool = False
 ) -> tuple[NormalEquations, Tensor, Tensor, np.ndarray]:
     """One forward pass over the rows: the normal equations of v at every position on its last n embeddings.
 
-    Returns them with the vectors that v (d,) and the embeddings (d,) were roughly centred by, and the token
-    counts (V,).
+    With ``last_only`` only the targets themselves count, one a sequence, as for the probe. Returns them with the
+    vectors that v (d,) and the embeddings (d,) were roughly centred by, and the token counts (V,).
     """
     table_Vd = embedding_table(backbone)
     counts_V = np.bincount(
@@ -147,6 +153,9 @@ def accumulate(
         for first in range(0, len(rows), per_batch):
             chosen = rows[first : first + per_batch]
             v_nd, row_n, position_n = every_position(backbone, targets, chosen)
+            if last_only:
+                last = position_n == targets.lengths[row_n]
+                v_nd, row_n, position_n = v_nd[torch.from_numpy(last).to(v_nd.device)], row_n[last], position_n[last]
             ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, n, backbone.start_id))
             x_na = (table_Vd[ids_nj.to(backbone.device)].float() - embedding_mean_d).flatten(1)
             equations.add(x_na, v_nd - mean_d)
@@ -206,7 +215,8 @@ def half_norms(table_Vd: Tensor, weight_ad: Tensor, embedding_mean_d: Tensor, ro
     return torch.cat([0.5 * (b @ weight_ad).square().sum(dim=1) for b in blocks])
 
 
-def _on_device(tensors: dict[str, np.ndarray], backbone: Backbone) -> TailReader:
+def reader_from(tensors: dict[str, np.ndarray], backbone: Backbone) -> TailReader:
+    """The reader on the backbone's device, with the backbone's embedding table."""
     t = {k: torch.from_numpy(np.array(x)).to(backbone.device) for k, x in tensors.items()}
     with torch.inference_mode():
         table_Vd = embedding_table(backbone)

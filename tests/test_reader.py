@@ -1,5 +1,7 @@
 """Streaming least squares, the tail reader, the probe and the guided search."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from nla_utils.guided import guided_search
 from nla_utils.linear import NormalEquations, whitening
 from nla_utils.metrics import fve
+from nla_utils.noisy_channel import _log_probability, read_with_language_model
 from nla_utils.probe import nearest_tokens, probe_decode
 from nla_utils.reader import (
     TailReader,
@@ -22,6 +25,7 @@ from nla_utils.reader import (
     solve_reader,
     tail_features,
 )
+from nla_utils.reader_ablation import ablate_reader
 from nla_utils.readings import av_forward_tokens, read_rollouts
 
 
@@ -184,3 +188,42 @@ def test_logp_is_the_mean_over_tokens_of_what_was_drawn(noise):
         total += (log_p * (candidates == token[:, None])).sum(1)
         residual = residual - reader.explained(j, token)
     torch.testing.assert_close(logp, total / 2, atol=1e-4, rtol=1e-4)
+
+
+def test_language_model_prior_of_weight_zero_finds_the_likeliest_tail_by_the_channel_alone(tiny_run):
+    """With a beam, the channel's score of the text found is at least that of the greedy one."""
+    run, targets = tiny_run
+    reader = fit_reader(run.config, run.backbone, targets, run.folder)
+    flat = dataclasses.replace(reader, log_prior_V=torch.zeros_like(reader.log_prior_V))
+    v = torch.from_numpy(targets.v[targets.held_out])
+
+    def channel(ids):
+        residual = flat.first_residual(v)
+        for j in range(flat.n):
+            residual = residual - flat.explained(j, ids[:, flat.n - 1 - j])
+        return -0.5 * residual.square().sum(1)
+
+    found = read_with_language_model(flat, run.backbone, v, 0.0)
+    assert found.shape == (len(v), flat.n)
+    assert channel(found).mean() >= channel(read_greedy(flat, v)).mean() - 1e-3
+
+
+def test_a_heavy_language_prior_gives_likelier_text(tiny_run):
+    run, targets = tiny_run
+    reader = fit_reader(run.config, run.backbone, targets, run.folder)
+    v = torch.from_numpy(targets.v[targets.held_out])
+    texts = [read_with_language_model(reader, run.backbone, v, w) for w in (0.0, 50.0)]
+    light, heavy = (_log_probability(run.backbone, t).mean() for t in texts)
+    assert heavy > light
+
+
+def test_ablation_names_every_variant_and_its_difference(tiny_run):
+    run, targets = tiny_run
+    fit_reader(run.config, run.backbone, targets, run.folder)
+    record = ablate_reader(run.config, run.backbone, targets, run.folder)
+    names = [r["variant"] for r in record["rows"]]
+    assert len(set(names)) == len(names) > 8
+    assert record["rows"][0]["minus_baseline"] == 0
+    for row in record["rows"]:
+        assert row["minus_baseline"] == pytest.approx(row["mean"] - record["rows"][0]["mean"])
+    assert [s["train_rows"] for s in record["scaling"]] == sorted(s["train_rows"] for s in record["scaling"])

@@ -1,0 +1,123 @@
+"""What the tail reader owes to each of its parts, and how it grows with N: one change at a time, held out.
+
+The baseline is the reader of notebook 02. Everything is fitted on the same training rows and scored on the
+same held-out targets, greedy, behind BOS, centred.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_utils import metrics
+from nla_utils.backbone import Backbone
+from nla_utils.config import RunConfig
+from nla_utils.metrics import fve, fve_matrix
+from nla_utils.noisy_channel import read_with_language_model
+from nla_utils.reader import (
+    TailReader,
+    accumulate,
+    load_reader,
+    read_greedy,
+    reader_from,
+    reader_split,
+    solve_reader,
+)
+from nla_utils.store import RunFolder
+from nla_utils.targets import Targets
+
+SHARES = (8, 4, 2)
+LANGUAGE_WEIGHTS = (0.5, 1.0, 2.0)
+LENGTHS = (1, 2, 4)
+LAST_ONLY_LENGTH = 2
+
+
+def ablate_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> dict:
+    """``{"rows": [...], "scaling": [...]}``: every variant's mean with interval, and its paired difference from
+    the baseline; ``scaling`` by training rows."""
+    sidecar = folder.load("reader").sidecar
+    ridge = max(sidecar["trials"], key=lambda t: t["fve_nrm_cen"])["ridge"]
+    reader, v_Md = load_reader(backbone, folder), torch.from_numpy(targets.v[targets.held_out]).to(backbone.device)
+    score = _Scorer(backbone, targets)
+    score("baseline: all positions, joint, whitened, unigram prior", read_greedy(reader, v_Md))
+    for name, changed in _without_refit(reader).items():
+        score(name, read_greedy(changed, v_Md))
+    score("each position read apart", _read_apart(reader, v_Md))
+    for weight in LANGUAGE_WEIGHTS:
+        score(f"language model as prior, λ = {weight:g}", read_with_language_model(reader, backbone, v_Md, weight))
+    train, _ = reader_split(run, targets)
+    for n in LENGTHS:
+        score(f"n = {n}", read_greedy(_fit(backbone, targets, train, n, ridge), v_Md))
+    # One vector a sequence cannot carry more: n · d has to stay below the number of sequences.
+    few = _fit(backbone, targets, train, LAST_ONLY_LENGTH, ridge, last_only=True)
+    score(f"n = {LAST_ONLY_LENGTH}, last positions only", read_greedy(few, v_Md))
+    scaling = []
+    for share in SHARES:
+        fitted = _fit(backbone, targets, train[: len(train) // share], reader.n, ridge)
+        scaling.append({"train_rows": len(train) // share, **score.of(read_greedy(fitted, v_Md))})
+    scaling.append({"train_rows": len(train), **score.rows[0]})
+    floor = fve_matrix(targets.v[targets.held_out], targets.v[targets.pool], targets.mu).max(axis=1)
+    return {
+        "n": len(v_Md), "ridge": ridge, "rows": score.rows, "scaling": scaling,
+        "nn_retrieval": {"mean": float(floor.mean()), "ci95": metrics.ci95(floor), "pool": len(targets.pool)},
+    }  # fmt: skip
+
+
+class _Scorer:
+    """Scores texts of the held-out targets; the first one named is the baseline of all differences."""
+
+    def __init__(self, backbone: Backbone, targets: Targets):
+        self.backbone, self.targets = backbone, targets
+        self.rows: list[dict] = []
+
+    def of(self, ids_Mn: Tensor) -> dict:
+        v, sources = self.targets.v[self.targets.held_out], self.targets.sequences(self.targets.held_out)
+        texts = ids_Mn.tolist()
+        self.last = fve(self.backbone.encode(texts, start=True), v, self.targets.mu)
+        hits = float(np.mean([t[-1] == s[-1] for t, s in zip(texts, sources)]))
+        return {"mean": float(self.last.mean()), "ci95": metrics.ci95(self.last), "names_last_token": hits}
+
+    def __call__(self, name: str, ids_Mn: Tensor) -> None:
+        record = self.of(ids_Mn)
+        if not self.rows:
+            self.baseline = self.last
+        gap = self.last - self.baseline
+        self.rows.append(
+            {"variant": name, **record, "minus_baseline": float(gap.mean()), "minus_baseline_ci95": metrics.ci95(gap)}
+        )
+
+
+def _without_refit(reader: TailReader) -> dict[str, TailReader]:
+    none = torch.where(reader.log_prior_V < -1e8, reader.log_prior_V, 0.0)
+    twice = reader.log_prior_V * 2
+    return {
+        "no prior": dataclasses.replace(reader, log_prior_V=none),
+        "unigram prior twice": dataclasses.replace(reader, log_prior_V=twice),
+        "not whitened": _unwhitened(reader),
+    }
+
+
+def _unwhitened(reader: TailReader) -> TailReader:
+    """The same A_j with Σ = σ² I, σ² the mean residual variance."""
+    unwhiten_dd = torch.linalg.inv(reader.whiten_dd)
+    sigma = unwhiten_dd.square().sum() / len(unwhiten_dd)
+    weights = reader.weights_nad @ unwhiten_dd.T / sigma.sqrt()
+    scale = torch.eye(len(unwhiten_dd), device=weights.device) / sigma.sqrt()
+    return dataclasses.replace(reader.with_weights(weights), whiten_dd=scale)
+
+
+@torch.inference_mode()
+def _read_apart(reader: TailReader, v_Md: Tensor) -> Tensor:
+    """Every position from the whole of v: what is explained by a later token is not taken out."""
+    residual_Md = reader.first_residual(v_Md)
+    return torch.cat([reader.candidates(j, residual_Md, 1)[0] for j in reversed(range(reader.n))], dim=1).cpu()
+
+
+def _fit(
+    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, ridge: float, last_only: bool = False
+) -> TailReader:
+    parts = accumulate(backbone, targets, rows, n, last_only)
+    return reader_from(solve_reader(backbone, *parts, n, ridge), backbone)
