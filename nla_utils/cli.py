@@ -86,6 +86,34 @@ def reproduce(
 
 
 @app.command()
+def ablate(
+    backbone: Annotated[str, typer.Option(help=BACKBONE_HELP)] = "gemma3-270m",
+    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = ROOT / "runs",
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 1,
+) -> None:
+    """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebooks 01 and 02."""
+    from nla_utils.backbone import BackboneError
+    from nla_utils.reader_ablation import ablate_reader
+    from nla_utils.results import write_results
+    from nla_utils.run import open_run
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
+    from nla_utils.targets import load_targets
+
+    try:
+        config = RunConfig(backbone=backbone, profile=profile, seed=seed, out=str(out.resolve()))
+        run = open_run(config)
+        targets = load_targets(config, run.folder)
+        made_from = {"targets": targets.sha256, "reader": run.folder.load("reader").sha256}
+        record = ablate_reader(config, run.backbone, targets, run.folder)
+    except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
+        _fail(error)
+    path = write_results(run.folder, config, "reader_ablation", record, made_from)
+    typer.echo(f"  reader ablation     {_show(path)}")
+
+
+@app.command()
 def paper() -> None:
     """Regenerate tables, figures and paper/section11.md from the JSON on disk; loads no model."""
     from nla_utils.paper import build_paper

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nla_utils.beyond import ablation_record
 from nla_utils.published import BACKBONES, TITLES, ceiling, k_curve, published
 from nla_utils.results import RunResults
 
@@ -213,6 +214,25 @@ def figure_5(runs: Sequence[RunResults]) -> Figure:
         level(ax, column["nn_retrieval_cen_mean"], "black", "NN-retrieval", ":")
         ax.legend(frameon=False, fontsize=7)
     same_limits(axes[0])
+    return fig
+
+
+def figure_6(runs: Sequence[RunResults]) -> Figure:
+    """The tail reader's greedy score against the number of training sequences, on the runs that have an ablation."""
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for run in runs:
+        record = ablation_record(run)
+        if record is None:
+            continue
+        x = [p["train_rows"] for p in record["scaling"]]
+        y = np.array([p["mean"] for p in record["scaling"]])
+        error = np.abs(np.array([p["ci95"] for p in record["scaling"]]).T - y)
+        ax.errorbar(x, y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3, label=run.title)
+        ax.axhline(record["nn_retrieval"]["mean"], color=colour(run.backbone), linestyle=":", linewidth=1)
+    ax.set_xscale("log")
+    if ax.lines:
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
+    style(ax, "training sequences (log)", "greedy, centred fve_nrm", "dotted: NN-retrieval")
     return fig
 
 

@@ -85,7 +85,7 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         present = [n for n in stage.artefacts if folder.has(n)]
         for name in present:
             folder.load(name)
-        if not present and stage.artefacts and stage.number < stages[0].number:
+        if len(present) < len(stage.artefacts) and stage.number < stages[0].number:
             raise ArtefactError(
                 f"{folder.path} lacks what {stage.notebook} makes; start with --from {stage.number:02d}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Iterable, Mapping, Optional
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.store import RunFolder, code_version, library_versions, read_json, sha256_file, write_json
@@ -66,6 +66,12 @@ def load_run(folder: Path) -> RunResults | None:
         return None
     data = {n: read_json(f) for n, f in files.items()}
     return RunResults(data["targets"]["identity"]["backbone"], data["targets"]["profile"], data, files)
+
+
+def optional_results(run: RunResults, name: str) -> Optional[dict]:
+    """A results file that not every run has, beside its others; ``None`` without it."""
+    path = run.files["targets"].with_name(f"{name}.json")
+    return read_json(path) if path.exists() else None
 
 
 def find_runs(roots: Iterable[Path]) -> list[RunResults]:

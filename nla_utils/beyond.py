@@ -1,0 +1,66 @@
+"""Tables of "Beyond §11": the tail reader beside the paper's AV, its ablation, its meaning."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import pandas as pd
+
+from nla_utils.results import RunResults, optional_results
+from nla_utils.tables import number, with_interval
+
+ROWS = (
+    ("greedy", "adapter_cen_greedy_mean"),
+    ("sampled (mean)", "adapter_cen_sampled_mean"),
+    ("best-of-K", "adapter_cen_bestofK_mean"),
+    ("guided search, at the AV's forward tokens", "guided_cen_mean"),
+    ("control: greedy of other targets", "shuffled_v_cen_greedy_mean"),
+    ("control: best-of-K of other targets", "shuffled_v_cen_bestofK_mean"),
+    ("control: best-of-K of unrelated texts", "unrelated_text_cen_bestofK_mean"),
+    ("control: probe decode, last 1", "probe_decode_1_cen_mean"),
+    ("control: probe decode, last 8", "probe_decode_8_cen_mean"),
+    ("NN-retrieval", "nn_retrieval_cen_mean"),
+    ("identification, top-1 of greedy", "greedy_identification_top1"),
+    ("identification, mean reciprocal rank", "greedy_identification_mrr"),
+)
+MEANING = ("last_token", "last_token_other", "overlap", "overlap_other", "similarity", "similarity_other")
+
+
+def reader_table(run: RunResults) -> pd.DataFrame:
+    """Centred, held out, ``corrected``: AV and tail reader on the same targets."""
+    av, reader = run.column("centered_eval", "corrected"), run.data["centered_eval"]["reader"]["corrected"]
+    rows = [{"row": label, "the paper's AV": with_interval(av, key), "tail reader": with_interval(reader, key)}
+            for label, key in ROWS]  # fmt: skip
+    ceilings = run.column("oracle_ceiling", "corrected")
+    for n in (1, 2, 4, 8):
+        text = with_interval(ceilings, f"tail_oracle_{n}_cen_fve_mean")
+        rows.append({"row": f"the source's own last {n}", "the paper's AV": text, "tail reader": text})
+    return pd.DataFrame(rows).set_index("row")
+
+
+def meaning_table(run: RunResults) -> pd.DataFrame:
+    """What each text shares with its source, and (``other``) with another target's source."""
+    rows = {name: {k: with_interval(record, k) for k in MEANING}
+            for name, record in run.data["centered_eval"]["meaning"].items()}  # fmt: skip
+    table = pd.DataFrame(rows).T
+    table.index.name = "text"
+    return table.rename(columns=lambda c: c.replace("_", " "))
+
+
+def ablation_record(run: RunResults) -> Optional[dict]:
+    """The reader's ablation, if it was run (``nla ablate``)."""
+    return optional_results(run, "reader_ablation")
+
+
+def ablation_table(record: dict) -> pd.DataFrame:
+    """One change at a time from the baseline; greedy, held out, centred."""
+    rows = [
+        {
+            "variant": r["variant"],
+            "greedy": with_interval({"x": r["mean"], "ci95": {"x": r["ci95"]}}, "x"),
+            "minus baseline": "{:+.3f} [{:+.3f}, {:+.3f}]".format(r["minus_baseline"], *r["minus_baseline_ci95"]),
+            "names the last token": number(r["names_last_token"], 2),
+        }
+        for r in record["rows"]
+    ]
+    return pd.DataFrame(rows).set_index("variant")
