@@ -7,9 +7,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from nla_utils import cli_verbalize
 from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+app.command()(cli_verbalize.verbalize)
+app.command()(cli_verbalize.bundle)
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 SET_HELP = "Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."

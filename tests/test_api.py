@@ -1,0 +1,113 @@
+"""Reading one activation: from Python and from the command line, out of a run and out of a bundle."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from nla_utils import bundle as bundles
+from nla_utils.api import METHODS, NLA
+from nla_utils.bundle import write_bundle
+from nla_utils.cli import app
+from nla_utils.config import ConfigError
+from nla_utils.metrics import fve
+from nla_utils.results import write_results
+from nla_utils.store import ArtefactError
+from nla_utils.targets import describe
+
+TEXT = "the lighthouse keeper wound the clock and"
+
+
+@pytest.fixture(scope="module")
+def nla(scored_run, readings):
+    run, targets, *_ = scored_run
+    write_results(run.folder, run.config, "targets", describe(targets, run.backbone), {"targets": targets.sha256})
+    return NLA(run.backbone, bundles.load_bundle(run.backbone, run.folder.path))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_verbalization_scores_what_it_says(nla, method):
+    v = nla.activation(TEXT)
+    found = nla.verbalize(v, k=6, method=method)
+    assert 0 <= found.percentile <= 1 and found.k == 6
+    assert found.score >= found.greedy_score - 1 or method != "guided"
+    pool = fve(nla.bundle.pool_v, v, nla.bundle.mu)
+    assert found.retrieved_score == pytest.approx(pool.max())
+    assert found == nla.verbalize(v, k=6, method=method)
+
+
+def test_guided_is_never_worse_than_the_draws_it_starts_from(nla):
+    v = nla.activation(TEXT)
+    assert nla.verbalize(v, k=4, method="guided").score >= nla.verbalize(v, k=4).score
+
+
+def test_activation_is_that_of_the_text_up_to_the_token(nla):
+    ids = nla.backbone.tokenize_text(TEXT)
+    np.testing.assert_array_equal(nla.activation(TEXT, 2), nla.backbone.encode([ids[:3]], start=True)[0])
+    np.testing.assert_array_equal(nla.activation(TEXT, -1), nla.activation(TEXT, len(ids) - 1))
+    trace = nla.trace(TEXT)
+    assert len(trace) == len(ids)
+    np.testing.assert_allclose(trace[-1][1], nla.activation(TEXT), atol=2e-4)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda n: n.activation(""), "has no tokens"),
+    (lambda n: n.activation(TEXT, 999), "token 999 is out of range"),
+    (lambda n: n.verbalize(np.zeros(3)), "has shape"),
+    (lambda n: n.verbalize(np.full(n.backbone.d, np.nan)), "NaN"),
+    (lambda n: n.verbalize(np.ones(n.backbone.d), method="readr"), "did you mean 'reader'"),
+    (lambda n: n.verbalize(np.ones(n.backbone.d), k=0), "k is 0"),
+])  # fmt: skip
+def test_bad_input_is_named(nla, call, message):
+    with pytest.raises(ConfigError, match=message):
+        call(nla)
+
+
+def test_a_bundle_reads_like_the_run_it_was_packed_from(nla, scored_run, tmp_path, monkeypatch):
+    run = scored_run[0]
+    monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
+    files = write_bundle(run.config, run.backbone, run.folder, tmp_path / run.backbone.name)
+    assert all(f.stat().st_size < 5e6 for f in files)
+    shipped = NLA(run.backbone, bundles.load_bundle(run.backbone, None))
+    v = nla.activation(TEXT)
+    assert shipped.verbalize(v, k=4, method="av").text == nla.verbalize(v, k=4, method="av").text
+    assert shipped.bundle.reader.n == bundles.SHIPPED_TAIL
+    mine, theirs = (n.bundle.reader.weights_nad[:4] for n in (shipped, nla))
+    np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=1e-3)
+    (tmp_path / run.backbone.name / "av.safetensors").write_bytes(b"x")
+    with pytest.raises(ArtefactError, match="av.safetensors is not the file"):
+        bundles.load_bundle(run.backbone, None)
+
+
+def test_no_bundle_says_how_to_make_one(nla, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
+    with pytest.raises(ArtefactError, match="nla reproduce --backbone"):
+        bundles.load_bundle(nla.backbone, None)
+
+
+def test_command_line_reads_text_and_vectors_alike(nla, scored_run, tmp_path):
+    run = scored_run[0]
+    v = nla.activation(TEXT)
+    np.save(tmp_path / "v.npy", v)
+    save_file({"v": v[None]}, tmp_path / "v.safetensors")
+    options = ["verbalize", "--backbone", run.config.backbone, "--run", str(run.folder.path), "--k", "4", "--json"]
+    answers = []
+    vectors = (["--vector", str(tmp_path / name)] for name in ("v.npy", "v.safetensors"))
+    for given in (["--text", TEXT], *vectors):
+        result = CliRunner().invoke(app, [*options, *given])
+        assert result.exit_code == 0, result.output
+        answers.append(json.loads(result.stdout.strip().splitlines()[-1]))
+    assert set(answers[0]) >= {"text", "score", "percentile", "greedy", "retrieved", "method"}
+    assert answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("given, message", [
+    ([], "give either --text or --vector"),
+    (["--vector", "absent.npy"], "does not exist"),
+    (["--text", "x", "--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
+])  # fmt: skip
+def test_command_line_refuses_bad_input(given, message):
+    result = CliRunner().invoke(app, ["verbalize", *given])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
