@@ -71,18 +71,20 @@ def beyond(run: RunResults) -> str:
     top1, chance = own["greedy_identification_top1"], own["identification_chance_top1"]
     texts = run.data["centered_eval"]["meaning"]
     meaning, source, closer = texts["reader, greedy"], texts["source's own last 8"], "similarity_minus_similarity_other"
-    text = (
-        f"Held out, greedy: {show(own, greedy)} against {show(av, greedy)} of the paper's AV. Minus NN-retrieval from "
-        f"{pool} texts: {show(own, retrieval)}, {_verdict(own, retrieval)}. Best-of-{own['K']} minus the source's own "
-        f"last 4 tokens: {show(own, best)}, {_verdict(own, best)}. Guided search, {own['guided_forward_tokens']} "
-        f"forward tokens a target, no more than the AV's best-of-{av['K']} takes: {show(own, 'guided_cen_mean')}; "
-        f"minus the source's own last 8: {show(own, guided)}. The greedy text ranks its own activation first among "
-        f"{own['n']} in {top1:.0%} of cases, {top1 / chance:.0f} times chance (the AV's in "
-        f"{av['greedy_identification_top1']:.0%}). It names the last token in {meaning['last_token']:.0%} and shares {meaning['overlap']:.0%} of its tokens "
-        f"with the source's end ({meaning['overlap_other']:.0%} with another's). To a sentence model it is closer to "
-        f"its own source than to another by {show(meaning, closer)}; the source's true last 8 tokens by "
-        f"{show(source, closer)}.\n"
-    )
+    sentences = [
+        f"Held out, greedy: {show(own, greedy)} against {show(av, greedy)} of the paper's AV.",
+        f"Minus NN-retrieval from {pool} texts: {show(own, retrieval)}, {_verdict(own, retrieval)}.",
+        f"Best-of-{own['K']} minus the source's own last 4 tokens: {show(own, best)}, {_verdict(own, best)}.",
+        f"Guided search, {own['guided_forward_tokens']} forward tokens a target, no more than the AV's "
+        f"best-of-{av['K']} takes: {show(own, 'guided_cen_mean')}; minus the source's own last 8: {show(own, guided)}.",
+        f"The greedy text ranks its own activation first among {own['n']} in {top1:.0%} of cases, "
+        f"{top1 / chance:.0f} times chance (the AV's in {av['greedy_identification_top1']:.0%}).",
+        f"It names the last token in {meaning['last_token']:.0%} and shares {meaning['overlap']:.0%} of its tokens with "
+        f"the source's end ({meaning['overlap_other']:.0%} with another's).",
+        f"To a sentence model it is closer to its own source than to another by {show(meaning, closer)}; the source's "
+        f"true last 8 tokens by {show(source, closer)}.",
+    ]
+    text = " ".join(sentences) + "\n"
     record = ablation_record(run)
     if record:
         small, whole = record["scaling"][0], record["scaling"][-1]
