@@ -79,8 +79,8 @@ def beyond(run: RunResults) -> str:
         f"best-of-{av['K']} takes: {show(own, 'guided_cen_mean')}; minus the source's own last 8: {show(own, guided)}.",
         f"The greedy text ranks its own activation first among {own['n']} in {top1:.0%} of cases, "
         f"{top1 / chance:.0f} times chance (the AV's in {av['greedy_identification_top1']:.0%}).",
-        f"It names the last token in {meaning['last_token']:.0%} and shares {meaning['overlap']:.0%} of its tokens with "
-        f"the source's end ({meaning['overlap_other']:.0%} with another's).",
+        f"It names the last token in {meaning['last_token']:.0%} and shares {meaning['overlap']:.0%} of its tokens "
+        f"with the source's end ({meaning['overlap_other']:.0%} with another's).",
         f"To a sentence model it is closer to its own source than to another by {show(meaning, closer)}; the source's "
         f"true last 8 tokens by {show(source, closer)}.",
     ]

@@ -1,0 +1,90 @@
+"""The chain on architectures beyond the registry's, on both file layouts, tied and untied heads, odd tokenizers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, build_tokenizer, tiny_config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OlmoConfig,
+    Qwen2Config,
+)
+
+from nla_utils.backbone import BackboneError
+from nla_utils.ceilings import make_ceilings
+from nla_utils.config import ConfigError
+from nla_utils.evaluation import score_ceilings
+from nla_utils.reader import fit_reader, read_greedy
+from nla_utils.rollouts import make_rollouts
+from nla_utils.run import open_run
+from nla_utils.targets import make_targets
+from nla_utils.training import train_av
+
+PLAIN = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
+ARCHITECTURES = {
+    "mistral": lambda ids: MistralConfig(**SHAPE, **ids, head_dim=8, sliding_window=64),
+    "olmo": lambda ids: OlmoConfig(**PLAIN, **ids),
+    "gpt2": lambda ids: GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3, **ids),
+    "gpt-neox": lambda ids: GPTNeoXConfig(**PLAIN, **ids, rotary_pct=0.5),
+    "llama-tied": lambda ids: LlamaConfig(**SHAPE, **ids, tie_word_embeddings=True),
+    "qwen2-untied": lambda ids: Qwen2Config(**SHAPE, **ids, tie_word_embeddings=False),
+}
+
+
+def build(folder, config, tokenizer, shard="5GB"):
+    ids = dict(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config(ids)).save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shard", ["5GB", "30KB"], ids=["one-file", "sharded"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_chain_runs(name, shard, tmp_path):
+    folder = build(tmp_path / name, ARCHITECTURES[name], build_tokenizer("right", False, True), shard)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "30KB")
+    config = tiny_config(folder, tmp_path, n_targets=40, n_eval=4, pool_size=24, n_rollouts=2)
+    run = open_run(config)
+    targets = make_targets(config, run.backbone, run.folder)
+    train_av(config, run.backbone, targets, run.folder)
+    reader = fit_reader(config, run.backbone, targets, run.folder)
+    assert read_greedy(reader, torch.from_numpy(targets.v[:2])).shape == (2, 8)
+    ceilings = make_ceilings(config, run.backbone, targets, run.folder)
+    replay = score_ceilings(targets, ceilings, "corrected").values["replay_cen_fve_mean"]
+    assert replay == pytest.approx(1.0, abs=1e-4)
+    rollouts = make_rollouts(config, run.backbone, targets, run.folder)
+    assert np.isfinite(rollouts.tensors["h_bos"]).all()
+
+
+def test_a_tokenizer_without_pad_is_padded_by_its_eos(tmp_path):
+    tokenizer = build_tokenizer("right", False, True)
+    tokenizer.pad_token = None
+    run = open_run(tiny_config(build(tmp_path / "m", ARCHITECTURES["mistral"], tokenizer), tmp_path))
+    assert run.backbone.pad_id == run.backbone.eos_ids[0]
+
+
+def test_a_tokenizer_without_bos_is_refused_by_name(tmp_path):
+    folder = build(tmp_path / "bare", ARCHITECTURES["mistral"], build_tokenizer("right", False, False, bos=False))
+    with pytest.raises(ConfigError, match="bare: its tokenizer has no BOS token"):
+        open_run(tiny_config(folder, tmp_path))
+
+
+def test_a_head_with_a_bias_is_refused_by_name(tmp_path):
+    folder = build(tmp_path / "biased", ARCHITECTURES["llama-tied"], build_tokenizer("right", False, True))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
+    config = tiny_config(folder, tmp_path)
+    run = open_run(config)
+    run.backbone.model = model.requires_grad_(False)
+    from nla_utils.checks import check_backbone
+
+    with pytest.raises(BackboneError, match="biased: .*"):
+        check_backbone(run.backbone)
