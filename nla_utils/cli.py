@@ -16,6 +16,7 @@ app.command()(cli_verbalize.verbalize)
 app.command()(cli_verbalize.bundle)
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
+AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
 SET_HELP = "Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."
 ADOPT_HELP = "Copy results and executed notebooks into the repository and rebuild the paper."
 
@@ -51,6 +52,7 @@ def reproduce(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
     target_span: Annotated[str, typer.Option(help="What the AV is trained to write: full, or last:n.")] = "full",
+    av: Annotated[Optional[str], typer.Option(help=AV_HELP)] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
@@ -69,7 +71,7 @@ def reproduce(
         configs = [
             RunConfig.from_mapping(
                 {"backbone": b, "profile": profile, "seed": seed, "out": where, "layer": layer, "device": device,
-                 "dtype": dtype, "target_span": target_span, **_settings(set_)}
+                 "dtype": dtype, "target_span": target_span, "av": av, **_settings(set_)}
             )
             for b in names
         ]  # fmt: skip

