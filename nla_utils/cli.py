@@ -129,3 +129,18 @@ def paper() -> None:
     typer.echo(f"  paper section       {_show(section)}")
     typer.echo(f"  tables              {_show(section.parent / 'tables')}")
     typer.echo(f"  figures             {_show(ROOT / 'figures')}")
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of the site.")] = ROOT / "site",
+) -> None:
+    """Render section 11 and the executed notebooks as one static HTML site; needs no network to make or to view."""
+    from nla_utils.report import build_report
+    from nla_utils.store import ArtefactError
+
+    try:
+        pages = build_report(out.resolve())
+    except ArtefactError as error:
+        _fail(error)
+    typer.echo(f"  {_show(pages[0])} and {len(pages) - 1} notebooks")

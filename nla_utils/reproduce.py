@@ -209,6 +209,7 @@ def adopt(folder: RunFolder) -> None:
     results = committed_results() / folder.backbone / folder.path.name
     for path in sorted(folder.file("results").glob("*.json")):
         atomic_write(results / path.name, path.read_bytes())
+    executed = ROOT / "notebooks" / "executed" / folder.backbone / folder.path.name
     for path in sorted(folder.file("executed").glob("0?_*.ipynb")):
         if not path.name.endswith(".failed.ipynb"):
-            atomic_write(ROOT / "notebooks" / "executed" / folder.backbone / path.name, path.read_bytes())
+            atomic_write(executed / path.name, path.read_bytes())

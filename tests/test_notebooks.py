@@ -153,7 +153,7 @@ def test_plain_papermill_works_and_refuses_unknown_parameters(tiny_folders, tmp_
 
 
 def test_committed_executed_notebooks_have_no_errors_and_no_machine_paths():
-    for path in Path(ROOT / "notebooks" / "executed").glob("*/*.ipynb"):
+    for path in Path(ROOT / "notebooks" / "executed").glob("*/*/*.ipynb"):
         notebook = nbformat.read(path, 4)
         assert not any(o.output_type == "error" for c in code(notebook) for o in c.outputs), path
         assert not re.search("/(home|root|tmp|work|Users)/", path.read_text()), path
