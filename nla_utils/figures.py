@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nla_utils.beyond import ablation_record
 from nla_utils.published import BACKBONES, TITLES, ceiling, k_curve, published
-from nla_utils.results import RunResults
+from nla_utils.results import RunResults, largest_runs
 
 # Okabe-Ito: told apart by colour-blind readers and in grey print.
 COLOURS = {
@@ -132,7 +132,7 @@ def figure_2(runs: Sequence[RunResults]) -> Figure:
         (published(b)["centred_eval"]["mu_norm"], published(b)["ceilings"]["random_floor"], colour(b), TITLES[b])
         for b in BACKBONES
     ]
-    for run in _one_per_backbone(runs):
+    for run in largest_runs(runs):
         column = run.column("oracle_ceiling", "paper")
         floors = {k: column[f"random_floor_{k}_fve_mean"] for k in ("raw", "cen")}
         points.append((column["mu_norm"], floors, colour(run.backbone), run.backbone))
@@ -147,16 +147,6 @@ def figure_2(runs: Sequence[RunResults]) -> Figure:
     return fig
 
 
-def _one_per_backbone(runs: Sequence[RunResults]) -> list[RunResults]:
-    """The largest run of each backbone."""
-    best: dict[str, RunResults] = {}
-    for run in runs:
-        size = run.data["targets"]["sizes"]["N"]
-        if run.backbone not in best or size > best[run.backbone].data["targets"]["sizes"]["N"]:
-            best[run.backbone] = run
-    return list(best.values())
-
-
 def figure_3(runs: Sequence[RunResults]) -> Figure:
     """Replay of the same targets, re-encoded with and without each slip."""
     steps = (
@@ -167,7 +157,7 @@ def figure_3(runs: Sequence[RunResults]) -> Figure:
         ("replay_cen_same_ids", "sampled ids\nbehind BOS"),
     )
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for run in _one_per_backbone(runs):
+    for run in largest_runs(runs):
         ladder = run.column("oracle_ceiling", "ladder")
         y = np.array([ladder[k] for k, _ in steps])
         error = np.abs(np.array([ladder["ci95"][k] for k, _ in steps]).T - y)
@@ -188,7 +178,7 @@ ABLATION_PANELS = (
 def figure_4(runs: Sequence[RunResults]) -> Figure:
     """Slip by slip: each quantity as the paper's slips are corrected one after the other."""
     fig, axes = plt.subplots(1, len(ABLATION_PANELS), figsize=(13, 3.6), layout="constrained", sharey=True)
-    for run in _one_per_backbone(runs):
+    for run in largest_runs(runs):
         steps = run.data["centered_eval"]["ablation"]["in_order"]
         labels = ["as published"] + [f"+ {s}" for s in steps if s != "paper"]
         y = np.arange(len(steps))
@@ -206,7 +196,7 @@ def figure_4(runs: Sequence[RunResults]) -> Figure:
 
 def figure_5(runs: Sequence[RunResults]) -> Figure:
     """Beyond §11: score against forward tokens, the AV, its null, the tail reader and its guided search."""
-    chosen = _one_per_backbone(runs)
+    chosen = largest_runs(runs)
     fig, axes = plt.subplots(1, len(chosen), figsize=(5.2 * len(chosen), 3.8), layout="constrained", squeeze=False)
     for ax, run in zip(axes[0], chosen):
         draw_compute(ax, run.data["centered_eval"]["compute"], colour(run.backbone), run.title)

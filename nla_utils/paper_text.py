@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from nla_utils import tables
+from nla_utils import claims, tables
 from nla_utils.beyond import ablation_record
 from nla_utils.published import SECTION_11, TITLES
-from nla_utils.results import RunResults
+from nla_utils.results import RunResults, largest_runs
 
 
 def introduction(runs: Sequence[RunResults]) -> str:
@@ -94,3 +94,51 @@ def beyond(run: RunResults) -> str:
             f"{record['nn_retrieval']['pool']} stands at {tables.number(record['nn_retrieval']['mean'])}.\n"
         )
     return text
+
+
+def headline(runs: Sequence[RunResults]) -> str:
+    """The README's first four sentences, from the largest run of each backbone."""
+    chosen = largest_runs(runs)
+
+    def each(show) -> str:
+        return "; ".join(f"{r.title}: {show(r)}" for r in chosen)
+
+    return "\n".join(
+        (
+            "1. **The instrument.** The very same text, replayed as published → corrected, scores (centred): "
+            f"{each(_replay)}.",
+            f"2. **What stands.** Of §11's own claims, under the corrected protocol: {each(_tally)}.",
+            "3. **What the controls say.** The AV's greedy text minus the greedy text of other targets, and its best of "
+            f"K minus the best of K unrelated texts: {each(_controls)}.",
+            "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against looking "
+            f"up the nearest stored text, held out: {each(_beyond)}.",
+        )
+    ) + "\n"
+
+
+def _replay(run: RunResults) -> str:
+    return " → ".join(
+        tables.number(run.column("oracle_ceiling", p)["replay_cen_fve_mean"]) for p in ("paper", "corrected")
+    )
+
+
+def _tally(run: RunResults) -> str:
+    words = [claims.judge(c, run.column(c.file, "corrected"))[1] for c in claims.CLAIMS if c.where != "control"]
+    kinds = ((claims.STANDS, "stand"), (claims.FALLS, "fall"), (claims.UNDECIDED, "not decided"))
+    return ", ".join(f"{words.count(word)} {verb}" for word, verb in kinds)
+
+
+def _controls(run: RunResults) -> str:
+    column = run.column("centered_eval", "corrected")
+    keys = ("adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean",
+            "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean")  # fmt: skip
+    return ", ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(column[k], *column["ci95"][k]) for k in keys)
+
+
+def _beyond(run: RunResults) -> str:
+    own = run.data["centered_eval"]["reader"]["corrected"]
+    key = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
+    return (
+        f"{tables.number(own['adapter_cen_greedy_mean'])} against {tables.number(own['nn_retrieval_cen_mean'])}, "
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(own[key], *own["ci95"][key])
+    )

@@ -85,5 +85,15 @@ def find_runs(roots: Iterable[Path]) -> list[RunResults]:
     return [found[k] for k in sorted(found)]
 
 
+def largest_runs(runs: Iterable[RunResults]) -> list[RunResults]:
+    """The run with the most targets of each backbone."""
+    best: dict[str, RunResults] = {}
+    for run in runs:
+        size = run.data["targets"]["sizes"]["N"]
+        if run.backbone not in best or size > best[run.backbone].data["targets"]["sizes"]["N"]:
+            best[run.backbone] = run
+    return list(best.values())
+
+
 def committed_results() -> Path:
     return ROOT / "paper" / "results"

@@ -10,7 +10,7 @@ import pytest
 
 from nla_utils import tables
 from nla_utils.config import ROOT
-from nla_utils.paper import build_paper, section_text, shared_tables, tables_of_run
+from nla_utils.paper import README, build_paper, readme_with, section_text, shared_tables, tables_of_run
 from nla_utils.published import BACKBONES, k_curve, published
 from nla_utils.results import NAMES, committed_results, find_runs
 
@@ -18,12 +18,13 @@ RUNS = find_runs([committed_results()])
 
 
 def test_both_offline_backbones_are_committed():
-    assert {("gemma3-270m", "quick"), ("smollm2-135m", "quick")} <= {(r.backbone, r.profile) for r in RUNS}
+    assert {("gemma3-270m", "laptop"), ("smollm2-135m", "laptop")} <= {(r.backbone, r.profile) for r in RUNS}
 
 
 def test_committed_section_and_tables_are_what_the_results_give():
     section = ROOT / "paper" / "section11.md"
     assert section.read_text() == section_text(RUNS, section.parent, ROOT / "figures")
+    assert README.read_text() == readme_with(README.read_text(), RUNS)
     made = {t.stem: t for t in [*shared_tables(RUNS), *(t for run in RUNS for t in tables_of_run(run))]}
     for stem, table in made.items():
         assert (ROOT / "paper" / "tables" / f"{stem}.md").read_text() == tables.markdown(table.frame)
@@ -44,7 +45,7 @@ def test_every_committed_number_traces_to_a_run():
 
 
 def test_no_decimal_is_typed_into_the_prose():
-    source = (ROOT / "nla_utils" / "paper.py").read_text()
+    source = "".join((ROOT / "nla_utils" / name).read_text() for name in ("paper.py", "paper_text.py", "audit.py"))
     assert not re.findall(r"(?<![\w:.])\d+\.\d+", source)
 
 
