@@ -108,10 +108,10 @@ def headline(runs: Sequence[RunResults]) -> str:
             "1. **The instrument.** The very same text, replayed as published → corrected, scores (centred): "
             f"{each(_replay)}.",
             f"2. **What stands.** Of §11's own claims, under the corrected protocol: {each(_tally)}.",
-            "3. **What the controls say.** The AV's greedy text minus the greedy text of other targets, and its best of "
-            f"K minus the best of K unrelated texts: {each(_controls)}.",
-            "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against looking "
-            f"up the nearest stored text, held out: {each(_beyond)}.",
+            "3. **What the controls say.** The AV's greedy text minus the greedy text of other targets, and its best "
+            f"of K minus the best of K unrelated texts: {each(_controls)}.",
+            "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against "
+            f"looking up the nearest stored text, held out: {each(_beyond)}.",
         )
     ) + "\n"
 
