@@ -14,6 +14,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 app.command()(cli_verbalize.verbalize)
 app.command()(cli_verbalize.bundle)
+app.command()(cli_verbalize.publish)
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."

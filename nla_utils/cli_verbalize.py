@@ -1,4 +1,4 @@
-"""``nla verbalize`` and ``nla bundle``: reading one activation, and packing what that needs."""
+"""``nla verbalize``, ``nla bundle``, ``nla publish``: reading one activation, packing and releasing verbalizers."""
 
 from __future__ import annotations
 
@@ -84,3 +84,41 @@ def bundle(
     opened = open_run(config)
     for path in write_bundle(config, opened.backbone, opened.folder, BUNDLES / opened.backbone.name):
         typer.echo(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+def publish(
+    backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
+    profile: Annotated[str, typer.Option(help="Profile of the run to release.")] = "laptop",
+    runs: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = ROOT / "runs",
+    to: Annotated[Optional[str], typer.Option(help="Push to org/name and org/name-targets.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run/--push", help="Only write the folders, or push them.")] = True,
+) -> None:
+    """Write a release of a finished run: AV in both formats, evaluation, targets as Parquet and safetensors, cards."""
+    from transformers import AutoTokenizer
+
+    from nla_utils.publish import make_release, push
+    from nla_utils.run import open_folder
+    from nla_utils.sources import SourceError, fetch, resolve
+    from nla_utils.store import ArtefactError
+    from nla_utils.targets import load_targets
+
+    try:
+        if not dry_run and to is None:
+            raise ConfigError("--push needs --to org/name")
+        config = RunConfig(backbone=backbone, profile=profile, out=str(runs.resolve()))
+        folder = open_folder(config)
+        targets = load_targets(config, folder)
+        tokenizer = AutoTokenizer.from_pretrained(fetch(resolve(backbone)))
+        texts = [tokenizer.decode(targets.sequence(i), skip_special_tokens=True) for i in range(len(targets.v))]
+        release = make_release(folder, texts, folder.file("release"))
+    except (ConfigError, SourceError, ArtefactError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2)
+    for part in (release.model, release.dataset):
+        for path in release.files(part):
+            typer.echo(f"  {path.relative_to(release.model.parent)}  {path.stat().st_size:,} bytes")
+    if dry_run:
+        typer.echo(f"dry run: nothing was pushed; look at {release.model.parent}, then add --push --to org/name")
+        return
+    for line in push(release, to, f"{to}-targets"):
+        typer.echo(f"  pushed {line}")

@@ -16,7 +16,8 @@ LARGE = (".safetensors", ".pt")
 @dataclass
 class Hub:
     """``files``: repo → path → bytes. ``refuse``: repo → (status, error code). ``lie``: paths whose bytes are altered.
-    ``cut``: paths whose first transfer stops in the middle. ``ranges``: what was asked for in parts."""
+    ``cut``: paths whose first transfer stops in the middle. ``ranges``: what was asked for in parts. ``objects``:
+    large files by sha256, as they were uploaded."""
 
     files: dict = field(default_factory=dict)
     refuse: dict = field(default_factory=dict)
@@ -24,6 +25,7 @@ class Hub:
     cut: set = field(default_factory=set)
     ranges: list = field(default_factory=list)
     served: list = field(default_factory=list)
+    objects: dict = field(default_factory=dict)
 
     def commit(self, repo: str) -> str:
         digest = hashlib.sha1(repo.encode())
@@ -47,9 +49,53 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
-    def do_GET(self):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.split("?")[0]
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path)
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted.get('organization') or 'org'}/{wanted['name']}"
+            self.hub.files.setdefault(repo, {})
+            return self._json({"url": f"http://{self.headers['Host']}/{repo}"})
+        if path.endswith("/objects/batch"):
+            return self._json({"transfer": "basic", "objects": [self._upload(o) for o in json.loads(body)["objects"]]})
+        action = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        if action and action[2] == "preupload":
+            files = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
+                      "shouldIgnore": False} for f in json.loads(body)["files"]]  # fmt: skip
+            return self._json({"files": files})
+        if action:
+            return self._commit(action[1], [json.loads(line) for line in body.splitlines() if line.strip()])
+        self._send(404, b"")
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.objects[self.path.rsplit("/", 1)[1]] = body
+        self._send(200, b"")
+
+    def _upload(self, wanted: dict) -> dict:
+        href = f"http://{self.headers['Host']}/objects/{wanted['oid']}"
+        return {**wanted, "actions": {"upload": {"href": href, "header": {}}}}
+
+    def _commit(self, repo: str, lines: list[dict]):
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                self.hub.files[repo][value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile":
+                self.hub.files[repo][value["path"]] = self.hub.objects[value["oid"]]
+        commit = self.hub.commit(repo)
+        self._json({"commitOid": commit, "commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{commit}"})
+
+    def _json(self, value: dict):
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def do_GET(self):
+        path = self.path.split("?")[0].replace("/datasets/", "/", 1) if "/api/" not in self.path else self.path
+        path = path.split("?")[0]
+        api = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path)
         if api:
             return self._info(*api.groups())
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -127,8 +173,3 @@ def _record(path: str, data: bytes) -> dict:
         record["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "oid": hashlib.sha256(data).hexdigest(),
                          "size": len(data), "pointerSize": 130}  # fmt: skip
     return record
-
-
-def decode_line(value: dict) -> bytes:
-    """Content of one file line of a commit request."""
-    return base64.b64decode(value["content"])

@@ -30,12 +30,17 @@ def ask(hub, cache, source, **environment):
         "    print(json.dumps({p.name: p.stat().st_size for p in folder.iterdir()} | {'at': folder.name}))\n"
         "except SourceError as e:\n    print(e); sys.exit(3)"
     )
+    done = in_a_process(hub, cache, program, source, **environment)
+    assert done.returncode in (0, 3), done.stderr[-3000:]
+    return done.returncode, done.stdout.strip().splitlines()
+
+
+def in_a_process(hub, cache, program, *arguments, **environment):
     env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
            "NLA_CACHE": str(cache), "HF_HOME": str(cache / "home"), "PYTHONPATH": str(ROOT),
            "HF_HUB_DOWNLOAD_TIMEOUT": "5", **environment}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", program, source], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode in (0, 3), done.stderr[-3000:]
-    return done.returncode, done.stdout.strip().splitlines()
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_download_pins_the_commit_and_takes_only_what_is_needed(hub, tmp_path):
@@ -102,3 +107,24 @@ def test_no_network_is_said_plainly(hub, tmp_path):
     assert code == 3 and "could not be reached" in " ".join(lines)
     code, lines = ask(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
     assert code == 3 and "HF_HUB_OFFLINE" in " ".join(lines)
+
+
+def test_what_is_pushed_is_what_a_download_gives(hub, tmp_path):
+    release = tmp_path / "release"
+    contents = {"av/best_av.safetensors": WEIGHTS, "av/config.json": b"{}", "av/eval/centered_eval.json": b"[1]",
+                "targets/targets.safetensors": WEIGHTS[::-1], "targets/README.md": b"---\ntags: []\n---"}  # fmt: skip
+    for name, data in contents.items():
+        (release / name).parent.mkdir(parents=True, exist_ok=True)
+        (release / name).write_bytes(data)
+    program = (
+        "import sys, pathlib; from nla_utils.publish import Release, push; out = pathlib.Path(sys.argv[1])\n"
+        "print(*push(Release(out / 'av', out / 'targets'), 'org/av', 'org/av-targets'), sep='\\n')\n"
+        "from nla_utils.hub import snapshot\n"
+        "folder = snapshot('org/av', ['*']); assert (folder / 'eval' / 'centered_eval.json').read_bytes() == b'[1]'"
+    )
+    done = in_a_process(hub, tmp_path / "cache", program, str(release), HF_TOKEN="hf_test")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("org/av @ ")
+    for name, data in contents.items():
+        part, path = name.split("/", 1)
+        assert hub.files["org/av" if part == "av" else "org/av-targets"][path] == data

@@ -6,13 +6,16 @@ import statistics
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 from typer.testing import CliRunner
 
 from nla_utils.cli import app
 from nla_utils.config import ROOT
+from nla_utils.publish import make_release
 from nla_utils.reproduce import STAGES
+from nla_utils.store import RunFolder
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
@@ -90,6 +93,22 @@ def test_results_hold_both_protocols_in_the_authors_names(reproduced):
             column = protocols[protocol]
             assert column["protocol"] == protocol and column["n"] == 8
             assert set(wanted) <= set(column) and wanted[0] in column["ci95"]
+
+
+def test_a_release_of_the_run_is_whole(reproduced, tmp_path):
+    folder = RunFolder(reproduced[2])
+    n = len(folder.load("targets").tensors["v"])
+    release = make_release(folder, [f"text {i}" for i in range(n)], tmp_path)
+    assert {p.name for p in release.files(release.model)} == {
+        "README.md", "best_av.pt", "best_av.safetensors", "config.json", "centered_eval.json", "oracle_ceiling.json",
+        "rerank_eval.json",
+    }  # fmt: skip
+    frame = pd.read_parquet(release.dataset / "targets.parquet")
+    assert list(frame["part"].value_counts()[["in_sample", "held_out", "pool"]]) == [8, 8, 48] and len(frame) == n
+    card = (release.model / "README.md").read_text()
+    for word in ("paper protocol", "corrected", "control: unrelated text", "left_pad", "Trainable parameters"):
+        assert word in card
+    assert "sha256" in (release.dataset / "README.md").read_text()
 
 
 def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monkeypatch):
