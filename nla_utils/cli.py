@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nla_utils import cli_verbalize
-from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig
+from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, size_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -18,23 +18,12 @@ app.command()(cli_verbalize.publish)
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
-SET_HELP = "Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."
 ADOPT_HELP = "Copy results and executed notebooks into the repository and rebuild the paper."
 
 
 def _fail(error: Exception) -> None:
     typer.secho(f"error: {error}", fg="red", err=True)
     raise typer.Exit(2)
-
-
-def _settings(pairs: list[str]) -> dict[str, int]:
-    values = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not value.lstrip("-").isdigit():
-            raise ConfigError(f"--set {pair!r}: write it as name=number, for example n_rollouts=8")
-        values[name] = int(value)
-    return values
 
 
 def _show(path: Path) -> str:
@@ -54,7 +43,7 @@ def reproduce(
     dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
     target_span: Annotated[str, typer.Option(help="What the AV is trained to write: full, or last:n.")] = "full",
     av: Annotated[Optional[str], typer.Option(help=AV_HELP)] = None,
-    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
+    set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is whole and matches is skipped."""
@@ -72,7 +61,7 @@ def reproduce(
         configs = [
             RunConfig.from_mapping(
                 {"backbone": b, "profile": profile, "seed": seed, "out": where, "layer": layer, "device": device,
-                 "dtype": dtype, "target_span": target_span, "av": av, **_settings(set_)}
+                 "dtype": dtype, "target_span": target_span, "av": av, **size_overrides(set_)}
             )
             for b in names
         ]  # fmt: skip
@@ -98,6 +87,7 @@ def ablate(
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = ROOT / "runs",
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 1,
+    set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
 ) -> None:
     """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebooks 01 and 02."""
     from nla_utils.backbone import BackboneError
@@ -109,7 +99,8 @@ def ablate(
     from nla_utils.targets import load_targets
 
     try:
-        config = RunConfig(backbone=backbone, profile=profile, seed=seed, out=str(out.resolve()))
+        sizes = size_overrides(set_)
+        config = RunConfig(backbone=backbone, profile=profile, seed=seed, out=str(out.resolve()), **sizes)
         run = open_run(config)
         targets = load_targets(config, run.folder)
         made_from = {"targets": targets.sha256, "reader": run.folder.load("reader").sha256}

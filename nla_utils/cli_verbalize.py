@@ -11,7 +11,9 @@ from typing import Annotated, Optional
 import numpy as np
 import typer
 
-from nla_utils.config import ROOT, ConfigError, RunConfig
+from nla_utils.config import ROOT, ConfigError, RunConfig, size_overrides
+
+SET_HELP = "Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."
 
 
 def read_vector(path: Path) -> np.ndarray:
@@ -75,12 +77,13 @@ def bundle(
     backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
     profile: Annotated[str, typer.Option(help="Profile of the run to pack.")] = "laptop",
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = ROOT / "runs",
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
 ) -> None:
     """Pack a run's verbalizers into bundles/<backbone>, from where `nla verbalize` takes them."""
     from nla_utils.bundle import BUNDLES, write_bundle
     from nla_utils.run import open_run
 
-    config = RunConfig(backbone=backbone, profile=profile, out=str(out.resolve()))
+    config = RunConfig(backbone=backbone, profile=profile, out=str(out.resolve()), **size_overrides(set_))
     opened = open_run(config)
     for path in write_bundle(config, opened.backbone, opened.folder, BUNDLES / opened.backbone.name):
         typer.echo(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.1f} MB")
@@ -91,6 +94,7 @@ def publish(
     profile: Annotated[str, typer.Option(help="Profile of the run to release.")] = "laptop",
     runs: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = ROOT / "runs",
     to: Annotated[Optional[str], typer.Option(help="Push to org/name and org/name-targets.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
     dry_run: Annotated[bool, typer.Option("--dry-run/--push", help="Only write the folders, or push them.")] = True,
 ) -> None:
     """Write a release of a finished run: AV in both formats, evaluation, targets as Parquet and safetensors, cards."""
@@ -105,7 +109,7 @@ def publish(
     try:
         if not dry_run and to is None:
             raise ConfigError("--push needs --to org/name")
-        config = RunConfig(backbone=backbone, profile=profile, out=str(runs.resolve()))
+        config = RunConfig(backbone=backbone, profile=profile, out=str(runs.resolve()), **size_overrides(set_))
         folder = open_folder(config)
         targets = load_targets(config, folder)
         tokenizer = AutoTokenizer.from_pretrained(fetch(resolve(backbone)))

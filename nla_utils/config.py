@@ -72,6 +72,7 @@ PROFILES: dict[str, Profile] = {
     "paper": Profile(30000, 200, 64, 2000, 3, 500, 512),
 }
 
+SIZES = ("n_targets", "n_eval", "n_rollouts", "pool_size")
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-5
 GRAD_CLIP = 1.0
@@ -117,8 +118,7 @@ class RunConfig:
     @property
     def sizes(self) -> Profile:
         """The profile with this run's overrides applied."""
-        names = ("n_targets", "n_eval", "n_rollouts", "pool_size")
-        overrides = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        overrides = {n: getattr(self, n) for n in SIZES if getattr(self, n) is not None}
         return dataclasses.replace(PROFILES[self.profile], **overrides)
 
     @property
@@ -130,7 +130,7 @@ class RunConfig:
     def folder_name(self) -> str:
         """``quick``, or ``quick-layer9-seed2``: whatever differs from the profile is in the name."""
         parts = [self.profile]
-        for name in ("layer", "n_targets", "n_eval", "n_rollouts", "pool_size"):
+        for name in ("layer", *SIZES):
             if getattr(self, name) is not None:
                 parts.append(f"{name}{getattr(self, name)}")
         if self.target_span != "full":
@@ -172,7 +172,7 @@ class RunConfig:
 
 def check_sizes(s: Profile) -> None:
     """Raise ``ConfigError`` where the sizes cannot be met together."""
-    for name in ("n_targets", "n_eval", "n_rollouts", "pool_size"):
+    for name in SIZES:
         value = getattr(s, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -189,6 +189,19 @@ def check_sizes(s: Profile) -> None:
             f"n_rollouts is {s.n_rollouts} but the pool holds {s.pool_size} texts: the unrelated-text "
             f"null draws as many texts as there are rollouts"
         )
+
+
+def size_overrides(pairs: Iterable[str]) -> dict[str, int]:
+    """``n_rollouts=8`` and the like as numbers; raises ``ConfigError`` for an unknown size or what is no number."""
+    values = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not value.lstrip("-").isdigit():
+            raise ConfigError(f"--set {pair!r}: write it as name=number, for example n_rollouts=8")
+        if name not in SIZES:
+            raise ConfigError(f"unknown size {name!r}: {nearest(name, SIZES)}")
+        values[name] = int(value)
+    return values
 
 
 @dataclass(frozen=True)

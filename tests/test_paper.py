@@ -18,7 +18,8 @@ RUNS = find_runs([committed_results()])
 
 
 def test_both_offline_backbones_are_committed():
-    assert {("gemma3-270m", "laptop"), ("smollm2-135m", "laptop")} <= {(r.backbone, r.profile) for r in RUNS}
+    of_laptop_size = {r.backbone for r in RUNS if r.profile.startswith("laptop")}
+    assert {"gemma3-270m", "smollm2-135m"} <= of_laptop_size
 
 
 def test_committed_section_and_tables_are_what_the_results_give():
