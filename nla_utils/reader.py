@@ -29,7 +29,7 @@ from nla_utils.targets import Targets
 
 ARTEFACT = "reader"
 TAIL_TOKENS = 8
-RIDGES = (1e-5, 1e-4, 1e-3)
+RIDGES = (1e-4, 1e-3, 1e-2)
 # Candidates are found in the backbone's dtype and scored again in float32.
 CANDIDATES = 64
 FIT_TOKENS = 16384
