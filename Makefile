@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test paper bench env clean
+.PHONY: reproduce test paper report bench env clean
 
 env: $(VENV)/.installed
 
@@ -26,5 +26,8 @@ bench: env
 paper: env
 	$(NLA) paper
 
+report: env
+	$(NLA) report
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

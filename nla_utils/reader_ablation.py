@@ -30,7 +30,7 @@ from nla_utils.store import RunFolder
 from nla_utils.targets import Targets
 
 SHARES = (8, 4, 2)
-LANGUAGE_WEIGHTS = (0.5, 1.0, 2.0)
+LANGUAGE_WEIGHTS = (0.5, 1.0)
 LENGTHS = (1, 2, 4)
 LAST_ONLY_LENGTH = 2
 
