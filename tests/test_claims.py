@@ -53,7 +53,9 @@ def test_false_alarms_are_as_rare_as_the_interval_says():
 def test_every_claim_finds_its_quantity_in_every_committed_run():
     for run in find_runs([committed_results()]):
         for claim in CLAIMS:
-            for protocol in ("paper", "corrected"):
+            # What training on a target is worth is asked once, under one encoding.
+            both = claim.id != "held_out_equals_in_sample"
+            for protocol in ("paper", "corrected") if both else ("corrected",):
                 assert claim.key in run.column(claim.file, protocol), (run.title, claim.id)
 
 
