@@ -190,7 +190,7 @@ def figure_4(runs: Sequence[RunResults]) -> Figure:
             style(ax, "centred fve_nrm" if key[:3] != "rho" else "ρ_cen", "", title)
     axes[0].set_yticks(y, labels, fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return fig
 
 
