@@ -53,7 +53,11 @@ class NormalEquations:
 
 
 def whitening(covariance_qq: Tensor) -> Tensor:
-    """L⁻¹ (q, q) float32 of covariance = L Lᵀ: rows times its transpose have unit covariance."""
-    lower = torch.linalg.cholesky(covariance_qq)
-    eye = torch.eye(len(lower), dtype=lower.dtype)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).float()
+    """Λ^−½ Uᵀ (q, q) float32 of covariance = U Λ Uᵀ: rows times its transpose have unit covariance.
+
+    Directions without variance (fewer samples than features) count as if they had the smallest that float32
+    sums can tell from none.
+    """
+    variance_q, u_qq = torch.linalg.eigh(covariance_qq)
+    variance_q = variance_q.clamp_min(1e-7 * variance_q.max())
+    return (u_qq / variance_q.sqrt()).T.float()

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from nla_utils.api import NLA
 from nla_utils.cli import app
 from nla_utils.sources import REGISTRY, fetch, weight_hash
 
@@ -41,6 +42,20 @@ def test_common_direction(results):
 def test_gemma_scale_moves_the_papers_log_probabilities(results):
     protocols = results["rerank_eval"]["protocols"]
     assert protocols["paper"]["mean_logp"] < protocols["corrected"]["mean_logp"] - 3
+
+
+def test_the_tail_reader_beats_every_control_even_from_a_few_sequences(results):
+    own, av = results["centered_eval"]["reader"]["corrected"], results["centered_eval"]["protocols"]["corrected"]
+    assert own["adapter_cen_greedy_mean"] > own["shuffled_v_cen_greedy_mean"] + 0.05
+    assert own["adapter_cen_greedy_mean"] > av["adapter_cen_greedy_mean"] + 0.05
+    assert own["guided_cen_mean"] >= own["adapter_cen_bestofK_mean"]
+
+
+def test_the_lines_at_the_top_of_the_readme():
+    nla = NLA.load("gemma3-270m")
+    found = nla.verbalize(nla.activation("The lighthouse keeper wound the clock and"), k=16)
+    assert found.score > found.retrieved_score and found.percentile > 0.9
+    assert found.text.endswith("and")
 
 
 def test_the_second_offline_backbone_loads():
