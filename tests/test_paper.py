@@ -18,8 +18,7 @@ RUNS = find_runs([committed_results()])
 
 
 def test_both_offline_backbones_are_committed():
-    of_laptop_size = {r.backbone for r in RUNS if r.profile.startswith("laptop")}
-    assert {"gemma3-270m", "smollm2-135m"} <= of_laptop_size
+    assert {("gemma3-270m", "quick"), ("smollm2-135m", "laptop")} <= {(r.backbone, r.profile) for r in RUNS}
 
 
 def test_committed_section_and_tables_are_what_the_results_give():
