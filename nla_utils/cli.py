@@ -21,11 +21,6 @@ AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@comm
 ADOPT_HELP = "Copy results and executed notebooks into the repository and rebuild the paper."
 
 
-def _fail(error: Exception) -> None:
-    typer.secho(f"error: {error}", fg="red", err=True)
-    raise typer.Exit(2)
-
-
 def _show(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
@@ -67,7 +62,7 @@ def reproduce(
         ]  # fmt: skip
         folders = run_all(configs, first, last)
     except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed, ValueError) as error:
-        _fail(error)
+        cli_verbalize.fail(error)
     for folder in folders:
         typer.echo(f"\n{folder.backbone}")
         typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
@@ -106,7 +101,7 @@ def ablate(
         made_from = {"targets": targets.sha256, "reader": run.folder.load("reader").sha256}
         record = ablate_reader(config, run.backbone, targets, run.folder)
     except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
-        _fail(error)
+        cli_verbalize.fail(error)
     path = write_results(run.folder, config, "reader_ablation", record, made_from)
     typer.echo(f"  reader ablation     {_show(path)}")
 
@@ -134,5 +129,5 @@ def report(
     try:
         pages = build_report(out.resolve())
     except ArtefactError as error:
-        _fail(error)
+        cli_verbalize.fail(error)
     typer.echo(f"  {_show(pages[0])} and {len(pages) - 1} notebooks")

@@ -16,12 +16,19 @@ from nla_utils.config import ROOT, ConfigError, RunConfig, size_overrides
 SET_HELP = "Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."
 
 
+def fail(error: Exception) -> None:
+    """Say what was wrong and leave with status 2."""
+    typer.secho(f"error: {error}", fg="red", err=True)
+    raise typer.Exit(2)
+
+
 def read_vector(path: Path) -> np.ndarray:
     """The one vector in a ``.npy`` or ``.safetensors`` file; raises ``ConfigError`` that says what is wrong."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist")
     if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False).squeeze()
+        # numpy refuses object arrays unless told otherwise.
+        return np.load(path).squeeze()
     if path.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
@@ -59,8 +66,7 @@ def verbalize(
         v = nla.activation(text, token) if given is None else given
         found = nla.verbalize(v, k, method, seed)
     except (ConfigError, SourceError, ArtefactError, BackboneError, ValueError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2)
+        fail(error)
     if json_:
         typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
         return
@@ -116,8 +122,7 @@ def publish(
         texts = [tokenizer.decode(targets.sequence(i), skip_special_tokens=True) for i in range(len(targets.v))]
         release = make_release(folder, texts, folder.file("release"))
     except (ConfigError, SourceError, ArtefactError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2)
+        fail(error)
     for part in (release.model, release.dataset):
         for path in release.files(part):
             typer.echo(f"  {path.relative_to(release.model.parent)}  {path.stat().st_size:,} bytes")

@@ -15,7 +15,7 @@ from torch import Tensor
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.linear import NormalEquations
-from nla_utils.reader import TAIL_TOKENS, embedding_table, reader_split, tail_features
+from nla_utils.reader import TAIL_TOKENS, embedding_mean, embedding_table, reader_split, tail_features
 from nla_utils.targets import Targets
 
 PROBE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -50,7 +50,8 @@ def probe_decode(run: RunConfig, backbone: Backbone, targets: Targets, rows: np.
     n = min(TAIL_TOKENS, run.sizes.max_new_tokens)
     train, validation = reader_split(run, targets)
     table_Vd = embedding_table(backbone)
-    mean_d, v_mean_d = _embedding_mean(table_Vd, targets, train), targets.v[train].mean(axis=0)
+    counts_V = np.bincount(np.concatenate(targets.sequences(train)), minlength=len(table_Vd))
+    mean_d, v_mean_d = embedding_mean(table_Vd, counts_V), targets.v[train].mean(axis=0)
     equations = NormalEquations(backbone.d, n * backbone.d)
     for first in range(0, len(train), CHUNK):
         chosen = train[first : first + CHUNK]
@@ -66,13 +67,6 @@ def probe_decode(run: RunConfig, backbone: Backbone, targets: Targets, rows: np.
     best = max(trials, key=lambda t: t[0])[2]
     record = [{"ridge": ridge, "names_last_token": share} for share, ridge, _ in trials]
     return best.decode(targets.v[rows], n), {"trials": record, "train_rows": len(train)}
-
-
-def _embedding_mean(table_Vd: Tensor, targets: Targets, rows: np.ndarray) -> Tensor:
-    ids = np.concatenate([targets.sequence(r) for r in rows])
-    used, counts = np.unique(ids, return_counts=True)
-    weight = torch.from_numpy(counts / counts.sum()).float().to(table_Vd.device)
-    return weight @ table_Vd[torch.from_numpy(used).to(table_Vd.device)].float()
 
 
 def _tails(targets: Targets, rows: np.ndarray, n: int, start_id: int) -> np.ndarray:

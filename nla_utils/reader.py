@@ -141,11 +141,8 @@ def accumulate(
     vectors that v (d,) and the embeddings (d,) were roughly centred by, and the token counts (V,).
     """
     table_Vd = embedding_table(backbone)
-    counts_V = np.bincount(
-        np.concatenate([targets.ids[r, : targets.lengths[r]] for r in rows]), minlength=len(table_Vd)
-    )
-    weight_V = torch.from_numpy(counts_V / counts_V.sum()).float().to(backbone.device)
-    embedding_mean_d = weighted_mean(table_Vd, weight_V)
+    counts_V = np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
+    embedding_mean_d = embedding_mean(table_Vd, counts_V)
     mean_d = torch.from_numpy(targets.v[rows].mean(axis=0)).to(backbone.device)
     equations = NormalEquations(n * backbone.d, backbone.d)
     per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
@@ -163,8 +160,9 @@ def accumulate(
     return equations, mean_d, embedding_mean_d, counts_V
 
 
-def weighted_mean(table_Vd: Tensor, weight_V: Tensor) -> Tensor:
-    """Mean embedding (d,) float32 under token weights, without a float32 copy of the table."""
+def embedding_mean(table_Vd: Tensor, counts_V: np.ndarray) -> Tensor:
+    """Mean embedding (d,) float32 under token counts, without a float32 copy of the table."""
+    weight_V = torch.from_numpy(counts_V / counts_V.sum()).float().to(table_Vd.device)
     used = weight_V.nonzero()[:, 0]
     return weight_V[used] @ table_Vd[used].float()
 

@@ -62,13 +62,17 @@ def build_tokenizer(padding_side: str, bos_is_eos: bool, adds_bos: bool, bos: bo
 
 
 def build_backbone(folder: Path, architecture: str, padding_side: str, bos_is_eos: bool, adds_bos: bool) -> Path:
-    tokenizer = build_tokenizer(padding_side, bos_is_eos, adds_bos)
+    return save_tiny(folder, CONFIGS[architecture], build_tokenizer(padding_side, bos_is_eos, adds_bos))
+
+
+def save_tiny(folder: Path, config, tokenizer: PreTrainedTokenizerFast, shard: str = "5GB") -> Path:
+    """A random model of a configuration made from the tokenizer's ids, with the tokenizer, in ``folder``."""
     ids = dict(
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(CONFIGS[architecture](ids)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config(ids)).save_pretrained(folder, max_shard_size=shard)
     tokenizer.save_pretrained(folder)
     return folder
 

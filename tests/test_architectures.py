@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, build_tokenizer, tiny_config
+from conftest import SHAPE, build_tokenizer, save_tiny, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -35,21 +35,10 @@ ARCHITECTURES = {
 }
 
 
-def build(folder, config, tokenizer, shard="5GB"):
-    ids = dict(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(config(ids)).save_pretrained(folder, max_shard_size=shard)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("shard", ["5GB", "30KB"], ids=["one-file", "sharded"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_chain_runs(name, shard, tmp_path):
-    folder = build(tmp_path / name, ARCHITECTURES[name], build_tokenizer("right", False, True), shard)
+    folder = save_tiny(tmp_path / name, ARCHITECTURES[name], build_tokenizer("right", False, True), shard)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "30KB")
     config = tiny_config(folder, tmp_path, n_targets=40, n_eval=4, pool_size=24, n_rollouts=2)
     run = open_run(config)
@@ -67,18 +56,18 @@ def test_the_chain_runs(name, shard, tmp_path):
 def test_a_tokenizer_without_pad_is_padded_by_its_eos(tmp_path):
     tokenizer = build_tokenizer("right", False, True)
     tokenizer.pad_token = None
-    run = open_run(tiny_config(build(tmp_path / "m", ARCHITECTURES["mistral"], tokenizer), tmp_path))
+    run = open_run(tiny_config(save_tiny(tmp_path / "m", ARCHITECTURES["mistral"], tokenizer), tmp_path))
     assert run.backbone.pad_id == run.backbone.eos_ids[0]
 
 
 def test_a_tokenizer_without_bos_is_refused_by_name(tmp_path):
-    folder = build(tmp_path / "bare", ARCHITECTURES["mistral"], build_tokenizer("right", False, False, bos=False))
+    folder = save_tiny(tmp_path / "bare", ARCHITECTURES["mistral"], build_tokenizer("right", False, False, bos=False))
     with pytest.raises(ConfigError, match="bare: its tokenizer has no BOS token"):
         open_run(tiny_config(folder, tmp_path))
 
 
 def test_a_head_with_a_bias_is_refused_by_name(tmp_path):
-    folder = build(tmp_path / "biased", ARCHITECTURES["llama-tied"], build_tokenizer("right", False, True))
+    folder = save_tiny(tmp_path / "biased", ARCHITECTURES["llama-tied"], build_tokenizer("right", False, True))
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
     config = tiny_config(folder, tmp_path)

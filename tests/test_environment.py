@@ -41,6 +41,6 @@ def test_transformers_floor_is_where_gemma_embeddings_scale_themselves():
 def test_nothing_unpickles():
     for path in (ROOT / "nla_utils").glob("*.py"):
         text = path.read_text()
-        assert not re.search(r"import pickle|allow_pickle=True|weights_only=False", text), path.name
+        assert "pickle" not in text and "weights_only=False" not in text
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, f"{path.name}: {call}"
