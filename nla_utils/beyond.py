@@ -23,6 +23,18 @@ ROWS = (
     ("identification, top-1 of greedy", "greedy_identification_top1"),
     ("identification, mean reciprocal rank", "greedy_identification_mrr"),
 )
+SEED_ROWS = {
+    "greedy": "greedy",
+    "nn_retrieval": "NN-retrieval",
+    "greedy_minus_nn_retrieval": "greedy − NN-retrieval",
+    "bestofK": "best-of-64",
+    "tail_oracle_4": "the source's own last 4",
+    "bestofK_minus_tail_oracle_4": "best-of-64 − the source's own last 4",
+    "guided": "guided search, at the AV's forward tokens",
+    "tail_oracle_8": "the source's own last 8",
+    "guided_minus_tail_oracle_8": "guided search − the source's own last 8",
+    "identification_top1": "identification, top-1 of greedy",
+}
 MEANING = ("last_token", "last_token_other", "overlap", "overlap_other", "similarity", "similarity_other")
 
 
@@ -50,6 +62,22 @@ def meaning_table(run: RunResults) -> pd.DataFrame:
 def ablation_record(run: RunResults) -> Optional[dict]:
     """The reader's ablation, if it was run (``nla ablate``)."""
     return optional_results(run, "reader_ablation")
+
+
+def seeds_record(run: RunResults) -> Optional[dict]:
+    """The reader's claims over several seeds, if they were repeated (``nla replicate``)."""
+    return optional_results(run, "reader_seeds")
+
+
+def seeds_table(record: dict) -> pd.DataFrame:
+    """One column a seed, each with its interval over targets, and the mean and standard deviation over seeds."""
+    rows = []
+    for key, label in SEED_ROWS.items():
+        spread = record["over_seeds"][key]
+        row = {"row": label, **{f"seed {seed}": with_interval(c, key) for seed, c in record["seeds"].items()}}
+        row["over seeds, mean ± sd"] = f"{number(spread['mean'])} ± {number(spread['sd'])}"
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("row")
 
 
 def ablation_table(record: dict) -> pd.DataFrame:

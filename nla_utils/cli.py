@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from nla_utils import cli_verbalize
+from nla_utils import cli_reader, cli_verbalize
 from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, size_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -15,6 +15,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command()(cli_verbalize.verbalize)
 app.command()(cli_verbalize.bundle)
 app.command()(cli_verbalize.publish)
+app.command()(cli_reader.ablate)
+app.command()(cli_reader.replicate)
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
@@ -74,36 +76,6 @@ def reproduce(
             adopt_run(folder)
     if adopt:
         paper()
-
-
-@app.command()
-def ablate(
-    backbone: Annotated[str, typer.Option(help=BACKBONE_HELP)] = "gemma3-270m",
-    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = ROOT / "runs",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 1,
-    set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
-) -> None:
-    """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebooks 01 and 02."""
-    from nla_utils.backbone import BackboneError
-    from nla_utils.reader_ablation import ablate_reader
-    from nla_utils.results import write_results
-    from nla_utils.run import open_run
-    from nla_utils.sources import SourceError
-    from nla_utils.store import ArtefactError
-    from nla_utils.targets import load_targets
-
-    try:
-        sizes = size_overrides(set_)
-        config = RunConfig(backbone=backbone, profile=profile, seed=seed, out=str(out.resolve()), **sizes)
-        run = open_run(config)
-        targets = load_targets(config, run.folder)
-        made_from = {"targets": targets.sha256, "reader": run.folder.load("reader").sha256}
-        record = ablate_reader(config, run.backbone, targets, run.folder)
-    except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
-        cli_verbalize.fail(error)
-    path = write_results(run.folder, config, "reader_ablation", record, made_from)
-    typer.echo(f"  reader ablation     {_show(path)}")
 
 
 @app.command()

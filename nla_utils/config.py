@@ -191,6 +191,14 @@ def check_sizes(s: Profile) -> None:
         )
 
 
+def parse_seeds(text: str) -> list[int]:
+    """``1,2,3`` as numbers; raises ``ConfigError`` for what is no whole number or comes twice."""
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdigit() for p in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds {text!r}: write different whole numbers with commas, for example 1,2,3")
+    return [int(p) for p in parts]
+
+
 def size_overrides(pairs: Iterable[str]) -> dict[str, int]:
     """``n_rollouts=8`` and the like as numbers; raises ``ConfigError`` for an unknown size or what is no number."""
     values = {}

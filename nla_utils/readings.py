@@ -38,7 +38,8 @@ def make_readings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     reader = load_reader(backbone, folder)
     rows = np.concatenate([targets.in_sample, targets.held_out])
     parents = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
-    tensors = {"rows": rows, **_draws(run, backbone, reader, targets, rows, folder, parents)}
+    drawn = draw_tails(run, backbone, reader, targets, rows, run.sizes.n_rollouts, folder)
+    tensors = {"rows": rows, **drawn}
     tensors |= _probe(run, backbone, targets, rows)
     held = slice(len(targets.in_sample), None)
     found = guided_search(
@@ -54,13 +55,14 @@ def av_forward_tokens(run: RunConfig) -> int:
     return run.sizes.n_rollouts * (2 * run.text_length + 1)
 
 
-def _draws(
-    run: RunConfig, backbone: Backbone, reader: TailReader, targets: Targets, rows: np.ndarray, folder: RunFolder,
-    parents: dict[str, str],
+def draw_tails(
+    run: RunConfig, backbone: Backbone, reader: TailReader, targets: Targets, rows: np.ndarray, k: int,
+    folder: RunFolder,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Greedy and K drawn tails of each row, re-encoded with and without BOS."""
-    k = run.sizes.n_rollouts
-    chunks = ChunkStore(folder.file("readings.chunks"), {**folder.identity, **parents, "k": k})
+    """Greedy and K drawn tails of each row, re-encoded with and without BOS; resumed where it was cut."""
+    made_from = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
+    plan = {**folder.identity, **made_from, "k": k, "rows": len(rows)}
+    chunks = ChunkStore(folder.file(f"readings{k}.chunks"), plan)
     per_chunk = max(1, ROW_BATCH // (k + 1))
     parts = []
     with Progress(total=len(rows), desc="reading tails", unit="target") as bar:

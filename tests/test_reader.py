@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nla_utils.beyond import seeds_table
 from nla_utils.guided import guided_search
 from nla_utils.linear import NormalEquations, whitening
 from nla_utils.metrics import fve
@@ -27,6 +28,7 @@ from nla_utils.reader import (
 )
 from nla_utils.reader_ablation import ablate_reader
 from nla_utils.readings import av_forward_tokens, read_rollouts
+from nla_utils.replication import replicate
 
 
 def test_streamed_least_squares_equals_the_whole_at_once():
@@ -227,3 +229,19 @@ def test_ablation_names_every_variant_and_its_difference(tiny_run):
     for row in record["rows"]:
         assert row["minus_baseline"] == pytest.approx(row["mean"] - record["rows"][0]["mean"])
     assert [s["train_rows"] for s in record["scaling"]] == sorted(s["train_rows"] for s in record["scaling"])
+
+
+def test_seeds_are_repeated_from_targets_on_and_share_nothing(tiny_run):
+    run, targets = tiny_run
+    record, made_from = replicate(run.config, run.backbone, [1, 2])
+    assert made_from["targets of seed 1"] == targets.sha256 != made_from["targets of seed 2"]
+    first, second = record["seeds"]["1"], record["seeds"]["2"]
+    assert first["greedy"] != second["greedy"]
+    for key, spread in record["over_seeds"].items():
+        assert spread["mean"] == pytest.approx((first[key] + second[key]) / 2)
+        assert spread["sd"] == pytest.approx(abs(first[key] - second[key]) / 2**0.5)
+    v = torch.from_numpy(targets.v[targets.held_out])
+    h = run.backbone.encode(read_greedy(load_reader(run.backbone, run.folder), v).tolist(), start=True)
+    assert first["greedy"] == pytest.approx(fve(h, v.numpy(), targets.mu).mean(), abs=1e-5)
+    assert first["bestofK_minus_tail_oracle_4"] == pytest.approx(first["bestofK"] - first["tail_oracle_4"])
+    assert set(seeds_table(record).columns) == {"seed 1", "seed 2", "over seeds, mean ± sd"}

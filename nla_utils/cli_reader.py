@@ -1,0 +1,73 @@
+"""``nla ablate``, ``nla replicate``: the tail reader taken apart, and its final claims on targets drawn anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nla_utils.cli_verbalize import SET_HELP, fail
+from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, size_overrides
+
+Backbone = Annotated[str, typer.Option(help="Registry name, hub id (org/name@commit) or folder.")]
+ProfileName = Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run.")]
+Sizes = Annotated[list[str], typer.Option("--set", help=SET_HELP)]
+
+
+def ablate(
+    backbone: Backbone = "gemma3-270m",
+    profile: ProfileName = "quick",
+    out: Out = ROOT / "runs",
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 1,
+    set_: Sizes = [],
+) -> None:
+    """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebooks 01 and 02."""
+    from nla_utils.backbone import BackboneError
+    from nla_utils.reader_ablation import ablate_reader
+    from nla_utils.results import write_results
+    from nla_utils.run import open_run
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
+    from nla_utils.targets import load_targets
+
+    try:
+        sizes = size_overrides(set_)
+        config = RunConfig(backbone=backbone, profile=profile, seed=seed, out=str(out.resolve()), **sizes)
+        run = open_run(config)
+        targets = load_targets(config, run.folder)
+        made_from = {"targets": targets.sha256, "reader": run.folder.load("reader").sha256}
+        record = ablate_reader(config, run.backbone, targets, run.folder)
+    except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
+        fail(error)
+    typer.echo(f"  reader ablation     {write_results(run.folder, config, 'reader_ablation', record, made_from)}")
+
+
+def replicate(
+    backbone: Backbone = "gemma3-270m",
+    profile: ProfileName = "quick",
+    out: Out = ROOT / "runs",
+    seeds: Annotated[str, typer.Option(help="Seeds, the first that of the run that keeps the result.")] = "1,2,3",
+    set_: Sizes = [],
+) -> None:
+    """Repeat the tail reader's claims on targets drawn anew for each seed; trains no AV."""
+    from nla_utils.backbone import BackboneError
+    from nla_utils.config import parse_seeds
+    from nla_utils.replication import replicate as repeat
+    from nla_utils.results import write_results
+    from nla_utils.run import open_run
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
+
+    try:
+        chosen = parse_seeds(seeds)
+        if len(chosen) < 2:
+            raise ConfigError(f"--seeds {seeds}: a spread needs at least two seeds, for example 1,2,3")
+        values = {"backbone": backbone, "profile": profile, "seed": chosen[0], "out": str(out.resolve())}
+        config = RunConfig(**values, **size_overrides(set_))
+        run = open_run(config)
+        record, made_from = repeat(config, run.backbone, chosen)
+    except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
+        fail(error)
+    typer.echo(f"  reader over seeds   {write_results(run.folder, config, 'reader_seeds', record, made_from)}")
