@@ -43,7 +43,8 @@ def _in_sample(run: RunResults) -> str:
     training, sizes = run.data["training"], run.data["targets"]["sizes"]
     column = run.column("centered_eval", "corrected")
     low, high = column["ci95"]["in_sample_advantage_greedy"]
-    return (f"{training['in_sample_trained_on']} of {sizes['M']} trained on; advantage of greedy "
+    count = training["in_sample_trained_on"]
+    return (f"{'an unknown number' if count is None else count} of {sizes['M']} trained on; advantage of greedy "
             f"{column['in_sample_advantage_greedy']:+.3f} [{low:+.3f}, {high:+.3f}]")  # fmt: skip
 
 

@@ -20,6 +20,7 @@ app.command()(cli_reader.replicate)
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
+TARGETS_HELP = "Released targets instead of drawing them: hub:org/name[@commit] or a folder."
 ADOPT_HELP = "Copy results and executed notebooks into the repository and rebuild the paper."
 
 
@@ -40,6 +41,7 @@ def reproduce(
     dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
     target_span: Annotated[str, typer.Option(help="What the AV is trained to write: full, or last:n.")] = "full",
     av: Annotated[Optional[str], typer.Option(help=AV_HELP)] = None,
+    targets: Annotated[Optional[str], typer.Option(help=TARGETS_HELP)] = None,
     set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
@@ -58,7 +60,8 @@ def reproduce(
         configs = [
             RunConfig.from_mapping(
                 {"backbone": b, "profile": profile, "seed": seed, "out": where, "layer": layer, "device": device,
-                 "dtype": dtype, "target_span": target_span, "av": av, **size_overrides(set_)}
+                 "dtype": dtype, "target_span": target_span, "av": av, "released_targets": targets,
+                 **size_overrides(set_)}
             )
             for b in names
         ]  # fmt: skip

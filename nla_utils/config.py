@@ -86,7 +86,8 @@ FLOOR_ROWS = 512
 class RunConfig:
     """One run: a backbone, a profile, a seed, and where its artefacts go.
 
-    ``av``: a released AV to evaluate instead of training one, ``hub:org/name[@commit]`` or a folder.
+    ``av``: a released AV to evaluate instead of training one, ``released_targets``: targets to use instead of
+    drawing them; each ``hub:org/name[@commit]`` or a folder.
     ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and ``pool_size`` are overrides; ``None``
     means the backbone's or the profile's own value.
     """
@@ -104,6 +105,7 @@ class RunConfig:
     dtype: str = "bfloat16"
     target_span: str = "full"
     av: Optional[str] = None
+    released_targets: Optional[str] = None
 
     def __post_init__(self) -> None:
         span_length(self.target_span)
@@ -135,8 +137,9 @@ class RunConfig:
                 parts.append(f"{name}{getattr(self, name)}")
         if self.target_span != "full":
             parts.append(self.target_span.replace(":", ""))
-        if self.av is not None:
-            parts.append("av-" + self.av.split("@")[0].rstrip("/").split("/")[-1])
+        for kind, source in (("av", self.av), ("targets", self.released_targets)):
+            if source is not None:
+                parts.append(f"{kind}-" + source.split("@")[0].rstrip("/").split("/")[-1])
         if self.seed != 1:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)

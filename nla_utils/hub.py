@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Sequence
 
 from nla_utils.config import cache_dir
-from nla_utils.store import sha256_file
+from nla_utils.store import require_disk, sha256_file
 
 
 class SourceError(RuntimeError):
@@ -18,12 +19,12 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-def snapshot(source: str, patterns: Sequence[str]) -> Path:
+def snapshot(source: str, patterns: Sequence[str], kind: str = "model") -> Path:
     """Folder with a repository's files that match ``patterns``, at one commit.
 
-    ``source`` is ``org/name`` or ``org/name@revision``; without a revision the newest commit is resolved and
-    printed, so that it can be pinned. Files already in the cache are not fetched again; a cut download goes on
-    where it was. Raises ``SourceError`` for everything that can go wrong, with what to do about it.
+    ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``; without a revision the
+    newest commit is resolved and printed, so that it can be pinned. What is in the cache is not fetched again; a cut
+    download goes on where it was. Raises ``SourceError`` for everything that can go wrong, with what to do about it.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -32,18 +33,22 @@ def snapshot(source: str, patterns: Sequence[str]) -> Path:
     HTTPError = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
 
     repo, _, revision = source.partition("@")
-    kept = _kept(repo, revision)
+    kept = _kept(repo, revision, kind)
     if kept is not None:
         return kept
     try:
-        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
+        info = HfApi().repo_info(repo, revision=revision or None, repo_type=kind, files_metadata=True)
         if not COMMIT.match(revision):
             print(f"{repo}: using commit {info.sha}; pin it with {repo}@{info.sha}")
+        wanted = [s for s in info.siblings if any(fnmatch(s.rfilename, p) for p in patterns)]
+        require_disk(_hub_cache(), sum(s.size or 0 for s in wanted))
         folder = Path(
-            snapshot_download(repo, revision=info.sha, cache_dir=_hub_cache(), allow_patterns=list(patterns))
+            snapshot_download(
+                repo, repo_type=kind, revision=info.sha, cache_dir=_hub_cache(), allow_patterns=list(patterns)
+            )
         )
     except (OSError, HTTPError) as error:
-        raise SourceError(_explain(repo, revision, error)) from None
+        raise SourceError(_explain(repo, revision, kind, error)) from None
     _check_hashes(folder, info)
     (folder / ".verified").touch()
     return folder
@@ -53,9 +58,9 @@ def _hub_cache() -> Path:
     return cache_dir() / "hub"
 
 
-def _kept(repo: str, revision: str) -> Path | None:
+def _kept(repo: str, revision: str, kind: str) -> Path | None:
     """A snapshot of a pinned commit that was fetched whole and checked before."""
-    folder = _hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
+    folder = _hub_cache() / f"{kind}s--{repo.replace('/', '--')}" / "snapshots" / revision
     return folder if COMMIT.match(revision) and (folder / ".verified").exists() else None
 
 
@@ -75,14 +80,15 @@ def _check_hashes(folder: Path, info) -> None:
             )
 
 
-def _explain(repo: str, revision: str, error: Exception) -> str:
+def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:
     """What went wrong and what to do, by kind of failure."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     where = f"{repo}@{revision}" if revision else repo
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     if isinstance(error, GatedRepoError):
         return (
-            f"{where} is gated: open https://huggingface.co/{repo} signed in, accept its terms, then run "
+            f"{where} is gated: open {page} signed in, accept its terms, then run "
             f"`hf auth login` with a token that may read it, and start again"
         )
     if isinstance(error, RevisionNotFoundError):

@@ -21,6 +21,7 @@ from nla_utils.config import ROOT, RunConfig
 from nla_utils.progress import MIRROR_VARIABLE
 from nla_utils.results import committed_results, results_file
 from nla_utils.run import open_folder
+from nla_utils.sources import fetch_av, fetch_targets
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, read_json, require_disk
 
 
@@ -81,6 +82,10 @@ def _sha_on_disk(folder: RunFolder, name: str) -> str | None:
 def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     """Everything that can be refused before long work: names, layer, weights, artefacts, disk."""
     folder = open_folder(config)
+    if config.av is not None:
+        fetch_av(config.av)
+    if config.released_targets is not None:
+        fetch_targets(config.released_targets)
     for stage in STAGES:
         present = [n for n in stage.artefacts if folder.has(n)]
         for name in present:

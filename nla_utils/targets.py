@@ -10,8 +10,10 @@ import torch
 from nla_utils.backbone import Backbone, check_finite
 from nla_utils.config import FLOOR_ROWS, RunConfig
 from nla_utils.metrics import fve_matrix
+from nla_utils.packs import read_released
 from nla_utils.progress import Progress
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.sources import fetch_targets
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
 
 ARTEFACT = "targets"
@@ -76,13 +78,15 @@ def target_settings(run: RunConfig) -> SamplingSettings:
 
 
 def make_targets(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targets:
-    """Draw and extract the run's targets, or load them if they are whole.
+    """Draw and extract the run's targets, take released ones if it names them, or load what is whole.
 
     Raises ``ArtefactError`` if what is on disk is another run's or there is no room,
     ``CollapsedTargetsError`` or ``BackboneError`` if the activations are not healthy.
     """
     if folder.has(ARTEFACT):
         return Targets.of(folder.load(ARTEFACT), run)
+    if run.released_targets is not None:
+        return take_released(run, backbone, folder)
     n = run.sizes.n_targets
     require_disk(folder.path, 3 * n * (backbone.d + run.sizes.max_new_tokens) * 4)
     settings = target_settings(run)
@@ -104,6 +108,14 @@ def make_targets(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targe
     artefact = folder.save(ARTEFACT, tensors, sampling=settings.record(), seed=run.seed, health=health)
     chunks.clear()
     return Targets.of(artefact, run)
+
+
+def take_released(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targets:
+    """The first N released targets as this run's; raises ``SourceError`` or ``ArtefactError`` if they do not fit."""
+    source = fetch_targets(run.released_targets)
+    tensors = read_released(source, backbone, run.sizes.n_targets)
+    facts = {"released": run.released_targets, "released_from": source.name, "health": check_health(tensors["v"])}
+    return Targets.of(folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run)
 
 
 def load_targets(run: RunConfig, folder: RunFolder) -> Targets:

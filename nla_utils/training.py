@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -245,7 +246,8 @@ def take_released(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
         released=run.av,
         released_from=source.name,
         **dict.fromkeys(unknown),
-        train_rows=[],
+        # It never saw targets drawn here; which of the released ones it was trained on is not published.
+        train_rows=[] if run.released_targets is None else None,
         validation_rows=[],
         trainable_params=sum(p.numel() for p in av.parameters()),
         steps=record["step"],
@@ -277,6 +279,11 @@ def describe(sidecar: dict, targets: Targets) -> dict:
     )  # fmt: skip
     return {
         **{k: sidecar[k] for k in keys},
-        "in_sample_trained_on": int(np.isin(targets.in_sample, sidecar["train_rows"]).sum()),
-        "held_out_trained_on": int(np.isin(targets.held_out, sidecar["train_rows"]).sum()),
+        "in_sample_trained_on": _trained_on(sidecar, targets.in_sample),
+        "held_out_trained_on": _trained_on(sidecar, targets.held_out),
     }
+
+
+def _trained_on(sidecar: dict, rows: np.ndarray) -> Optional[int]:
+    """How many of the rows the AV was trained on; ``None`` where its release does not say."""
+    return None if sidecar["train_rows"] is None else int(np.isin(rows, sidecar["train_rows"]).sum())

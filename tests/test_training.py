@@ -208,7 +208,8 @@ def test_a_released_av_is_taken_as_it_is(scored_run, tmp_path, kept):
 
 
 @pytest.mark.parametrize("av, message", [
-    ("hub:no-slash", "write it as hub:org/name"), ("/absent/folder", "an AV is config.json with"),
+    ("hub:no-slash", "write it as hub:org/name"), ("/absent/folder", "neither a folder"),
+    (".", "an AV is config.json with"),
 ])  # fmt: skip
 def test_what_is_no_av_is_refused(tiny_run, tmp_path, av, message):
     run, targets = tiny_run
