@@ -100,31 +100,45 @@ class Backbone:
 
     def hidden_at_layer(self, **inputs: Tensor) -> Tensor:
         """``hidden_states[ℓ]`` (B, T, d) of a forward pass that stops at block ℓ."""
-        reached: list[Tensor] = []
+        return self.hidden_at_layers((self.layer,), **inputs)[0]
 
-        def grab(_module, _args, output):
-            reached.append(output[0] if isinstance(output, tuple) else output)
-            raise _LayerReached
+    def hidden_at_layers(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
+        """``hidden_states`` (B, T, d) at each of the layers, of one forward pass that stops at the last of them."""
+        reached: dict[int, Tensor] = {}
 
-        handle = self.blocks[self.layer - 1].register_forward_hook(grab)
+        def grab(layer: int, output) -> None:
+            reached[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == max(layers):
+                raise _LayerReached
+
+        handles = [
+            self.blocks[layer - 1].register_forward_hook(lambda _module, _args, out, layer=layer: grab(layer, out))
+            for layer in layers
+        ]
         try:
             self.model.base_model(**inputs, use_cache=False)
         except _LayerReached:
             pass
         finally:
-            handle.remove()
-        return reached[0]
+            for handle in handles:
+                handle.remove()
+        return [reached[layer] for layer in layers]
+
+    def encode(self, sequences: Sequence[Sequence[int]], start: bool) -> np.ndarray:
+        """Activation h (N, d) at the last token of each id sequence, at the run's layer; see :meth:`encode_layers`."""
+        return self.encode_layers(sequences, start, (self.layer,))[0]
 
     @torch.inference_mode()
-    def encode(self, sequences: Sequence[Sequence[int]], start: bool) -> np.ndarray:
-        """Activation at the last token of each id sequence.
+    def encode_layers(self, sequences: Sequence[Sequence[int]], start: bool, layers: Sequence[int]) -> np.ndarray:
+        """Activation at the last token of each id sequence, at several layers in one pass.
 
         Args:
             sequences: N token id sequences, each of at least one id.
             start: put the start token (BOS) in front: ``corrected`` does, ``paper`` does not.
+            layers: L of them, counted as ``hidden_states``.
 
         Returns:
-            h (N, d) float32, in the order given.
+            h (L, N, d) float32, in the orders given.
 
         Raises:
             BackboneError: an activation is not finite.
@@ -136,21 +150,22 @@ class Backbone:
         rows = [head + list(s) for s in sequences]
         if any(len(r) == 0 for r in rows):
             raise BackboneError("a sequence of no tokens has no activation")
-        h_Nd = np.empty((len(rows), self.d), dtype=np.float32)
+        h_LNd = np.empty((len(layers), len(rows), self.d), dtype=np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for batch in _batches(order, rows, ENCODE_TOKENS[self.device.type]):
-            h_Nd[batch] = self._encode_batch([rows[i] for i in batch])
-        check_finite(h_Nd, "re-encoded activations")
-        return h_Nd
+            h_LNd[:, batch] = self._encode_batch([rows[i] for i in batch], layers)
+        for h_Nd in h_LNd:
+            check_finite(h_Nd, "re-encoded activations")
+        return h_LNd
 
-    def _encode_batch(self, rows: list[list[int]]) -> np.ndarray:
+    def _encode_batch(self, rows: list[list[int]], layers: Sequence[int]) -> np.ndarray:
         lengths = torch.tensor([len(r) for r in rows])
         ids_BT = torch.full((len(rows), int(lengths.max())), self.pad_id)
         for i, row in enumerate(rows):
             ids_BT[i, : len(row)] = torch.tensor(row)
-        h_BTd = self.hidden_at_layer(input_ids=ids_BT.to(self.device))
-        last = h_BTd[torch.arange(len(rows), device=h_BTd.device), lengths.to(h_BTd.device) - 1]
-        return last.float().cpu().numpy()
+        row_B, last_B = torch.arange(len(rows), device=self.device), lengths.to(self.device) - 1
+        h_LBTd = self.hidden_at_layers(layers, input_ids=ids_BT.to(self.device))
+        return np.stack([h_BTd[row_B, last_B].float().cpu().numpy() for h_BTd in h_LBTd])
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens."""

@@ -7,7 +7,7 @@ from typing import Optional
 import pandas as pd
 
 from nla_utils.results import RunResults, optional_results
-from nla_utils.tables import number, with_interval
+from nla_utils.tables import number, over_seeds, with_interval
 
 ROWS = (
     ("greedy", "adapter_cen_greedy_mean"),
@@ -71,13 +71,8 @@ def seeds_record(run: RunResults) -> Optional[dict]:
 
 def seeds_table(record: dict) -> pd.DataFrame:
     """One column a seed, each with its interval over targets, and the mean and standard deviation over seeds."""
-    rows = []
-    for key, label in SEED_ROWS.items():
-        spread = record["over_seeds"][key]
-        row = {"row": label, **{f"seed {seed}": with_interval(c, key) for seed, c in record["seeds"].items()}}
-        row["over seeds, mean ± sd"] = f"{number(spread['mean'])} ± {number(spread['sd'])}"
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("row")
+    seeds = record["seeds"].items()
+    return over_seeds({label: {seed: (column, key) for seed, column in seeds} for key, label in SEED_ROWS.items()})
 
 
 def ablation_table(record: dict) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nla_utils import cli_reader, cli_verbalize
-from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, size_overrides
+from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, parse_seeds, size_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -21,7 +21,14 @@ app.command()(cli_reader.replicate)
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
 TARGETS_HELP = "Released targets instead of drawing them: hub:org/name[@commit] or a folder."
+SEEDS_HELP = "Seeds of targets, training and rollouts, with commas; each is a run of its own."
 ADOPT_HELP = "Copy results and executed notebooks into the repository and rebuild the paper."
+
+
+def _where(out: Path) -> str:
+    """``out`` as a run's configuration holds it: from the repository's root where it lies inside."""
+    out = out.resolve()
+    return str(out.relative_to(ROOT)) if out.is_relative_to(ROOT) else str(out)
 
 
 def _show(path: Path) -> str:
@@ -35,7 +42,7 @@ def reproduce(
     first: Annotated[int, typer.Option("--from", help="First notebook to run.")] = 1,
     last: Annotated[int, typer.Option("--until", help="Last notebook to run.")] = 6,
     out: Annotated[Path, typer.Option(help="Folder for everything a run writes.")] = ROOT / "runs",
-    seed: Annotated[int, typer.Option(help="Seed of targets, training and rollouts.")] = 1,
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help=SEEDS_HELP)] = "1",
     layer: Annotated[Optional[int], typer.Option(help="Extraction layer, if not the backbone's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
@@ -53,8 +60,7 @@ def reproduce(
     from nla_utils.sources import SourceError
     from nla_utils.store import ArtefactError
 
-    out = out.resolve()
-    where = str(out.relative_to(ROOT)) if out.is_relative_to(ROOT) else str(out)
+    where = _where(out)
     try:
         names = [str(Path(b).resolve()) if Path(b).is_dir() else b for b in backbone]
         configs = [
@@ -64,10 +70,16 @@ def reproduce(
                  **size_overrides(set_)}
             )
             for b in names
+            for seed in parse_seeds(seeds)
         ]  # fmt: skip
         folders = run_all(configs, first, last)
     except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed, ValueError) as error:
         cli_verbalize.fail(error)
+    _report(folders, adopt, adopt_run)
+
+
+def _report(folders, adopt: bool, adopt_run) -> None:
+    """Say where everything is, and adopt it if that was asked for."""
     for folder in folders:
         typer.echo(f"\n{folder.backbone}")
         typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
@@ -79,6 +91,44 @@ def reproduce(
             adopt_run(folder)
     if adopt:
         paper()
+
+
+@app.command()
+def sweep(
+    layers: Annotated[str, typer.Option(help="all, or numbers with commas: 6,13")] = "all",
+    backbone: Annotated[str, typer.Option(help="Registry name, hub id (org/name@commit) or folder.")] = "gemma3-270m",
+    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder for everything the runs write.")] = ROOT / "runs",
+    seed: Annotated[int, typer.Option(help="Seed of targets, training and rollouts.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
+    set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
+    adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
+) -> None:
+    """Run the notebooks at several layers, all from the same sequences, whose activations are taken in one pass."""
+    from nla_utils.backbone import BackboneError
+    from nla_utils.layers import config_at, extract_layers, parse_layers
+    from nla_utils.reproduce import NotebookFailed
+    from nla_utils.reproduce import adopt as adopt_run
+    from nla_utils.reproduce import reproduce as run_all
+    from nla_utils.run import open_run
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
+
+    try:
+        name = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
+        config = RunConfig(backbone=name, profile=profile, seed=seed, out=_where(out), device=device, dtype=dtype,
+                           **size_overrides(set_))  # fmt: skip
+        opened = open_run(config).backbone
+        chosen = parse_layers(layers, opened.n_layers)
+        extract_layers(config, opened, chosen)
+        configs = [config_at(config, opened.layer, x) for x in chosen]
+        # The notebooks load the backbone themselves: it need not be held twice.
+        del opened
+        folders = run_all(configs)
+    except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed) as error:
+        cli_verbalize.fail(error)
+    _report(folders, adopt, adopt_run)
 
 
 @app.command()

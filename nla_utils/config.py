@@ -198,7 +198,7 @@ def parse_seeds(text: str) -> list[int]:
     """``1,2,3`` as numbers; raises ``ConfigError`` for what is no whole number or comes twice."""
     parts = [p.strip() for p in text.split(",")]
     if not all(p.isdigit() for p in parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"--seeds {text!r}: write different whole numbers with commas, for example 1,2,3")
+        raise ConfigError(f"seeds {text!r}: write different whole numbers with commas, for example 1,2,3")
     return [int(p) for p in parts]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Optional, Sequence
 
-from nla_utils import claims, tables
+from nla_utils import claims, sweeps, tables
 from nla_utils.beyond import ablation_record, seeds_record
 from nla_utils.published import SECTION_11, TITLES
 from nla_utils.results import RunResults, largest_runs
@@ -107,6 +107,30 @@ def _over_seeds(record: Optional[dict]) -> str:
         f"{spread['mean']:+.3f} ± {spread['sd']:.3f} (sd over seeds), its interval over targets above zero for {apart} "
         f"of {len(seeds)}.\n"
     )
+
+
+def depth(group: dict[int, RunResults]) -> str:
+    """What depth does, in sentences whose numbers come from the runs and whose layers follow from the intervals."""
+    first, last = group[min(group)], group[max(group)]
+
+    def from_to(protocol: str, key: str, digits: int = 3) -> str:
+        return " to ".join(tables.number(r.column("oracle_ceiling", protocol)[key], digits) for r in (first, last))
+
+    def above(column, key: str) -> str:
+        found = [str(layer) for layer, run in group.items() if column(run)["ci95"][key][0] > 0]
+        return f"at layers {', '.join(found)}" if found else "at none of them"
+
+    sentences = (
+        f"Layers {', '.join(map(str, group))} of the same sequences.",
+        f"From the first to the last, ‖μ‖ goes from {from_to('corrected', 'mu_norm', 1)}, the raw floor from "
+        f"{from_to('corrected', 'random_floor_raw_fve_mean')}.",
+        f"Replay as published goes from {from_to('paper', 'replay_cen_fve_mean')}, the source's own last 8 tokens from "
+        f"{from_to('corrected', 'tail_oracle_8_cen_fve_mean')}.",
+        "The AV's best of K lies above that of as many unrelated texts "
+        f"{above(lambda r: r.column('centered_eval', 'corrected'), sweeps.GAP)}; the tail reader's greedy text above "
+        f"NN-retrieval {above(sweeps.reader_column, sweeps.RETRIEVAL)}.",
+    )
+    return " ".join(sentences) + "\n"
 
 
 def headline(runs: Sequence[RunResults]) -> str:

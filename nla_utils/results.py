@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Mapping, Optional
@@ -9,6 +10,7 @@ from typing import Iterable, Mapping, Optional
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.store import RunFolder, code_version, library_versions, read_json, sha256_file, write_json
 
+VARIED = re.compile(r"(layer|seed)\d+")
 NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
 
 
@@ -37,6 +39,11 @@ def write_results(
     return path
 
 
+def family_of(profile: str) -> str:
+    """A run's name without what a sweep varies: its layer and its seed."""
+    return "-".join(p for p in profile.split("-") if not VARIED.fullmatch(p))
+
+
 @dataclass(frozen=True)
 class RunResults:
     """The results files of one run, by name; ``files`` are their paths."""
@@ -49,6 +56,24 @@ class RunResults:
     @property
     def title(self) -> str:
         return f"{self.backbone} · {self.profile}"
+
+    @property
+    def layer(self) -> int:
+        return self.data["targets"]["identity"]["layer"]
+
+    @property
+    def seed(self) -> int:
+        return self.data["targets"]["identity"]["seed"]
+
+    @property
+    def family(self) -> str:
+        """Runs of one family differ in layer and seed alone."""
+        return family_of(self.profile)
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether the run is one of a sweep beside a plain run, and not to be shown on its own."""
+        return self.family != self.profile
 
     def column(self, name: str, protocol: str) -> dict:
         return self.data[name]["protocols"][protocol]
@@ -83,6 +108,11 @@ def find_runs(roots: Iterable[Path]) -> list[RunResults]:
             if run is not None:
                 found[run.backbone, run.profile] = run
     return [found[k] for k in sorted(found)]
+
+
+def plain_runs(runs: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> list[RunResults]:
+    """The runs to show on their own: no variants of a sweep, but always ``own`` (backbone, profile)."""
+    return [r for r in runs if not r.is_variant or (r.backbone, r.profile) == own]
 
 
 def largest_runs(runs: Iterable[RunResults]) -> list[RunResults]:

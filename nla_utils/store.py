@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from nla_utils.config import ROOT, RunConfig
@@ -224,6 +224,11 @@ class ChunkStore:
             return load_file(self._file(i))
         except SafetensorError:
             return None
+
+    def tensor(self, i: int, name: str) -> np.ndarray:
+        """One tensor of a finished chunk, the others left on disk."""
+        with safe_open(self._file(i), "np") as f:
+            return f.get_tensor(name)
 
     def put(self, i: int, tensors: Mapping[str, np.ndarray]) -> None:
         atomic_write(self._file(i), save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+import statistics
+from typing import Mapping, Optional, Sequence
 
 import pandas as pd
 
@@ -67,6 +68,18 @@ def with_interval(column: dict, key: str, digits: int = 3) -> str:
     if interval and None not in interval:
         text += f" [{number(interval[0], digits)}, {number(interval[1], digits)}]"
     return text
+
+
+def over_seeds(rows: Mapping[str, Mapping[int, tuple[dict, str]]]) -> pd.DataFrame:
+    """``{label: {seed: (column, key)}}`` as a table: each seed with its interval over targets, and mean ± standard
+    deviation over seeds."""
+    table = []
+    for label, by_seed in rows.items():
+        values = [column[key] for column, key in by_seed.values()]
+        row = {"row": label, **{f"seed {seed}": with_interval(*where) for seed, where in by_seed.items()}}
+        row["over seeds, mean ± sd"] = f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+        table.append(row)
+    return pd.DataFrame(table).set_index("row")
 
 
 def _side_by_side(rows, run: RunResults, name: str, reference: str, kind: str) -> pd.DataFrame:

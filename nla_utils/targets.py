@@ -12,7 +12,7 @@ from nla_utils.config import FLOOR_ROWS, RunConfig
 from nla_utils.metrics import fve_matrix
 from nla_utils.packs import read_released
 from nla_utils.progress import Progress
-from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
 from nla_utils.sources import fetch_targets
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
 
@@ -104,10 +104,15 @@ def make_targets(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targe
             parts.append(part)
             bar.update(size)
     tensors = {k: np.concatenate([p[k] for p in parts]) for k in ("ids", "lengths", "v")}
-    health = check_health(tensors["v"])
-    artefact = folder.save(ARTEFACT, tensors, sampling=settings.record(), seed=run.seed, health=health)
+    artefact = save_targets(run, folder, tensors)
     chunks.clear()
     return Targets.of(artefact, run)
+
+
+def save_targets(run: RunConfig, folder: RunFolder, tensors: dict[str, np.ndarray]) -> Artefact:
+    """Keep drawn targets, if they are healthy (see :func:`check_health`)."""
+    health = check_health(tensors["v"])
+    return folder.save(ARTEFACT, tensors, sampling=target_settings(run).record(), seed=run.seed, health=health)
 
 
 def take_released(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targets:
@@ -125,10 +130,14 @@ def load_targets(run: RunConfig, folder: RunFolder) -> Targets:
 
 def draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict[str, np.ndarray]:
     """``size`` sequences from the start token and the activation at the end of each: ids, lengths, v."""
-    start_B1 = torch.full((size, 1), backbone.start_id)
-    samples = sample(backbone, backbone.embed(start_B1), settings, seed)
+    samples = draw_sequences(backbone, settings, size, seed)
     v = backbone.encode([samples.sequence(i) for i in range(size)], start=True)
     return {"ids": samples.ids, "lengths": samples.lengths, "v": v}
+
+
+def draw_sequences(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> Samples:
+    """``size`` sequences sampled freely from the start token."""
+    return sample(backbone, backbone.embed(torch.full((size, 1), backbone.start_id)), settings, seed)
 
 
 def check_health(v_Nd: np.ndarray) -> dict:

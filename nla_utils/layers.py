@@ -1,0 +1,77 @@
+"""Targets of many layers from one set of sequences: every ℓ in a single forward pass, streamed to disk.
+
+The sequences do not depend on the layer, so each layer's targets are byte for byte those that a run of that layer
+alone would draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Sequence
+
+import numpy as np
+
+from nla_utils.backbone import Backbone
+from nla_utils.config import ConfigError, RunConfig
+from nla_utils.progress import Progress
+from nla_utils.sampling import SAMPLE_BATCH
+from nla_utils.store import ChunkStore, RunFolder, derive_seed, require_disk
+from nla_utils.targets import ARTEFACT, draw_sequences, save_targets, target_settings
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """``all``, or ``6,13`` as sorted numbers; raises ``ConfigError`` for what is no layer of the backbone.
+
+    The last index is left out: ``hidden_states[L]`` is already normalised.
+    """
+    if text == "all":
+        return list(range(1, n_layers))
+    parts = [p.strip() for p in text.split(",")]
+    wrong = [p for p in parts if not p.isdigit() or not 1 <= int(p) < n_layers]
+    if wrong:
+        raise ConfigError(f"--layers {text!r}: {wrong[0]!r} is none of 1 to {n_layers - 1}; write all, or 6,13")
+    return sorted({int(p) for p in parts})
+
+
+def config_at(run: RunConfig, own_layer: int, layer: int) -> RunConfig:
+    """The run at another layer; at the backbone's own layer it is the plain run, so that nothing is run twice."""
+    return dataclasses.replace(run, layer=None if layer == own_layer else layer)
+
+
+def folder_at(run: RunConfig, backbone: Backbone, layer: int) -> RunFolder:
+    """Folder of a run of that layer, with that layer's identity."""
+    at = dataclasses.replace(backbone, layer=layer)
+    return RunFolder.of(run, backbone.name, {**at.identity(), "seed": run.seed})
+
+
+def extract_layers(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> None:
+    """Draw the run's sequences once and keep the targets of each layer in that layer's run folder.
+
+    ``backbone`` stands at its own layer. Layers whose targets are whole are left alone. Needs N · L · d · 4 bytes
+    twice while it works.
+    """
+    own = backbone.layer
+    folders = {x: folder_at(config_at(run, own, x), backbone, x) for x in layers}
+    missing = [x for x in layers if not folders[x].has(ARTEFACT)]
+    if not missing:
+        return
+    n, settings = run.sizes.n_targets, target_settings(run)
+    home = folder_at(run, backbone, own)
+    require_disk(home.path, 2 * n * len(missing) * backbone.d * 4)
+    plan = {**home.identity, "layer": missing, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    chunks = ChunkStore(home.file("layers.chunks"), plan)
+    starts = range(0, n, SAMPLE_BATCH)
+    with Progress(total=n, desc=f"drawing targets, {len(missing)} layers", unit="seq") as bar:
+        for c, first in enumerate(starts):
+            size = min(SAMPLE_BATCH, n - first)
+            if chunks.get(c) is None:
+                samples = draw_sequences(backbone, settings, size, derive_seed(run.seed, "targets", c))
+                v_LBd = backbone.encode_layers([samples.sequence(i) for i in range(size)], True, missing)
+                by_layer = {f"v.{x}": v_Bd for x, v_Bd in zip(missing, v_LBd)}
+                chunks.put(c, {"ids": samples.ids, "lengths": samples.lengths, **by_layer})
+            bar.update(size)
+    for x in missing:
+        names = {"ids": "ids", "lengths": "lengths", "v": f"v.{x}"}
+        tensors = {k: np.concatenate([chunks.tensor(c, name) for c in range(len(starts))]) for k, name in names.items()}
+        save_targets(config_at(run, own, x), folders[x], tensors)
+    chunks.clear()

@@ -1,0 +1,128 @@
+"""Layers and seeds: one pass gives every layer's own targets, and runs that differ in them are shown together."""
+
+import copy
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from nla_utils import layers, paper_text, sweeps
+from nla_utils.config import ROOT, ConfigError, parse_seeds
+from nla_utils.layers import config_at, extract_layers, folder_at, parse_layers
+from nla_utils.paper import all_tables, section_text
+from nla_utils.results import committed_results, family_of, find_runs, plain_runs
+from nla_utils.targets import make_targets
+
+
+def test_one_pass_gives_what_each_layer_alone_gives(tiny_run):
+    run, targets = tiny_run
+    texts = targets.sequences(targets.held_out)
+    together = run.backbone.encode_layers(texts, True, (3, 1))
+    for h, layer in zip(together, (3, 1)):
+        alone = dataclasses.replace(run.backbone, layer=layer).encode(texts, start=True)
+        np.testing.assert_array_equal(h, alone)
+
+
+def test_a_sweeps_targets_are_byte_for_byte_those_of_single_runs(tiny_run, tmp_path):
+    run, _ = tiny_run
+    config = dataclasses.replace(run.config, out=str(tmp_path / "sweep"))
+    extract_layers(config, run.backbone, [1, 2, run.backbone.layer])
+    for layer in (1, 2, run.backbone.layer):
+        alone = config_at(dataclasses.replace(config, out=str(tmp_path / "alone")), run.backbone.layer, layer)
+        single = folder_at(alone, run.backbone, layer)
+        make_targets(alone, dataclasses.replace(run.backbone, layer=layer), single)
+        swept = folder_at(config_at(config, run.backbone.layer, layer), run.backbone, layer)
+        assert swept.load("targets").sha256 == single.load("targets").sha256
+        assert ("layer" in swept.path.name) == (layer != run.backbone.layer)
+
+
+def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch):
+    run, _ = gemma_run
+    monkeypatch.setattr(layers, "SAMPLE_BATCH", 32)
+    drawn, draw = [], layers.draw_sequences
+
+    def counted(*arguments):
+        drawn.append(arguments[-1])
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(layers, "draw_sequences", counted)
+    config = dataclasses.replace(run.config, out=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        extract_layers(config, run.backbone, [1, 2])
+    extract_layers(config, run.backbone, [1, 2])
+    assert len(drawn) == 4 and drawn[1] == drawn[2] and len(set(drawn)) == 3
+    extract_layers(config, run.backbone, [1, 2])
+    assert len(drawn) == 4, "whole targets were drawn again"
+    assert not list(tmp_path.glob("**/layers.chunks"))
+
+
+@pytest.mark.parametrize("text, found", [("all", [1, 2, 3]), ("2", [2]), ("3, 1", [1, 3]), ("2,2", [2])])
+def test_layers_are_read(text, found):
+    assert parse_layers(text, 4) == found
+
+
+@pytest.mark.parametrize("text", ["4", "0", "1,x", "", "-1"])
+def test_what_is_no_layer_is_refused(text):
+    with pytest.raises(ConfigError, match="1 to 3"):
+        parse_layers(text, 4)
+
+
+@pytest.mark.parametrize("text", ["1,1", "a", "1;2", "-1", ""])
+def test_what_are_no_seeds_is_refused(text):
+    with pytest.raises(ConfigError, match="1,2,3"):
+        parse_seeds(text)
+
+
+def test_a_family_is_a_run_without_layer_and_seed():
+    assert family_of("quick-layer9-seed2") == family_of("quick") == "quick"
+    assert family_of("laptop-n_eval50-seed3") == "laptop-n_eval50"
+
+
+@pytest.fixture(scope="module")
+def swept():
+    """The committed runs, and copies of one of them as if they were of other layers and seeds."""
+    runs = find_runs([committed_results()])
+    base = plain_runs(runs)[0]
+
+    def variant(name, layer, seed, shift):
+        data = copy.deepcopy(base.data)
+        data["targets"]["identity"] |= {"layer": layer, "seed": seed}
+        data["centered_eval"]["protocols"]["corrected"]["adapter_cen_greedy_mean"] += shift
+        return dataclasses.replace(base, profile=f"{base.profile}-{name}", data=data)
+
+    made = [variant("layer6", 6, 1, 0.1), variant("layer9", 9, 1, 0.2), variant("seed2", base.layer, 2, 0.3)]
+    return base, plain_runs(runs) + made
+
+
+def test_variants_stand_in_the_sweeps_tables_alone(swept):
+    base, runs = swept
+    stems = [t.stem for t in all_tables(runs)]
+    family = f"{base.backbone}-{base.profile}"
+    assert f"{family}-depth" in stems and f"{family}-seeds" in stems
+    assert not [s for s in stems if "layer" in s or "-seed2" in s]
+    own = (base.backbone, f"{base.profile}-layer6")
+    assert f"{family}-layer6-headline" in [t.stem for t in all_tables(runs, own)]
+    text = section_text(runs, ROOT / "paper", ROOT / "figures")
+    assert "fig7_depth.png" in text and paper_text.depth(sweeps.layer_groups(runs)[0]) in text
+
+
+def test_depth_and_seeds_are_told_apart(swept):
+    base, runs = swept
+    (by_layer,), (by_seed,) = sweeps.layer_groups(runs), sweeps.seed_groups(runs)
+    assert list(by_layer) == sorted({6, 9, base.layer}) and list(by_seed) == [1, 2]
+    assert list(sweeps.depth_table(by_layer).index) == list(by_layer)
+    row = sweeps.seeds_table(by_seed).loc["greedy"]
+    value = base.column("centered_eval", "corrected")["adapter_cen_greedy_mean"]
+    assert row.iloc[-1] == f"{value + 0.15:.3f} ± {0.3 / 2**0.5:.3f}"
+
+
+def test_the_depth_figure_draws_every_layer(swept):
+    _, runs = swept
+    fig = sweeps.figure_7(runs)
+    scores, norm, floor = fig.axes
+    assert len(scores.lines) == len(sweeps.DEPTH_CURVES)
+    assert all(len(line.get_xdata()) == 3 for ax in (scores, norm, floor) for line in ax.lines)
+    plt.close(fig)
