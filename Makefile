@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test paper report bench env clean
+.PHONY: reproduce test paper report bench batch env clean
 
 env: $(VENV)/.installed
 
@@ -28,6 +28,13 @@ paper: env
 
 report: env
 	$(NLA) report
+
+# Another batch: make batch BATCH=my.yaml CORES=8
+BATCH ?= workflow/small.yaml
+CORES ?= 2
+
+batch: env
+	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile $(BATCH) --cores $(CORES) --keep-going --rerun-incomplete
 
 clean:
 	rm -rf $(VENV) runs site

@@ -2,13 +2,12 @@
 
 The fields of a pack are not documented, so its parts are told apart by type and shape: activations are floats, one
 (T, d) tensor a sample or one dense (N, T, d); token ids, masks and lengths are whole numbers; texts are strings. What
-was understood is then checked: the texts must re-encode to their activations. No pack is unpickled
-(``weights_only``) or held in memory (it is mapped, and one position of each sample is read).
+was understood is then checked: the texts must re-encode to their activations. No code of a pack is run
+(``weights_only``), and none of it is held in memory (it is mapped, and one position of each sample is read).
 """
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -79,8 +78,11 @@ def _check_count(path: Path, held: int, n: int) -> None:
 def _read_pack(path: Path, backbone: Backbone, n: int) -> tuple[dict[str, np.ndarray], str]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ArtefactError(f"{path} was not read: it is broken, or holds more than tensors and plain values ({error})")
+    # The loader has an error of its own for each way in which a file can be broken or unsafe.
+    except Exception as error:
+        raise ArtefactError(
+            f"{path} was not read: it is broken, or holds more than tensors and plain values ({error})"
+        ) from None
     pack = find_columns(content, backbone.d, str(path))
     _check_count(path, len(pack.activations), n)
     # A text may itself begin with the start token: only where all of them do, it is the prompt.

@@ -1,0 +1,94 @@
+"""Batches: what runs they consist of, and the workflow itself, on local cores, cut off and gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from nla_utils.batch import failures, runs_of
+from nla_utils.config import ROOT, ConfigError
+
+BATCH = {
+    "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "options": "", "threads": 1,
+}  # fmt: skip
+
+
+def test_a_batch_is_every_combination_once(tmp_path):
+    batch = BATCH | {"backbones": {"gemma3-270m": [9, 13], "smollm2-135m": None}, "seeds": [1, 2]}
+    runs = runs_of(batch, tmp_path)
+    assert sorted(runs) == [
+        "gemma3-270m/smoke", "gemma3-270m/smoke-layer9", "gemma3-270m/smoke-layer9-seed2", "gemma3-270m/smoke-seed2",
+        "smollm2-135m/smoke", "smollm2-135m/smoke-seed2",
+    ]  # fmt: skip
+    assert "--layer" not in runs["gemma3-270m/smoke"].options, "13 is this backbone's own layer"
+    assert "--layer 9" in runs["gemma3-270m/smoke-layer9-seed2"].options
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"layers": [1]}, "unknown key 'layers'"), ({"profiles": ["quik"]}, "did you mean 'quick'"),
+    ({"backbones": {"gemma3": None}}, "did you mean 'gemma3-270m'"),
+])  # fmt: skip
+def test_an_impossible_batch_is_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        runs_of(BATCH | change, tmp_path)
+    with pytest.raises(ConfigError, match="lacks threads"):
+        runs_of({k: v for k, v in BATCH.items() if k != "threads"}, tmp_path)
+
+
+def test_a_failed_run_is_named_with_its_last_words(tmp_path):
+    runs = runs_of(BATCH, tmp_path)
+    log = tmp_path / "gemma3-270m/smoke/logs/01_extract_targets.log"
+    assert failures(runs, tmp_path, ["01_extract_targets"]) == {"gemma3-270m/smoke": "01_extract_targets was not begun"}
+    log.parent.mkdir(parents=True)
+    log.write_text("loading\nerror: no disk\n\n")
+    (why,) = failures(runs, tmp_path, ["01_extract_targets"]).values()
+    assert why.startswith("01_extract_targets: error: no disk")
+
+
+def snakemake(config, *more):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--configfile",
+               str(config), "--keep-going", "--rerun-incomplete", *more]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_folders["tiny-llama"].iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"cut short")
+    out, config = tmp_path / "out", tmp_path / "batch.yaml"
+    backbones = {str(tiny_folders["tiny-gemma2"]): [2, 3], str(broken): None}
+    batch = BATCH | {"out": str(out), "backbones": backbones, "options": "--dtype float32 --device cpu"}
+    config.write_text(yaml.safe_dump(batch))
+    first = snakemake(config, "--cores", "2")
+    while not list(out.glob("tiny-gemma2/*/executed/01_*.ipynb")):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.2)
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode != 0, said
+    (kept, *_) = out.glob("tiny-gemma2/*/executed/01_*.ipynb")
+    written = kept.stat().st_mtime_ns
+    again = snakemake(config, "--cores", "2")
+    said = again.communicate(timeout=600)[0]
+    assert again.returncode == 1
+    assert kept.stat().st_mtime_ns == written, "a notebook that was whole was run again"
+    assert len(list(out.glob("tiny-gemma2/*/executed/06_*.ipynb"))) == 2
+    assert "failed: broken/smoke: 01_extract_targets: " in said and "2 of 3 runs are whole" in said
+    section = (out / "comparison" / "section11.md").read_text()
+    assert "Depth: tiny-gemma2 · smoke" in section
+
+
+def test_the_cluster_command_is_understood(tmp_path):
+    config = ROOT / "workflow" / "small.yaml"
+    cluster = ["--executor", "slurm", "--jobs", "20", "--default-resources", "slurm_partition=gpu", "--dry-run"]
+    done = snakemake(config, *cluster)
+    said = done.communicate(timeout=120)[0]
+    assert done.returncode == 0, said
+    assert "notebook_04_centred_eval           4" in said
