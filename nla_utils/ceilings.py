@@ -13,9 +13,10 @@ import numpy as np
 from nla_utils import paper_way
 from nla_utils.backbone import Backbone
 from nla_utils.config import N_PARAPHRASES, PROTOCOLS, TAIL_LENGTHS, RunConfig
+from nla_utils.parallel import fill_chunks
 from nla_utils.progress import Progress
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
-from nla_utils.store import Artefact, RunFolder, derive_seed, require_disk
+from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
 from nla_utils.targets import Targets
 
 ARTEFACT = "ceilings"
@@ -37,10 +38,11 @@ def make_ceilings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     sizes = run.sizes
     require_disk(folder.path, 2 * (sizes.pool_size + sizes.n_eval * 40) * backbone.d * 4)
     tensors: dict[str, np.ndarray] = {}
+    stores = {p: paraphrase_store(run, targets, folder, targets.eval_rows(p), p) for p in PROTOCOLS}
     with Progress(total=6, desc="ceilings", unit="part") as bar:
         for protocol in PROTOCOLS:
             rows = targets.eval_rows(protocol)
-            tensors |= _named(protocol, _paraphrases(run, backbone, targets, rows, protocol))
+            tensors |= _named(protocol, _paraphrases(run, backbone, targets, rows, protocol, stores[protocol]))
             bar.update()
             tensors[f"{protocol}.replay"] = _replay(backbone, targets, rows, protocol)
             tensors[f"{protocol}.tail"] = _tails(backbone, targets, rows, start=protocol == "corrected")
@@ -52,10 +54,13 @@ def make_ceilings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
         bar.update()
         tensors |= _named("ladder", replay_ladder(backbone, targets, targets.in_sample))
         bar.update()
-    return folder.save(
+    artefact = folder.save(
         ARTEFACT, tensors, made_from={"targets": targets.sha256}, seed=run.seed,
         sampling=_paraphrase_settings(run).record(), prompt=PROMPT,
     )  # fmt: skip
+    for store in stores.values():
+        store.clear()
+    return artefact
 
 
 def _named(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -103,13 +108,13 @@ def _paraphrase_settings(run: RunConfig) -> SamplingSettings:
 
 
 def _paraphrases(
-    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str, store: ChunkStore
 ) -> dict[str, np.ndarray]:
     """8 paraphrases per target: generated and re-encoded as the protocol does.
 
     ``paper`` re-encodes text; ``corrected`` the sampled ids behind BOS.
     """
-    sequences = draw_paraphrases(run, backbone, targets, rows, protocol)
+    sequences = draw_paraphrases(run, backbone, targets, rows, protocol, store)
     if protocol == "paper":
         h_nd = paper_way.encode_texts(backbone, [backbone.decode_text(s) for s in sequences])
     else:
@@ -120,10 +125,19 @@ def _paraphrases(
     }
 
 
+def paraphrase_store(
+    run: RunConfig, targets: Targets, folder: RunFolder, rows: np.ndarray, protocol: str
+) -> ChunkStore:
+    """Where the paraphrases of some targets are kept while the stage that needs them is at work."""
+    sampling = _paraphrase_settings(run).record()
+    plan = {**folder.identity, "targets": targets.sha256, "rows": rows.tolist(), "sampling": sampling}
+    return ChunkStore(folder.file(f"paraphrases-{protocol}-{rows[0]}.chunks"), plan)
+
+
 def draw_paraphrases(
-    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str, store: ChunkStore
 ) -> list[list[int]]:
-    """Token ids of 8 paraphrases per target, targets in order.
+    """Token ids of 8 paraphrases per target, targets in order; what is in the store is not drawn again.
 
     ``paper`` pads the prompts on the tokenizer's own side (slip ``pad_generate``); ``corrected`` pads them
     on the left and sees to the start token.
@@ -132,13 +146,15 @@ def draw_paraphrases(
     side = backbone.padding_side if protocol == "paper" else "left"
     settings = _paraphrase_settings(run)
     repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
-    sequences: list[list[int]] = []
-    for c, first in enumerate(range(0, len(repeated), SAMPLE_BATCH)):
-        ids_BT, mask_BT = paper_way.pad(repeated[first : first + SAMPLE_BATCH], backbone.pad_id, side)
+
+    def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
+        ids_BT, mask_BT = paper_way.pad(repeated[part_of], backbone.pad_id, side)
         seed = derive_seed(run.seed, f"paraphrase/{protocol}", c)
         samples = sample(backbone, backbone.embed(ids_BT), settings, seed, mask_BT)
-        sequences += [samples.sequence(i) for i in range(len(ids_BT))]
-    return sequences
+        return {"ids": samples.ids, "lengths": samples.lengths}
+
+    drawn = fill_chunks(store, len(repeated), SAMPLE_BATCH, draw, f"paraphrasing, {protocol}", "text")
+    return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
 
 
 def stored_paraphrases(ceilings: Artefact, protocol: str) -> list[list[int]]:

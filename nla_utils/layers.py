@@ -64,6 +64,7 @@ def extract_layers(run: RunConfig, backbone: Backbone, layers: Sequence[int]) ->
     with Progress(total=n, desc=f"drawing targets, {len(missing)} layers", unit="seq") as bar:
         for c, first in enumerate(starts):
             size = min(SAMPLE_BATCH, n - first)
+            # All the layers of all chunks are never in memory at once, so they are not joined as other chunks are.
             if chunks.get(c) is None:
                 samples = draw_sequences(backbone, settings, size, derive_seed(run.seed, "targets", c))
                 v_LBd = backbone.encode_layers([samples.sequence(i) for i in range(size)], True, missing)

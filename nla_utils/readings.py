@@ -12,8 +12,8 @@ import torch
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.guided import guided_search
+from nla_utils.parallel import fill_chunks
 from nla_utils.probe import probe_decode
-from nla_utils.progress import Progress
 from nla_utils.reader import ARTEFACT as READER_ARTEFACT
 from nla_utils.reader import TailReader, load_reader, read_tails
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed
@@ -64,18 +64,12 @@ def draw_tails(
     plan = {**folder.identity, **made_from, "k": k, "rows": len(rows)}
     chunks = ChunkStore(folder.file(f"readings{k}.chunks"), plan)
     per_chunk = max(1, ROW_BATCH // (k + 1))
-    parts = []
-    with Progress(total=len(rows), desc="reading tails", unit="target") as bar:
-        for c, first in enumerate(range(0, len(rows), per_chunk)):
-            chosen = rows[first : first + per_chunk]
-            part = chunks.get(c)
-            if part is None:
-                v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
-                part = read_rollouts(reader, backbone, v_Md, k, derive_seed(run.seed, "readings", c))
-                chunks.put(c, part)
-            parts.append(part)
-            bar.update(len(chosen))
-    tensors = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
+        v_Md = torch.from_numpy(targets.v[rows[part_of]]).to(backbone.device)
+        return read_rollouts(reader, backbone, v_Md, k, derive_seed(run.seed, "readings", c))
+
+    tensors = fill_chunks(chunks, len(rows), per_chunk, draw, "reading tails", "target")
     chunks.clear()
     return tensors
 

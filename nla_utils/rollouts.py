@@ -13,7 +13,7 @@ import torch
 from nla_utils import paper_way
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
-from nla_utils.progress import Progress
+from nla_utils.parallel import fill_chunks
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
 from nla_utils.targets import Targets
@@ -64,21 +64,15 @@ def make_rollouts(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     plan = {**folder.identity, **parents, "k": sizes.n_rollouts, "sampling": settings.record()}
     chunks = ChunkStore(folder.file("rollouts.chunks"), plan)
     per_chunk = max(1, SAMPLE_BATCH // (sizes.n_rollouts + 1))
-    parts = []
-    with Progress(total=len(rows), desc="rolling out", unit="target") as bar:
-        for c, first in enumerate(range(0, len(rows), per_chunk)):
-            part = chunks.get(c)
-            chosen = rows[first : first + per_chunk]
-            if part is None:
-                v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
-                seed = derive_seed(run.seed, "rollouts", c)
-                part = roll_out(backbone, av, v_Md, settings, sizes.n_rollouts, seed)
-                part["logp_paper"] = paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
-                chunks.put(c, part)
-            parts.append(part)
-            bar.update(len(chosen))
-    tensors = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    tensors["rows"] = rows
+
+    def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
+        chosen = rows[part_of]
+        v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
+        part = roll_out(backbone, av, v_Md, settings, sizes.n_rollouts, derive_seed(run.seed, "rollouts", c))
+        part["logp_paper"] = paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
+        return part
+
+    tensors = {**fill_chunks(chunks, len(rows), per_chunk, draw, "rolling out", "target"), "rows": rows}
     artefact = folder.save(
         ARTEFACT, tensors, made_from=parents, sampling=settings.record(), seed=run.seed, k=sizes.n_rollouts
     )

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from nla_utils import parallel
 from nla_utils.config import ROOT, RunConfig
 
 
@@ -136,13 +137,20 @@ class RunFolder:
         made_from: Optional[Mapping[str, str]] = None,
         **facts: Any,
     ) -> Artefact:
-        """Write ``name.safetensors`` and then its sidecar; returns what a load would return."""
+        """Write ``name.safetensors`` and then its sidecar; returns what a load would return.
+
+        Of several processes the first one writes, and the others load what it has written.
+        """
+        if not parallel.leads():
+            parallel.wait()
+            return self.load(name)
         path = self.file(f"{name}.safetensors")
         data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
         path.with_name(path.name + ".json").unlink(missing_ok=True)
         atomic_write(path, data)
         sidecar = self.sidecar(hashlib.sha256(data).hexdigest(), made_from, **facts)
         write_json(path.with_name(path.name + ".json"), sidecar)
+        parallel.wait()
         return Artefact(dict(tensors), sidecar, path)
 
     def sidecar(self, sha256: str, made_from: Optional[Mapping[str, str]], **facts: Any) -> dict:
@@ -211,7 +219,9 @@ class ChunkStore:
             raise ArtefactError(
                 f"{self.folder} holds chunks of another run ({record}); delete the folder and rerun"
             )
-        write_json(record, self.identity)
+        if parallel.leads():
+            write_json(record, self.identity)
+        parallel.wait()
 
     def _file(self, i: int) -> Path:
         return self.folder / f"{i:06d}.safetensors"
@@ -235,7 +245,8 @@ class ChunkStore:
 
     def clear(self) -> None:
         """Remove the chunks once the whole artefact is on disk."""
-        shutil.rmtree(self.folder)
+        if parallel.leads():
+            shutil.rmtree(self.folder)
 
 
 def derive_seed(run_seed: int, stage: str, chunk: int) -> int:

@@ -11,7 +11,7 @@ from nla_utils.backbone import Backbone, check_finite
 from nla_utils.config import FLOOR_ROWS, RunConfig
 from nla_utils.metrics import fve_matrix
 from nla_utils.packs import read_released
-from nla_utils.progress import Progress
+from nla_utils.parallel import fill_chunks
 from nla_utils.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
 from nla_utils.sources import fetch_targets
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
@@ -92,18 +92,11 @@ def make_targets(run: RunConfig, backbone: Backbone, folder: RunFolder) -> Targe
     settings = target_settings(run)
     plan = {**folder.identity, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
     chunks = ChunkStore(folder.file("targets.chunks"), plan)
-    parts = []
-    starts = range(0, n, SAMPLE_BATCH)
-    with Progress(total=n, desc="drawing targets", unit="seq") as bar:
-        for c, first in enumerate(starts):
-            size = min(SAMPLE_BATCH, n - first)
-            part = chunks.get(c)
-            if part is None:
-                part = draw_chunk(backbone, settings, size, derive_seed(run.seed, "targets", c))
-                chunks.put(c, part)
-            parts.append(part)
-            bar.update(size)
-    tensors = {k: np.concatenate([p[k] for p in parts]) for k in ("ids", "lengths", "v")}
+
+    def draw(c: int, rows: slice) -> dict[str, np.ndarray]:
+        return draw_chunk(backbone, settings, rows.stop - rows.start, derive_seed(run.seed, "targets", c))
+
+    tensors = fill_chunks(chunks, n, SAMPLE_BATCH, draw, "drawing targets", "seq")
     artefact = save_targets(run, folder, tensors)
     chunks.clear()
     return Targets.of(artefact, run)

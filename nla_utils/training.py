@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from nla_utils import parallel
 from nla_utils.backbone import Backbone
 from nla_utils.checks import check_frozen
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig, span_length
@@ -141,15 +142,25 @@ class Trainer:
     def _train_step(self) -> float:
         epoch, position = divmod(self.step, self.steps_per_epoch)
         batch = batches_of_epoch(self.run, self.split, epoch)[position]
-        rows = [self.split.pairs.rows[i] for i in batch]
-        texts = [self.split.pairs.ids[i] for i in batch]
-        v_Bd = torch.from_numpy(self.targets.v[rows])
-        loss = pair_loss(self.backbone, self.av, v_Bd, texts)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+        loss = self._share_of_loss(batch)
+        parallel.add_up([loss, *(p.grad for p in self.params)])
         torch.nn.utils.clip_grad_norm_(self.params, GRAD_CLIP)
         self.optimizer.step()
         return loss.item()
+
+    def _share_of_loss(self, batch: np.ndarray) -> Tensor:
+        """This process's part of the batch's mean loss over tokens, its gradient added to the parameters'."""
+        own = batch[parallel.rank() :: parallel.size()]
+        if len(own) == 0:
+            return torch.zeros((), device=self.backbone.device)
+        texts = [self.split.pairs.ids[i] for i in own]
+        v_Bd = torch.from_numpy(self.targets.v[[self.split.pairs.rows[i] for i in own]])
+        share = sum(map(len, texts)) / sum(len(self.split.pairs.ids[i]) for i in batch)
+        loss = pair_loss(self.backbone, self.av, v_Bd, texts) * share
+        loss.backward()
+        return loss.detach()
 
     def _validate(self) -> None:
         sizes = self.run.sizes
@@ -167,7 +178,8 @@ class Trainer:
             state = self.optimizer.state[p]
             tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
         record = {"identity": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
-        atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
+        if parallel.leads():
+            atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
 
     def _plan(self) -> dict:
         sizes = self.run.sizes

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from nla_utils import parallel
 from nla_utils.backbone import Backbone
 from nla_utils.config import AVConfig, ConfigError
 from nla_utils.store import ArtefactError, atomic_write, write_json
@@ -79,12 +80,15 @@ class ActivationVerbalizer(nn.Module):
 
 def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: int) -> None:
     """Write ``best_av.safetensors``, the authors' ``best_av.pt`` and ``config.json`` into ``folder``."""
+    if not parallel.leads():
+        return parallel.wait()
     trainable = av.trainable()
     atomic_write(folder / "best_av.safetensors", save(trainable))
     buffer = io.BytesIO()
     torch.save({"trainable": trainable, "val_fve_nrm": val_fve_nrm, "step": step}, buffer)
     atomic_write(folder / "best_av.pt", buffer.getvalue())
     write_json(folder / "config.json", asdict(av.config))
+    parallel.wait()
 
 
 def checkpoint_record(folder: Path) -> dict:
