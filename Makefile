@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test paper report bench batch env clean
+.PHONY: reproduce test paper report bench growth batch env clean
 
 env: $(VENV)/.installed
 
@@ -22,6 +22,9 @@ test: env
 
 bench: env
 	cd benchmarks && ../$(VENV)/bin/python run.py
+
+growth: env
+	cd benchmarks && ../$(VENV)/bin/python growth.py
 
 paper: env
 	$(NLA) paper

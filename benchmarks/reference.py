@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nla_utils.backbone import Backbone
+from nla_utils.paper_way import pad
 from nla_utils.verbalizer import ActivationVerbalizer
 
 BATCH = 16
 NEW_TOKENS = 64
 
 
-def generate(backbone: Backbone, **prompt: Tensor) -> Tensor:
+def generate(backbone: Backbone, top_p: float = 1.0, **prompt: Tensor) -> Tensor:
     """New token ids (B, ≤ 64) by ``model.generate`` with the paper's arguments."""
     ids = backbone.model.generate(
-        **prompt, do_sample=True, temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS,
+        **prompt, do_sample=True, temperature=1.0, top_p=top_p, max_new_tokens=NEW_TOKENS,
         eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
     )  # fmt: skip
     return ids[:, prompt["input_ids"].shape[1] :] if "input_ids" in prompt else ids
@@ -80,6 +81,18 @@ def roll_out_and_score(backbone: Backbone, av: ActivationVerbalizer, v_Md: Tenso
             logits = backbone.model(inputs_embeds=torch.cat([prompt_BPd, backbone.embed(ids)], dim=1)).logits
             torch.log_softmax(logits[:, prompt_BPd.shape[1] - 1 : -1].float(), dim=-1).gather(2, ids[..., None])
     return torch.cat(h)
+
+
+@torch.no_grad()
+def paraphrase_and_encode(backbone: Backbone, prompts: list[list[int]]) -> int:
+    """One paraphrase a prompt, prompts padded on the left, each re-encoded alone; returns the tokens written."""
+    tokens = 0
+    for first in range(0, len(prompts), BATCH):
+        ids, mask = pad(prompts[first : first + BATCH], backbone.pad_id, "left")
+        written = generate(backbone, 0.95, input_ids=ids, attention_mask=mask)
+        every_position(backbone, written)
+        tokens += written.numel()
+    return tokens
 
 
 def store(path: Path, ids: Tensor, h_NTd: Tensor) -> int:

@@ -21,6 +21,7 @@ import reference
 import torch
 
 from nla_utils.backbone import Backbone
+from nla_utils.ceilings import continue_prompts, prompt_ids
 from nla_utils.config import N_PARAPHRASES, PROFILES, ROOT, RunConfig
 from nla_utils.rollouts import paper_logprobs, roll_out
 from nla_utils.run import open_run
@@ -34,6 +35,8 @@ from nla_utils.verbalizer import ActivationVerbalizer
 ROUNDS = 5
 K = 16
 REFERENCE_SEQUENCES = 32
+PARAPHRASES = "paraphrases of 03"
+ROLLOUTS = "rollouts of 04 and 05"
 MEMORY = "peak memory, reference / ours (MB)"
 
 
@@ -144,11 +147,23 @@ def measure() -> dict:
         reference.roll_out_and_score(backbone, av, v[:1], K)
         return len(h) * reference.NEW_TOKENS
 
+    prompts = [prompt_ids(backbone, backbone.decode_text(s), "corrected") for s in sequences[:32]]
+
+    def ours_ceilings() -> int:
+        repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
+        samples = continue_prompts(backbone, repeated, SamplingSettings(top_p=0.95), 3, "left")
+        backbone.encode([samples.sequence(i) for i in range(len(repeated))], start=True)
+        return int(samples.lengths.sum())
+
+    def reference_ceilings() -> int:
+        return reference.paraphrase_and_encode(backbone, prompts)
+
     stages = [
         compare(backbone, "sampling with extraction", reference_sampling, ours_sampling),
         compare(backbone, "encoding to layer", reference_encoding, ours_encoding),
         compare(backbone, "training step", reference_training, ours_training),
-        compare(backbone, "rollouts of 04 and 05", reference_evaluation, ours_evaluation),
+        compare(backbone, PARAPHRASES, reference_ceilings, ours_ceilings),
+        compare(backbone, ROLLOUTS, reference_evaluation, ours_evaluation),
     ]
     limit = gemm.limits(backbone, SAMPLE_BATCH, 16 * 65)
     for stage, key in zip(stages, ("sampling", "encoding", "training")):
@@ -158,6 +173,7 @@ def measure() -> dict:
         "backbone": run.folder.identity,
         "stages": stages,
         "quick_pipeline": quick_pipeline(stages),
+        "evaluation": quick_pipeline([s for s in stages if s["stage"] in (PARAPHRASES, ROLLOUTS)]),
         "profiles": {
             "sampling with extraction": profile(ours_sampling),
             "encoding to layer": profile(ours_encoding),
@@ -182,16 +198,16 @@ def profile(work: Callable[[], int]) -> dict[str, float]:
 
 
 def quick_pipeline(stages: list[dict]) -> dict:
-    """Seconds of `quick` on either path, from the measured rates and the profile's sizes.
+    """Seconds of `quick` on either path, from the measured rates of these stages and the profile's sizes.
 
-    Tokens: targets and both sets of paraphrases, one epoch, and the rollouts of both sets of targets.
+    Tokens: the targets, one epoch, and paraphrases and rollouts of both sets of targets.
     """
     s = PROFILES["quick"]
-    texts = s.n_targets + 2 * N_PARAPHRASES * s.n_eval
     tokens = {
-        "sampling with extraction": texts * s.max_new_tokens,
+        "sampling with extraction": s.n_targets * s.max_new_tokens,
+        PARAPHRASES: 2 * N_PARAPHRASES * s.n_eval * s.max_new_tokens,
         "training step": (s.n_targets - s.n_eval) * s.max_new_tokens * s.epochs,
-        "rollouts of 04 and 05": 2 * s.n_eval * (s.n_rollouts + 1) * s.max_new_tokens,
+        ROLLOUTS: 2 * s.n_eval * (s.n_rollouts + 1) * s.max_new_tokens,
     }
     seconds = {
         side: sum(tokens[x["stage"]] / x[f"{side}_tokens_per_s"] for x in stages if x["stage"] in tokens)
@@ -236,8 +252,12 @@ def report(record: dict) -> str:
         }
     )
     whole = record["quick_pipeline"]
+    evaluation = record["evaluation"]
     lines = [
         markdown(pd.DataFrame(rows).set_index("stage")),
+        "Notebooks 03 to 05 at `quick` from these rates: reference "
+        f"{evaluation['reference_seconds'] / 60:.1f} minutes, ours {evaluation['ours_seconds'] / 60:.1f}: "
+        f"{evaluation['ratio']:.1f} times.\n",
         f"`quick` from these rates: reference {whole['reference_seconds'] / 60:.1f} minutes, ours "
         f"{whole['ours_seconds'] / 60:.1f}: {whole['ratio']:.1f} times.\n",
         "What the time of our stages is made of (torch's profiler, share of the operations' own time):\n",

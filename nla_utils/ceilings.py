@@ -15,7 +15,7 @@ from nla_utils.backbone import Backbone
 from nla_utils.config import N_PARAPHRASES, PROTOCOLS, TAIL_LENGTHS, RunConfig
 from nla_utils.parallel import fill_chunks
 from nla_utils.progress import Progress
-from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
+from nla_utils.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
 from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
 from nla_utils.targets import Targets
 
@@ -142,19 +142,26 @@ def draw_paraphrases(
     ``paper`` pads the prompts on the tokenizer's own side (slip ``pad_generate``); ``corrected`` pads them
     on the left and sees to the start token.
     """
-    prompts = [_prompt_ids(backbone, text, protocol) for text in _texts(backbone, targets, rows)]
+    prompts = [prompt_ids(backbone, text, protocol) for text in _texts(backbone, targets, rows)]
     side = backbone.padding_side if protocol == "paper" else "left"
     settings = _paraphrase_settings(run)
     repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
-        ids_BT, mask_BT = paper_way.pad(repeated[part_of], backbone.pad_id, side)
         seed = derive_seed(run.seed, f"paraphrase/{protocol}", c)
-        samples = sample(backbone, backbone.embed(ids_BT), settings, seed, mask_BT)
+        samples = continue_prompts(backbone, repeated[part_of], settings, seed, side)
         return {"ids": samples.ids, "lengths": samples.lengths}
 
     drawn = fill_chunks(store, len(repeated), SAMPLE_BATCH, draw, f"paraphrasing, {protocol}", "text")
     return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
+
+
+def continue_prompts(
+    backbone: Backbone, prompts: list[list[int]], settings: SamplingSettings, seed: int, side: str
+) -> Samples:
+    """One continuation a prompt, the prompts padded on ``side`` and decoded together."""
+    ids_BT, mask_BT = paper_way.pad(prompts, backbone.pad_id, side)
+    return sample(backbone, backbone.embed(ids_BT), settings, seed, mask_BT)
 
 
 def stored_paraphrases(ceilings: Artefact, protocol: str) -> list[list[int]]:
@@ -163,7 +170,7 @@ def stored_paraphrases(ceilings: Artefact, protocol: str) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(ids, lengths)]
 
 
-def _prompt_ids(backbone: Backbone, text: str, protocol: str) -> list[int]:
+def prompt_ids(backbone: Backbone, text: str, protocol: str) -> list[int]:
     """The prompt as the tokenizer encodes it by default; ``corrected`` sees to the start token."""
     ids = backbone.tokenizer(PROMPT.format(text=text)).input_ids
     if protocol == "corrected" and ids[0] != backbone.start_id:

@@ -39,9 +39,10 @@ class NormalEquations:
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(B (p, q), intercept ȳ − x̄ B (q,)), with a penalty of ``ridge`` times the mean diagonal of XᵀX."""
-        xx = self.xx
-        penalty = ridge * xx.diagonal().mean().clamp_min(1e-12)
-        b_pq = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=torch.float64), self.xy)
+        # A matrix of its own: at p = 18,432 (eight embeddings of Gemma-2-2B) each copy is 2.7 GB.
+        penalised_pp = self.xx
+        penalised_pp.diagonal().add_(ridge * penalised_pp.diagonal().mean().clamp_min(1e-12))
+        b_pq = torch.cholesky_solve(self.xy, torch.linalg.cholesky(penalised_pp))
         return b_pq, (self.sum_y - self.sum_x @ b_pq) / self.n
 
     def residual_covariance(self, b_pq: Tensor, ridge: float) -> Tensor:

@@ -28,11 +28,13 @@ from nla_utils.reader import (
 )
 from nla_utils.store import RunFolder
 from nla_utils.targets import Targets
+from nla_utils.training import Trainer, greedy_rollouts
 
 SHARES = (8, 4, 2)
 LANGUAGE_WEIGHTS = (0.5, 1.0)
 LENGTHS = (1, 2, 4)
 LAST_ONLY_LENGTH = 2
+ADAPTER_SPAN = 8
 
 
 def ablate_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> dict:
@@ -54,6 +56,7 @@ def ablate_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     # One vector a sequence cannot carry more: n · d has to stay below the number of sequences.
     few = _fit(backbone, targets, train, LAST_ONLY_LENGTH, ridge, last_only=True)
     score(f"n = {LAST_ONLY_LENGTH}, last positions only", read_greedy(few, v_Md))
+    score(f"trained adapter, last {ADAPTER_SPAN} tokens", _adapter_texts(run, backbone, targets, folder))
     scaling = []
     for share in SHARES:
         fitted = _fit(backbone, targets, train[: len(train) // share], reader.n, ridge)
@@ -66,6 +69,15 @@ def ablate_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     }  # fmt: skip
 
 
+def _adapter_texts(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> list[list[int]]:
+    """Greedy texts of the paper's AV when it is trained, as long as the run's, to write the end of the source alone."""
+    config = dataclasses.replace(run, target_span=f"last:{ADAPTER_SPAN}")
+    trainer = Trainer(config, backbone, targets, RunFolder(folder.file("adapter"), folder.identity))
+    trainer.train()
+    trainer.av.load_trainable(trainer.best, "best step")
+    return greedy_rollouts(backbone, trainer.av, targets.v[targets.held_out], config.text_length)
+
+
 class _Scorer:
     """Scores texts of the held-out targets; the first one named is the baseline of all differences."""
 
@@ -73,15 +85,15 @@ class _Scorer:
         self.backbone, self.targets = backbone, targets
         self.rows: list[dict] = []
 
-    def of(self, ids_Mn: Tensor) -> dict:
+    def of(self, texts: Tensor | list[list[int]]) -> dict:
         v, sources = self.targets.v[self.targets.held_out], self.targets.sequences(self.targets.held_out)
-        texts = ids_Mn.tolist()
+        texts = texts.tolist() if isinstance(texts, Tensor) else texts
         self.last = fve(self.backbone.encode(texts, start=True), v, self.targets.mu)
         hits = float(np.mean([t[-1] == s[-1] for t, s in zip(texts, sources)]))
         return {"mean": float(self.last.mean()), "ci95": metrics.ci95(self.last), "names_last_token": hits}
 
-    def __call__(self, name: str, ids_Mn: Tensor) -> None:
-        record = self.of(ids_Mn)
+    def __call__(self, name: str, texts: Tensor | list[list[int]]) -> None:
+        record = self.of(texts)
         if not self.rows:
             self.baseline = self.last
         gap = self.last - self.baseline

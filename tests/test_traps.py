@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nla_utils import paper_way
-from nla_utils.ceilings import PROMPT, _prompt_ids
+from nla_utils.ceilings import PROMPT, prompt_ids
 from nla_utils.config import TAIL_LENGTHS
 from nla_utils.evaluation import score_ceilings, score_rollouts
 from nla_utils.metrics import fve, fve_matrix
@@ -165,8 +165,8 @@ def test_pad_generate(tiny_run, monkeypatch):
 def test_paraphrase_prompt_starts_from_the_start_token_when_corrected(tiny_run):
     backbone = tiny_run[0].backbone
     default = backbone.tokenizer(PROMPT.format(text="abc")).input_ids
-    assert _prompt_ids(backbone, "abc", "paper") == default
-    corrected = _prompt_ids(backbone, "abc", "corrected")
+    assert prompt_ids(backbone, "abc", "paper") == default
+    corrected = prompt_ids(backbone, "abc", "corrected")
     assert corrected[0] == backbone.start_id and corrected[1] != backbone.start_id
 
 

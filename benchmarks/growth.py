@@ -1,0 +1,168 @@
+"""What a whole run costs as N, K, M, d, L and the vocabulary grow: time, memory and disk, on random backbones.
+
+Run with ``make growth``. Each point is every stage of a run in a fresh process; exponents are fitted to the larger half
+of each curve, where fixed costs matter least, and set beside what the work itself asks for. Writes ``growth.json``,
+``growth.png`` and the table in README.md. No claim about activations is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from nla_utils.config import ROOT, RunConfig
+from nla_utils.figures import style
+from nla_utils.store import code_version, library_versions, write_json
+from nla_utils.tables import markdown
+
+BASE = {"N": 512, "K": 8, "M": 16, "d": 128, "L": 4, "V": 4096}
+GROWN = {"N": (512, 1024, 2048, 4096), "K": (8, 16, 32, 64), "M": (16, 32, 64, 128), "d": (128, 256, 512, 1024),
+         "L": (4, 8, 16, 32), "V": (4096, 8192, 16384, 32768)}  # fmt: skip
+POOL = 256
+# What the work asks for once the term that grows fastest in it outweighs all others.
+EXPECTED = {
+    "seconds": {"N": 1, "K": 1, "M": 1, "d": 3, "L": 1, "V": 1},
+    "peak_bytes": {"N": 1, "K": 1, "M": 1, "d": 2, "L": 1, "V": 1},
+    "disk_bytes": {"N": 1, "K": 1, "M": 1, "d": 2, "L": 0, "V": 1},
+}
+WHY = {
+    "N": "sequences are drawn, stored and trained on one by one",
+    "K": "rollouts", "M": "targets; the shuffled control compares all pairs, M², but by products of matrices alone",
+    "d": "products are d²; the reader solves for 8 d unknowns, d³", "L": "blocks; only the last position is stored",
+    "V": "the head, and the reader's table of norms",
+}  # fmt: skip
+
+
+def build(folder: Path, d: int, n_layers: int, vocabulary: int) -> None:
+    """A random Llama with a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(vocabulary - 3))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=d, intermediate_size=3 * d, num_hidden_layers=n_layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocabulary, initializer_range=0.1, bos_token_id=2, eos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+
+
+def one_run(sizes: dict[str, int]) -> dict[str, float]:
+    """Seconds, peak memory above the loaded backbone, and bytes on disk of all stages of one run."""
+    from nla_utils.ablation import make_ablation
+    from nla_utils.ceilings import make_ceilings
+    from nla_utils.evaluation import score_ceilings, score_rollouts
+    from nla_utils.reader import fit_reader
+    from nla_utils.readings import make_readings
+    from nla_utils.rollouts import make_rollouts, rollout_set
+    from nla_utils.run import open_run
+    from nla_utils.targets import make_targets
+    from nla_utils.training import train_av
+
+    with tempfile.TemporaryDirectory() as tmp:
+        build(Path(tmp) / "backbone", sizes["d"], sizes["L"], sizes["V"])
+        config = RunConfig(
+            backbone=f"{tmp}/backbone", profile="quick", out=f"{tmp}/runs", device="cpu", n_targets=sizes["N"],
+            n_eval=sizes["M"], n_rollouts=sizes["K"], pool_size=POOL,
+        )  # fmt: skip
+        run = open_run(config)
+        given = config, run.backbone
+        before, started = _peak(), time.perf_counter()
+        targets = make_targets(*given, run.folder)
+        train_av(*given, targets, run.folder)
+        fit_reader(*given, targets, run.folder)
+        ceilings = make_ceilings(*given, targets, run.folder)
+        make_ablation(*given, targets, ceilings, run.folder)
+        rollouts = make_rollouts(*given, targets, run.folder)
+        readings = make_readings(*given, targets, run.folder)
+        for protocol in ("paper", "corrected"):
+            score_ceilings(targets, ceilings, protocol)
+            own = rollout_set(rollouts, targets, protocol)
+            score_rollouts(targets, own, ceilings, readings, protocol, "paraphrase_bestof8")
+        seconds = time.perf_counter() - started
+        disk = sum(p.stat().st_size for p in run.folder.path.rglob("*") if p.is_file())
+        return {"seconds": seconds, "peak_bytes": _peak() - before, "disk_bytes": disk}
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure() -> dict[str, list[dict]]:
+    """Each size grown alone from the base; every point in a process of its own."""
+    curves: dict[str, list[dict]] = {}
+    for name, values in GROWN.items():
+        for value in values:
+            sizes = BASE | {name: value}
+            command = [sys.executable, __file__, json.dumps(sizes)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            point = {"size": value, **json.loads(done.stdout.splitlines()[-1])}
+            print(name, point, flush=True)
+            curves.setdefault(name, []).append(point)
+    return curves
+
+
+def exponent(points: list[dict], quantity: str) -> float:
+    """Slope of the larger half of a curve on log-log axes."""
+    half = points[len(points) // 2 - 1 :]
+    x, y = np.log([p["size"] for p in half]), np.log([p[quantity] for p in half])
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def table(curves: dict[str, list[dict]]) -> pd.DataFrame:
+    rows = []
+    for name, points in curves.items():
+        row = {"grows": name, "from": points[0]["size"], "to": points[-1]["size"]}
+        for quantity, label in (("seconds", "time"), ("peak_bytes", "memory"), ("disk_bytes", "disk")):
+            row[f"{label}, expected · fitted"] = f"{EXPECTED[quantity][name]} · {exponent(points, quantity):.2f}"
+        rows.append(row | {"because": WHY[name]})
+    return pd.DataFrame(rows).set_index("grows")
+
+
+def draw(curves: dict[str, list[dict]], path: Path) -> None:
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    labels = (("seconds", "seconds"), ("peak_bytes", "peak memory, bytes"), ("disk_bytes", "disk, bytes"))
+    for ax, (quantity, label) in zip(axes, labels):
+        for name, points in curves.items():
+            x = [p["size"] / points[0]["size"] for p in points]
+            fitted, expected = exponent(points, quantity), EXPECTED[quantity][name]
+            ax.plot(x, [p[quantity] for p in points], "o-", label=f"{name}: {fitted:.2f} (at most {expected})")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.legend(frameon=False, fontsize=7)
+        style(ax, "times the base size", label)
+    fig.savefig(path, dpi=160, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(one_run(json.loads(sys.argv[1]))))
+        sys.exit()
+    found = measure()
+    folder = ROOT / "benchmarks"
+    write_json(folder / "growth.json", {
+        "base": BASE | {"pool": POOL}, "curves": found, "code": code_version(), "libraries": library_versions(),
+    })  # fmt: skip
+    draw(found, folder / "growth.png")
+    readme = (folder / "README.md").read_text()
+    head, _, rest = readme.partition("<!-- growth -->\n")
+    _, _, tail = rest.partition("<!-- end of growth -->\n")
+    shown = markdown(table(found))
+    (folder / "README.md").write_text(f"{head}<!-- growth -->\n\n{shown}\n<!-- end of growth -->\n{tail}")
+    print(shown)
