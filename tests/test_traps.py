@@ -13,6 +13,7 @@ from nla_utils.metrics import fve, fve_matrix
 from nla_utils.reranking import score_k_curve
 from nla_utils.rollouts import rollout_set
 from nla_utils.sampling import SamplingSettings
+from nla_utils.store import RunFolder
 from nla_utils.training import load_av, make_split, paper_pairs
 
 
@@ -147,7 +148,7 @@ def test_eos_text(tiny_run):
     assert np.abs(backbone.encode([text_ids], start=True)[0] - v).max() > 1e-2
 
 
-def test_pad_generate(tiny_run, monkeypatch):
+def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     run, targets = tiny_run
     sides = []
     pad = paper_way.pad
@@ -155,10 +156,15 @@ def test_pad_generate(tiny_run, monkeypatch):
     from nla_utils import ceilings
 
     rows = targets.in_sample[:2]
-    ceilings._paraphrases(run.config, run.backbone, targets, rows, "corrected")
+
+    def draw(protocol):
+        store = ceilings.paraphrase_store(run.config, targets, RunFolder(tmp_path, {}), rows, protocol)
+        ceilings.draw_paraphrases(run.config, run.backbone, targets, rows, protocol, store)
+
+    draw("corrected")
     assert sides == ["left"]
     sides.clear()
-    ceilings._paraphrases(run.config, run.backbone, targets, rows, "paper")
+    draw("paper")
     assert sides[0] == run.backbone.padding_side
 
 
