@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 from nla_utils.config import ConfigError, RunConfig, nearest
 from nla_utils.sources import resolve
 
-KEYS = ("out", "profiles", "seeds", "backbones", "options", "threads")
+KEYS = ("out", "profiles", "seeds", "backbones", "until", "options", "threads")
 
 
 @dataclass(frozen=True)

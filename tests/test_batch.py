@@ -13,7 +13,8 @@ from nla_utils.batch import failures, runs_of
 from nla_utils.config import ROOT, ConfigError
 
 BATCH = {
-    "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "options": "", "threads": 1,
+    "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "until": 6, "options": "",
+    "threads": 1,
 }  # fmt: skip
 
 
@@ -64,25 +65,27 @@ def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_pat
     (broken / "model.safetensors").write_bytes(b"cut short")
     out, config = tmp_path / "out", tmp_path / "batch.yaml"
     backbones = {str(tiny_folders["tiny-gemma2"]): [2, 3], str(broken): None}
-    batch = BATCH | {"out": str(out), "backbones": backbones, "options": "--dtype float32 --device cpu"}
+    options = {"options": "--dtype float32 --device cpu", "until": 2}
+    batch = BATCH | {"out": str(out), "backbones": backbones, **options}
     config.write_text(yaml.safe_dump(batch))
     first = snakemake(config, "--cores", "2")
-    while not list(out.glob("tiny-gemma2/*/executed/01_*.ipynb")):
+    # The second notebook begins once the first one's is known to be whole.
+    while not list(out.glob("tiny-gemma2/*/logs/02_*.log")):
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.2)
     first.send_signal(signal.SIGINT)
     said = first.communicate(timeout=120)[0]
     assert first.returncode != 0, said
-    (kept, *_) = out.glob("tiny-gemma2/*/executed/01_*.ipynb")
+    (begun, *_) = out.glob("tiny-gemma2/*/logs/02_*.log")
+    (kept,) = begun.parent.parent.glob("executed/01_*.ipynb")
     written = kept.stat().st_mtime_ns
     again = snakemake(config, "--cores", "2")
     said = again.communicate(timeout=600)[0]
     assert again.returncode == 1
     assert kept.stat().st_mtime_ns == written, "a notebook that was whole was run again"
-    assert len(list(out.glob("tiny-gemma2/*/executed/06_*.ipynb"))) == 2
+    assert len(list(out.glob("tiny-gemma2/*/executed/02_*.ipynb"))) == 2
     assert "failed: broken/smoke: 01_extract_targets: " in said and "2 of 3 runs are whole" in said
-    section = (out / "comparison" / "section11.md").read_text()
-    assert "Depth: tiny-gemma2 · smoke" in section
+    assert (out / "comparison" / "section11.md").exists()
 
 
 def test_the_cluster_command_is_understood(tmp_path):
