@@ -86,12 +86,19 @@ def bundle(
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
 ) -> None:
     """Pack a run's verbalizers into bundles/<backbone>, from where `nla verbalize` takes them."""
+    from nla_utils.backbone import BackboneError
     from nla_utils.bundle import BUNDLES, write_bundle
     from nla_utils.run import open_run
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
 
-    config = RunConfig(backbone=backbone, profile=profile, out=str(out.resolve()), **size_overrides(set_))
-    opened = open_run(config)
-    for path in write_bundle(config, opened.backbone, opened.folder, BUNDLES / opened.backbone.name):
+    try:
+        config = RunConfig(backbone=backbone, profile=profile, out=str(out.resolve()), **size_overrides(set_))
+        opened = open_run(config)
+        written = write_bundle(config, opened.backbone, opened.folder, BUNDLES / opened.backbone.name)
+    except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
+        fail(error)
+    for path in written:
         typer.echo(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -40,14 +40,16 @@ def make_readings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     parents = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
     drawn = draw_tails(run, backbone, reader, targets, rows, run.sizes.n_rollouts, folder)
     tensors = {"rows": rows, **drawn}
-    tensors |= _probe(run, backbone, targets, rows)
+    probe, probe_fit = _probe(run, backbone, targets, rows)
+    tensors |= probe
     held = slice(len(targets.in_sample), None)
     found = guided_search(
         reader, backbone, targets.v[targets.held_out], targets.mu,
         tensors["ids"][held, 1:], tensors["h_bos"][held, 1:], av_forward_tokens(run),
     )  # fmt: skip
     tensors |= {f"guided_{k}": x for k, x in vars(found).items()}
-    return folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed, k=run.sizes.n_rollouts)
+    facts = {"seed": run.seed, "k": run.sizes.n_rollouts, "probe": probe_fit}
+    return folder.save(ARTEFACT, tensors, made_from=parents, **facts)
 
 
 def av_forward_tokens(run: RunConfig) -> int:
@@ -97,13 +99,17 @@ def probe_lengths(n: int) -> list[int]:
     return [x for x in PROBE_LENGTHS if x <= n]
 
 
-def _probe(run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray) -> dict[str, np.ndarray]:
-    ids_Rn, _ = probe_decode(run, backbone, targets, rows)
+def _probe(
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict]:
+    """(its texts, re-encoded; how it was fitted)."""
+    ids_Rn, fit = probe_decode(run, backbone, targets, rows)
     lengths = probe_lengths(ids_Rn.shape[1])
     texts = [row[-n:].tolist() for row in ids_Rn for n in lengths]
     shape = (len(rows), len(lengths), -1)
-    return {
+    tensors = {
         "probe_ids": ids_Rn.astype(np.int32),
         "probe_h_bos": backbone.encode(texts, start=True).reshape(shape),
         "probe_h_nobos": backbone.encode(texts, start=False).reshape(shape),
     }
+    return tensors, fit
