@@ -6,8 +6,10 @@ import dataclasses
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from nla_utils import layers, paper_text, sweeps
+from nla_utils.cli import app
 from nla_utils.config import ROOT, ConfigError, parse_seeds
 from nla_utils.layers import config_at, extract_layers, folder_at, parse_layers
 from nla_utils.paper import all_tables, section_text
@@ -126,3 +128,31 @@ def test_the_depth_figure_draws_every_layer(swept):
     assert len(scores.lines) == len(sweeps.DEPTH_CURVES)
     assert all(len(line.get_xdata()) == 3 for ax in (scores, norm, floor) for line in ax.lines)
     plt.close(fig)
+
+
+def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tmp_path, monkeypatch):
+    seen = []
+
+    def run_all(configs):
+        seen.extend(configs)
+        return []
+
+    monkeypatch.setattr("nla_utils.reproduce.reproduce", run_all)
+    folder = str(tiny_folders["tiny-llama"])
+    command = ["sweep", "--backbone", folder, "--layers", "1,3", "--profile", "smoke", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*command, "--device", "cpu", "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    assert [c.layer for c in seen] == [1, None], "3 is this backbone's own layer"
+    assert sorted(p.parent.name for p in tmp_path.glob("*/*/targets.safetensors.json")) == ["smoke", "smoke-layer1"]
+    refused = CliRunner().invoke(app, [*command[:4], "4", *command[5:]])
+    assert refused.exit_code == 2 and "1 to 3" in refused.output
+
+
+def test_seeds_are_runs_of_their_own(tiny_folders, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nla_utils.reproduce.reproduce", lambda configs, *_: seen.extend(configs) or [])
+    command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--profile", "smoke", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, [*command, "--seeds", "0,1,2"]).exit_code == 0
+    assert [c.folder_name for c in seen] == ["smoke-seed0", "smoke", "smoke-seed2"]
+    refused = CliRunner().invoke(app, [*command, "--seeds", "1,1"])
+    assert refused.exit_code == 2 and "1,2,3" in refused.output
