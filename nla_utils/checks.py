@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import numpy as np
 import torch
 
@@ -13,6 +15,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
 
 def check_backbone(backbone: Backbone) -> None:
     """Run every check; raises ``BackboneError`` that names the one that failed."""
+    check_library(importlib.metadata.version("transformers"))
     check_frozen(backbone)
     ids = _probe_ids(backbone)
     _check_attention(backbone, ids)
@@ -20,6 +23,12 @@ def check_backbone(backbone: Backbone) -> None:
     _check_batching(backbone, ids)
     _check_left_padding(backbone, ids)
     _check_inputs_embeds(backbone, ids)
+
+
+def check_library(version: str) -> None:
+    """Before transformers 5.5 Gemma scaled ``inputs_embeds`` by √d behind its embedding module, and an AV's v with it."""
+    if tuple(int(x) for x in version.split(".")[:2]) < (5, 5):
+        raise BackboneError(f"transformers {version} is installed; verbalizers need 5.5 or newer (pip install -e .)")
 
 
 def check_frozen(backbone: Backbone) -> None:

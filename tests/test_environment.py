@@ -3,6 +3,10 @@
 import re
 import tomllib
 
+import pytest
+
+from nla_utils.backbone import BackboneError
+from nla_utils.checks import check_library
 from nla_utils.config import ROOT
 
 
@@ -36,6 +40,10 @@ def test_transformers_floor_is_where_gemma_embeddings_scale_themselves():
     from importlib.metadata import version
 
     assert tuple(int(x) for x in version("transformers").split(".")[:2]) >= (5, 5)
+    check_library("5.5.0")
+    check_library("6.0.1")
+    with pytest.raises(BackboneError, match="5.5 or newer"):
+        check_library("5.4.9")
 
 
 def test_nothing_unpickles():
