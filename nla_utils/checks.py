@@ -26,7 +26,7 @@ def check_backbone(backbone: Backbone) -> None:
 
 
 def check_library(version: str) -> None:
-    """Before transformers 5.5 Gemma scaled ``inputs_embeds`` by √d behind its embedding module, an AV's v among them."""
+    """Before transformers 5.5 Gemma scaled ``inputs_embeds`` by √d behind its embedding module, v among them."""
     if tuple(int(x) for x in version.split(".")[:2]) < (5, 5):
         raise BackboneError(f"transformers {version} is installed; verbalizers need 5.5 or newer (pip install -e .)")
 
