@@ -41,6 +41,13 @@ class Pack:
     def dense(self) -> bool:
         return isinstance(self.activations, Tensor)
 
+    @property
+    def padded(self) -> bool:
+        """Whether ids go on behind the last position: in a dense pack, and where only the ids are of one length."""
+        if self.dense or self.ids is None:
+            return self.dense
+        return len({len(x) for x in self.ids}) == 1 < len({len(h) for h in self.activations})
+
 
 def read_released(folder: Path, backbone: Backbone, n: int) -> dict[str, np.ndarray]:
     """The first ``n`` released targets: ids (n, T) int32 of generated tokens, lengths (n,), v (n, d) float32.
@@ -87,14 +94,13 @@ def _read_pack(path: Path, backbone: Backbone, n: int) -> tuple[dict[str, np.nda
     _check_count(path, len(pack.activations), n)
     # A text may itself begin with the start token: only where all of them do, it is the prompt.
     prompted = pack.ids is not None and all(int(ids[0]) == backbone.start_id for ids in pack.ids)
-    v_nd, sequences = np.empty((n, backbone.d), dtype=np.float32), []
+    padded, v_nd, sequences = pack.padded, np.empty((n, backbone.d), dtype=np.float32), []
     for i in Progress(range(n), desc="reading the pack", unit="target"):
         own = backbone.tokenize_text(pack.texts[i]) if pack.ids is None else [int(x) for x in pack.ids[i]]
         ids = own if prompted else [backbone.start_id, *own]
         last = _last_position(pack, i, ids, backbone)
         v_nd[i] = pack.activations[i][last].float().numpy()
-        # A dense row's ids go on as padding behind the last position.
-        sequences.append((ids[: last + 1] if pack.dense else ids)[1:])
+        sequences.append((ids[: last + 1] if padded else ids)[1:])
     lengths = np.array([len(s) for s in sequences], dtype=np.int32)
     if lengths.min() == 0:
         raise ArtefactError(f"{path}: sample {int(lengths.argmin())} has no token behind its start token")

@@ -59,8 +59,10 @@ def _groups(runs: Sequence[RunResults], alike, varied, least: int) -> list[dict[
 
 
 def title(group: dict[int, RunResults]) -> str:
-    run = next(iter(group.values()))
-    return f"{run.backbone} · {run.family}"
+    """The backbone, and what the names of the group's runs have in common."""
+    first, *others = group.values()
+    shared = [p for p in first.profile.split("-") if all(p in run.profile.split("-") for run in others)]
+    return f"{first.backbone} · {'-'.join(shared)}"
 
 
 def seeds_table(group: dict[int, RunResults]) -> pd.DataFrame:

@@ -59,6 +59,8 @@ def with_start(run, targets):
 LAYOUTS = {
     "lists with ids": lambda r, t: {"hidden": lists(r, t), "tokens": with_start(r, t), "text": texts(r, t)},
     "lists, ids without start": lambda r, t: {"h": lists(r, t), "x": [torch.tensor(t.sequence(i)) for i in range(N)]},
+    "lists, padded ids": lambda r, t: {"h": lists(r, t), "ids": padded_ids(r, t)},
+    "lists without the start's activation": lambda r, t: {"h": [h[1:] for h in lists(r, t)], "ids": with_start(r, t)},
     "records": lambda r, t: [{"acts": h, "ids": i} for h, i in zip(lists(r, t), with_start(r, t))],
     "nested records": lambda r, t: {"layer": 3, "samples": [{"a": h, "i": i} for h, i in
                                                             zip(lists(r, t), with_start(r, t))]},
