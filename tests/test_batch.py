@@ -53,8 +53,8 @@ def test_a_failed_run_is_named_with_its_last_words(tmp_path):
 def snakemake(config, *more):
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--configfile",
                str(config), "--keep-going", "--rerun-incomplete", *more]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    where = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "cwd": config.parent}
+    return subprocess.Popen(command, **where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_path):
@@ -89,7 +89,8 @@ def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_pat
 
 
 def test_the_cluster_command_is_understood(tmp_path):
-    config = ROOT / "workflow" / "small.yaml"
+    config = tmp_path / "small.yaml"
+    config.write_text((ROOT / "workflow" / "small.yaml").read_text())
     cluster = ["--executor", "slurm", "--jobs", "20", "--default-resources", "slurm_partition=gpu", "--dry-run"]
     done = snakemake(config, *cluster)
     said = done.communicate(timeout=120)[0]
