@@ -57,19 +57,18 @@ def reproduce(
     from nla_utils.reproduce import NotebookFailed
     from nla_utils.reproduce import adopt as adopt_run
     from nla_utils.reproduce import reproduce as run_all
-    from nla_utils.sources import SourceError
+    from nla_utils.sources import SourceError, settled
     from nla_utils.store import ArtefactError
 
     where = _where(out)
     try:
-        names = [str(Path(b).resolve()) if Path(b).is_dir() else b for b in backbone]
         configs = [
             RunConfig.from_mapping(
                 {"backbone": b, "profile": profile, "seed": seed, "out": where, "layer": layer, "device": device,
                  "dtype": dtype, "target_span": target_span, "av": av, "released_targets": targets,
                  **size_overrides(set_)}
             )
-            for b in names
+            for b in map(settled, backbone)
             for seed in parse_seeds(seeds)
         ]  # fmt: skip
         folders = run_all(configs, first, last)
@@ -112,12 +111,11 @@ def sweep(
     from nla_utils.reproduce import adopt as adopt_run
     from nla_utils.reproduce import reproduce as run_all
     from nla_utils.run import open_run
-    from nla_utils.sources import SourceError
+    from nla_utils.sources import SourceError, settled
     from nla_utils.store import ArtefactError
 
     try:
-        name = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
-        config = RunConfig(backbone=name, profile=profile, seed=seed, out=_where(out), device=device, dtype=dtype,
+        config = RunConfig(backbone=settled(backbone), profile=profile, seed=seed, out=_where(out), device=device, dtype=dtype,
                            **size_overrides(set_))  # fmt: skip
         opened = open_run(config).backbone
         chosen = parse_layers(layers, opened.n_layers)

@@ -120,6 +120,14 @@ def resolve(name: str) -> BackboneSpec:
     )
 
 
+def settled(name: str) -> str:
+    """A backbone's name that means the same from any working directory: a folder by its whole path.
+
+    Registry names come first: a run's output may lie in a folder of that name.
+    """
+    return str(Path(name).resolve()) if name not in REGISTRY and Path(name).is_dir() else name
+
+
 def fetch(spec: BackboneSpec) -> Path:
     """Folder with the backbone's config, tokenizer and safetensors; fetched once, then cached.
 

@@ -29,12 +29,12 @@ def work(
     from nla_utils.ceilings import make_ceilings
     from nla_utils.rollouts import make_rollouts
     from nla_utils.run import open_run
-    from nla_utils.sources import SourceError, fetch, resolve
+    from nla_utils.sources import SourceError, fetch, resolve, settled
     from nla_utils.store import ArtefactError
     from nla_utils.targets import make_targets
     from nla_utils.training import train_av
 
-    name = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
+    name = settled(backbone)
     try:
         config = RunConfig(backbone=name, profile=profile, seed=seed, out=str(out.resolve()), device=device,
                            dtype=dtype, **size_overrides(set_))  # fmt: skip

@@ -11,6 +11,7 @@ import yaml
 
 from nla_utils.batch import failures, runs_of
 from nla_utils.config import ROOT, ConfigError
+from nla_utils.sources import settled
 
 BATCH = {
     "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "until": 6, "options": "",
@@ -27,6 +28,14 @@ def test_a_batch_is_every_combination_once(tmp_path):
     ]  # fmt: skip
     assert "--layer" not in runs["gemma3-270m/smoke"].options, "13 is this backbone's own layer"
     assert "--layer 9" in runs["gemma3-270m/smoke-layer9-seed2"].options
+
+
+def test_a_registry_name_is_no_folder_of_the_output(tmp_path, monkeypatch):
+    """The workflow runs where the runs lie, each below a folder named after its backbone."""
+    (tmp_path / "gemma3-270m").mkdir()
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert settled("gemma3-270m") == "gemma3-270m" and settled("own") == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize("change, message", [
