@@ -115,8 +115,8 @@ def sweep(
     from nla_utils.store import ArtefactError
 
     try:
-        config = RunConfig(backbone=settled(backbone), profile=profile, seed=seed, out=_where(out), device=device, dtype=dtype,
-                           **size_overrides(set_))  # fmt: skip
+        config = RunConfig(backbone=settled(backbone), profile=profile, seed=seed, out=_where(out), device=device,
+                           dtype=dtype, **size_overrides(set_))  # fmt: skip
         opened = open_run(config).backbone
         chosen = parse_layers(layers, opened.n_layers)
         extract_layers(config, opened, chosen)
