@@ -57,18 +57,19 @@ def extract_layers(run: RunConfig, backbone: Backbone, layers: Sequence[int]) ->
         return
     n, settings = run.sizes.n_targets, target_settings(run)
     home = folder_at(run, backbone, own)
-    require_disk(home.path, 2 * n * len(missing) * backbone.d * 4)
-    plan = {**home.identity, "layer": missing, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    require_disk(home.path, 2 * n * len(layers) * backbone.d * 4)
+    # All the layers, missing or not: a sweep that was cut while some were kept already finds its chunks again.
+    plan = {**home.identity, "layer": list(layers), "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
     chunks = ChunkStore(home.file("layers.chunks"), plan)
     starts = range(0, n, SAMPLE_BATCH)
-    with Progress(total=n, desc=f"drawing targets, {len(missing)} layers", unit="seq") as bar:
+    with Progress(total=n, desc=f"drawing targets, {len(layers)} layers", unit="seq") as bar:
         for c, first in enumerate(starts):
             size = min(SAMPLE_BATCH, n - first)
             # All the layers of all chunks are never in memory at once, so they are not joined as other chunks are.
             if chunks.get(c) is None:
                 samples = draw_sequences(backbone, settings, size, derive_seed(run.seed, "targets", c))
-                v_LBd = backbone.encode_layers([samples.sequence(i) for i in range(size)], True, missing)
-                by_layer = {f"v.{x}": v_Bd for x, v_Bd in zip(missing, v_LBd)}
+                v_LBd = backbone.encode_layers([samples.sequence(i) for i in range(size)], True, layers)
+                by_layer = {f"v.{x}": v_Bd for x, v_Bd in zip(layers, v_LBd)}
                 chunks.put(c, {"ids": samples.ids, "lengths": samples.lengths, **by_layer})
             bar.update(size)
     for x in missing:

@@ -61,6 +61,25 @@ def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("**/layers.chunks"))
 
 
+def test_a_cut_between_two_layers_goes_on_too(gemma_run, tmp_path, monkeypatch):
+    run, _ = gemma_run
+    saved, save = [], layers.save_targets
+
+    def cut(*arguments):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        return save(*arguments)
+
+    monkeypatch.setattr(layers, "save_targets", cut)
+    config = dataclasses.replace(run.config, out=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        extract_layers(config, run.backbone, [1, 2])
+    monkeypatch.setattr(layers, "draw_sequences", None)
+    extract_layers(config, run.backbone, [1, 2])
+    assert len(saved) == 3 and len(list(tmp_path.glob("*/*/targets.safetensors.json"))) == 2
+
+
 @pytest.mark.parametrize("text, found", [("all", [1, 2, 3]), ("2", [2]), ("3, 1", [1, 3]), ("2,2", [2])])
 def test_layers_are_read(text, found):
     assert parse_layers(text, 4) == found
