@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from nla_utils import cli_reader, cli_verbalize
-from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, parse_seeds, size_overrides
+from nla_utils.cli_options import Backbone, Device, Dtype, Out, ProfileName, Seed, Sizes
+from nla_utils.config import ROOT, ConfigError, RunConfig, parse_seeds, size_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -38,18 +39,18 @@ def _show(path: Path) -> str:
 @app.command()
 def reproduce(
     backbone: Annotated[list[str], typer.Option(help=BACKBONE_HELP)] = ["gemma3-270m"],
-    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
+    profile: ProfileName = "quick",
     first: Annotated[int, typer.Option("--from", help="First notebook to run.")] = 1,
     last: Annotated[int, typer.Option("--until", help="Last notebook to run.")] = 6,
-    out: Annotated[Path, typer.Option(help="Folder for everything a run writes.")] = ROOT / "runs",
+    out: Out = ROOT / "runs",
     seeds: Annotated[str, typer.Option("--seeds", "--seed", help=SEEDS_HELP)] = "1",
     layer: Annotated[Optional[int], typer.Option(help="Extraction layer, if not the backbone's own.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
     target_span: Annotated[str, typer.Option(help="What the AV is trained to write: full, or last:n.")] = "full",
     av: Annotated[Optional[str], typer.Option(help=AV_HELP)] = None,
     targets: Annotated[Optional[str], typer.Option(help=TARGETS_HELP)] = None,
-    set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
+    set_: Sizes = [],
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is whole and matches is skipped."""
@@ -95,13 +96,13 @@ def _report(folders, adopt: bool, adopt_run) -> None:
 @app.command()
 def sweep(
     layers: Annotated[str, typer.Option(help="all, or numbers with commas: 6,13")] = "all",
-    backbone: Annotated[str, typer.Option(help="Registry name, hub id (org/name@commit) or folder.")] = "gemma3-270m",
-    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
-    out: Annotated[Path, typer.Option(help="Folder for everything the runs write.")] = ROOT / "runs",
-    seed: Annotated[int, typer.Option(help="Seed of targets, training and rollouts.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
-    set_: Annotated[list[str], typer.Option("--set", help=cli_verbalize.SET_HELP)] = [],
+    backbone: Backbone = "gemma3-270m",
+    profile: ProfileName = "quick",
+    out: Out = ROOT / "runs",
+    seed: Seed = 1,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    set_: Sizes = [],
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
     """Run the notebooks at several layers, all from the same sequences, whose activations are taken in one pass."""

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nla_utils.cli_verbalize import SET_HELP, fail
-from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, size_overrides
-
-Backbone = Annotated[str, typer.Option(help="Registry name, hub id (org/name@commit) or folder.")]
-ProfileName = Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")]
-Out = Annotated[Path, typer.Option(help="Folder of the run.")]
-Sizes = Annotated[list[str], typer.Option("--set", help=SET_HELP)]
+from nla_utils.cli_options import Backbone, Out, ProfileName, Seed, Sizes
+from nla_utils.cli_verbalize import fail
+from nla_utils.config import ROOT, ConfigError, RunConfig, size_overrides
 
 
 def ablate(
     backbone: Backbone = "gemma3-270m",
     profile: ProfileName = "quick",
     out: Out = ROOT / "runs",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 1,
+    seed: Seed = 1,
     set_: Sizes = [],
 ) -> None:
     """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebooks 01 and 02."""

@@ -5,24 +5,22 @@ The artefacts are those of one process; ``nla reproduce`` with the same options 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from nla_utils import parallel
-from nla_utils.cli_verbalize import SET_HELP, fail
-from nla_utils.config import PROFILES, ROOT, ConfigError, RunConfig, size_overrides
+from nla_utils.cli_options import Backbone, Device, Dtype, Out, ProfileName, Seed, Sizes
+from nla_utils.cli_verbalize import fail
+from nla_utils.config import ROOT, ConfigError, RunConfig, size_overrides
 
 
 def work(
-    backbone: Annotated[str, typer.Option(help="Registry name, hub id (org/name@commit) or folder.")] = "gemma3-270m",
-    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "quick",
-    out: Annotated[Path, typer.Option(help="Folder for everything a run writes.")] = ROOT / "runs",
-    seed: Annotated[int, typer.Option(help="Seed of targets, training and rollouts.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")] = "bfloat16",
-    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],
+    backbone: Backbone = "gemma3-270m",
+    profile: ProfileName = "quick",
+    out: Out = ROOT / "runs",
+    seed: Seed = 1,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    set_: Sizes = [],
 ) -> None:
     """Draw targets, train the AV, make ceilings and rollouts, the work shared between the processes."""
     from nla_utils.backbone import BackboneError
