@@ -40,4 +40,4 @@ batch: env
 	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile $(BATCH) --cores $(CORES) --keep-going --rerun-incomplete
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) runs site .snakemake

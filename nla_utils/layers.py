@@ -14,6 +14,7 @@ import numpy as np
 from nla_utils.backbone import Backbone
 from nla_utils.config import ConfigError, RunConfig
 from nla_utils.progress import Progress
+from nla_utils.run import folder_of
 from nla_utils.sampling import SAMPLE_BATCH
 from nla_utils.store import ChunkStore, RunFolder, derive_seed, require_disk
 from nla_utils.targets import ARTEFACT, draw_sequences, save_targets, target_settings
@@ -40,8 +41,7 @@ def config_at(run: RunConfig, own_layer: int, layer: int) -> RunConfig:
 
 def folder_at(run: RunConfig, backbone: Backbone, layer: int) -> RunFolder:
     """Folder of a run of that layer, with that layer's identity."""
-    at = dataclasses.replace(backbone, layer=layer)
-    return RunFolder.of(run, backbone.name, {**at.identity(), "seed": run.seed})
+    return folder_of(run, dataclasses.replace(backbone, layer=layer))
 
 
 def extract_layers(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> None:

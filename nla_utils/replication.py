@@ -16,6 +16,7 @@ from nla_utils.metrics import fve, fve_matrix
 from nla_utils.reader import ARTEFACT as READER_ARTEFACT
 from nla_utils.reader import TailReader, fit_reader
 from nla_utils.readings import av_forward_tokens, draw_tails
+from nla_utils.run import folder_of
 from nla_utils.store import RunFolder
 from nla_utils.targets import Targets, make_targets
 
@@ -33,7 +34,7 @@ def replicate(run: RunConfig, backbone: Backbone, seeds: Sequence[int]) -> tuple
     columns, parents = {}, {}
     for seed in seeds:
         config = dataclasses.replace(run, seed=seed)
-        folder = RunFolder.of(config, backbone.name, {**backbone.identity(), "seed": seed})
+        folder = folder_of(config, backbone)
         targets = make_targets(config, backbone, folder)
         reader = fit_reader(config, backbone, targets, folder)
         columns[seed] = score_claims(config, backbone, targets, reader, folder)

@@ -23,8 +23,12 @@ class Run:
 def open_run(config: RunConfig) -> Run:
     """Load the run's backbone and open its folder; bad input raises before weights load."""
     backbone = load_backbone(config)
-    live = {**backbone.identity(), "seed": config.seed}
-    return Run(config, RunFolder.of(config, backbone.name, live), backbone)
+    return Run(config, folder_of(config, backbone), backbone)
+
+
+def folder_of(config: RunConfig, backbone: Backbone) -> RunFolder:
+    """The folder of a run with a backbone that is loaded, standing at its layer."""
+    return RunFolder.of(config, backbone.name, {**backbone.identity(), "seed": config.seed})
 
 
 def open_folder(config: RunConfig) -> RunFolder:
