@@ -14,10 +14,11 @@ from typing import Optional, Sequence
 import numpy as np
 import torch
 
-from nla_utils.backbone import Backbone, load_backbone
+from nla_utils.backbone import Backbone
 from nla_utils.bundle import Bundle, load_bundle
 from nla_utils.config import ConfigError, RunConfig, nearest
 from nla_utils.guided import guided_search
+from nla_utils.loading import load_backbone
 from nla_utils.metrics import fve
 from nla_utils.reader import read_tails
 from nla_utils.sampling import SamplingSettings, sample

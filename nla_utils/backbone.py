@@ -1,4 +1,4 @@
-"""The frozen language model: load, embed, encode token ids to the activation h at layer ℓ.
+"""The frozen language model: embed, encode token ids to the activation h at layer ℓ.
 
 ``hidden_states[ℓ]`` counts as the paper does: index 0 is the embedding output, index ℓ the output of
 block ℓ (1-based). Only the first ℓ blocks are run when h is all that is wanted.
@@ -12,11 +12,8 @@ from typing import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nla_utils import attention
-from nla_utils.config import ConfigError, RunConfig
-from nla_utils.sources import BackboneSpec, fetch, resolve, weight_hash
+from nla_utils.sources import BackboneSpec
 
 ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
 
@@ -84,12 +81,13 @@ class Backbone:
         return self.model.get_output_embeddings().weight
 
     def logits(self, hidden_nd: Tensor, out_nV: Tensor | None = None) -> Tensor:
-        """Next-token logits (n, V) from final hidden states (n, d), final soft cap included.
+        """Next-token logits (n, V) from final hidden states (n, d), final soft cap included, where the head lies.
 
         The rows are made contiguous: a head applied to a strided slice is far slower on a CPU. So is a
         product into fresh memory, hence ``out_nV`` for callers that come again.
         """
-        logits_nV = torch.mm(hidden_nd.contiguous(), self.head_weight.T, out=out_nV)
+        hidden_nd = hidden_nd.to(self.head_weight.device).contiguous()
+        logits_nV = torch.mm(hidden_nd, self.head_weight.T, out=out_nV)
         cap = self.softcap
         return logits_nV if cap is None else logits_nV.div_(cap).tanh_().mul_(cap)
 
@@ -97,6 +95,10 @@ class Backbone:
     def softcap(self) -> float | None:
         """Gemma-2's cap on the final logits, ``None`` elsewhere."""
         return getattr(self.model.config, "final_logit_softcapping", None)
+
+    def last_hidden(self, **inputs: Tensor) -> Tensor:
+        """Final hidden states (B, T, d) of a whole forward pass, normalised: what the head is applied to."""
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state.to(self.device)
 
     def hidden_at_layer(self, **inputs: Tensor) -> Tensor:
         """``hidden_states[ℓ]`` (B, T, d) of a forward pass that stops at block ℓ."""
@@ -107,7 +109,8 @@ class Backbone:
         reached: dict[int, Tensor] = {}
 
         def grab(layer: int, output) -> None:
-            reached[layer] = output[0] if isinstance(output, tuple) else output
+            h_BTd = output[0] if isinstance(output, tuple) else output
+            reached[layer] = h_BTd.to(self.device)
             if layer == max(layers):
                 raise _LayerReached
 
@@ -223,76 +226,3 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == n:
             return module
     raise BackboneError(f"{type(model).__name__}: no list of {n} decoder blocks was found")
-
-
-def pick_device(device: str) -> str:
-    """``auto`` means CUDA, then MPS, then CPU."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
-    """The run's layer, else the registry's, else round(0.73 L); raises if it is not in 1..L-1."""
-    layer = wanted if wanted is not None else spec.layer
-    if layer is None:
-        layer = round(0.73 * n_layers)
-        print(f"{spec.name}: no layer given, using round(0.73 · {n_layers}) = {layer}")
-    if not 1 <= layer < n_layers:
-        raise ConfigError(
-            f"layer {layer} is out of range for {spec.name}: it has {n_layers} blocks, "
-            f"choose 1 to {n_layers - 1} (hidden_states[{n_layers}] is already normalised)"
-        )
-    return layer
-
-
-def load_backbone(run: RunConfig, check: bool = True) -> Backbone:
-    """Fetch, load, freeze and check the run's backbone.
-
-    Raises ``ConfigError`` (unknown name, layer out of range, no start token) before weights load,
-    ``BackboneError`` if the model fails the checks of :mod:`nla_utils.checks`.
-    """
-    from transformers import AutoConfig
-
-    spec = resolve(run.backbone)
-    folder = fetch(spec)
-    config = AutoConfig.from_pretrained(folder)
-    layer = pick_layer(run.layer, spec, config.num_hidden_layers)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    start_id, eos_ids, pad_id = special_ids(spec, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype))
-    model.to(pick_device(run.device)).eval().requires_grad_(False)
-    library_attention = model.config._attn_implementation
-    if model.device.type == "cpu":
-        model.set_attn_implementation(attention.NAME)
-    side = spec.padding_side or tokenizer.padding_side
-    backbone = Backbone(
-        spec, model, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder), library_attention
-    )
-    if check:
-        from nla_utils.checks import check_backbone
-
-        check_backbone(backbone)
-    return backbone
-
-
-def special_ids(spec: BackboneSpec, tokenizer) -> tuple[int, tuple[int, ...], int]:
-    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token."""
-    start_id = spec.start_id
-    if start_id is None:
-        start_id = tokenizer.bos_token_id
-        if start_id is None:
-            raise ConfigError(
-                f"{spec.name}: its tokenizer has no BOS token and the registry names no start token; "
-                f"every target starts from one, so this backbone needs a registry entry with start_id"
-            )
-        print(f"{spec.name}: sequences start from the tokenizer's BOS, id {start_id}")
-    eos_ids = spec.eos_ids
-    if eos_ids is None:
-        eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = eos_ids[0] if eos_ids else start_id
-    return start_id, tuple(eos_ids), pad_id

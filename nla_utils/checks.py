@@ -66,9 +66,7 @@ def _check_truncated(backbone: Backbone, ids: list[list[int]]) -> None:
     full = out.hidden_states[backbone.layer][0, -1].float().cpu().numpy()
     short = backbone.encode([ids[0]], start=False)[0]
     _require(backbone, _differ(short, full), "stopping at the layer does not give hidden_states[layer]")
-    hidden_1d = backbone.model.base_model(
-        torch.tensor([ids[0]], device=backbone.device), use_cache=False
-    ).last_hidden_state[:, -1]
+    hidden_1d = backbone.last_hidden(input_ids=torch.tensor([ids[0]], device=backbone.device))[:, -1]
     if getattr(backbone.model.get_output_embeddings(), "bias", None) is not None:
         raise BackboneError(f"{backbone.name}: its output head has a bias, which is not supported")
     ours = backbone.logits(hidden_1d)[0].float().cpu().numpy()

@@ -14,6 +14,6 @@ Backbone = Annotated[str, typer.Option(help="Registry name, hub id (org/name@com
 ProfileName = Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")]
 Out = Annotated[Path, typer.Option(help="Folder for everything a run writes.")]
 Seed = Annotated[int, typer.Option(help="Seed of targets, training and rollouts.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or split: spread over all cards.")]
 Dtype = Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")]
 Sizes = Annotated[list[str], typer.Option("--set", help=SET_HELP)]

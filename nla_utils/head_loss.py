@@ -81,7 +81,8 @@ def head_cross_entropy(
         targets_n: token ids (int64).
         cap: Gemma-2's soft cap on the logits, or ``None``.
     """
-    return _HeadCrossEntropy.apply(hidden_nd, weight_Vd, targets_n, cap) / len(hidden_nd)
+    on = weight_Vd.device
+    return _HeadCrossEntropy.apply(hidden_nd.to(on), weight_Vd, targets_n.to(on), cap) / len(hidden_nd)
 
 
 @torch.inference_mode()
@@ -89,9 +90,11 @@ def head_logprobs(
     hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None
 ) -> Tensor:
     """log p(target) (n,) under the whole vocabulary's softmax at temperature 1, chunk by chunk."""
+    given, on = hidden_nd.device, weight_Vd.device
+    hidden_nd, targets_n = hidden_nd.to(on), targets_n.to(on)
     buffer_CV, found = _buffer(hidden_nd, weight_Vd), []
     for first in range(0, len(hidden_nd), CHUNK_ROWS):
         rows = slice(first, first + CHUNK_ROWS)
         z_nV = _logits(hidden_nd[rows], weight_Vd, cap, buffer_CV)
         found.append(_log_likelihood(z_nV, targets_n[rows])[0])
-    return torch.cat(found)
+    return torch.cat(found).to(given)

@@ -62,6 +62,6 @@ def _log_probability(backbone: Backbone, ids_Bj: Tensor) -> Tensor:
     """log p of each text behind the start token (B,)."""
     start_B1 = torch.full((len(ids_Bj), 1), backbone.start_id, device=ids_Bj.device)
     inputs_Bj = torch.cat([start_B1, ids_Bj[:, :-1]], dim=1)
-    hidden_Bjd = backbone.model.base_model(input_ids=inputs_Bj, use_cache=False).last_hidden_state
+    hidden_Bjd = backbone.last_hidden(input_ids=inputs_Bj)
     logp = head_logprobs(hidden_Bjd.flatten(0, 1), backbone.head_weight, ids_Bj.flatten(), backbone.softcap)
     return logp.view(ids_Bj.shape).sum(dim=1)

@@ -68,7 +68,7 @@ def rollout_logprobs(
     prefix_BPd = av(v_Bd.to(backbone.device), backbone.dtype)
     table_Vd = backbone.model.get_input_embeddings().weight
     inputs_BSd = torch.cat([prefix_BPd, table_Vd[ids_BT]], dim=1)
-    hidden_BSd = backbone.model.base_model(inputs_embeds=inputs_BSd, use_cache=False).last_hidden_state
+    hidden_BSd = backbone.last_hidden(inputs_embeds=inputs_BSd)
     hidden_nd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1][valid_BT]
     logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
     logp_BT[valid_BT] = head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)

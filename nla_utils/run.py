@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nla_utils.backbone import Backbone, identity, load_backbone, pick_device, pick_layer, special_ids
+from nla_utils.backbone import Backbone, identity
 from nla_utils.config import RunConfig
+from nla_utils.loading import load_backbone, pick_device, pick_layer, special_ids
 from nla_utils.sources import fetch, resolve, weight_hash
 from nla_utils.store import RunFolder
 

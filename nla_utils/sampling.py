@@ -86,7 +86,8 @@ def sample(
         mask_BP: 1 for real prompt positions, 0 for padding; ``None`` if all are real.
         greedy_B: rows that always take the likeliest token, ``None`` for the settings' own way.
     """
-    device = backbone.device
+    # Tokens are drawn where the logits are: only ids travel to the embeddings.
+    device = backbone.head_weight.device
     generator = torch.Generator(device).manual_seed(seed)
     n_rows, steps = len(embeds_BPd), settings.max_new_tokens
     ids_BT = torch.full((n_rows, steps), backbone.pad_id, device=device)
@@ -94,9 +95,10 @@ def sample(
     lengths_B = torch.zeros(n_rows, dtype=torch.int32, device=device)
     alive_B = torch.ones(n_rows, dtype=torch.bool, device=device)
     eos = torch.tensor(backbone.eos_ids, device=device)
+    greedy_B = None if greedy_B is None else greedy_B.to(device)
     decoder = _Decoder(backbone, embeds_BPd.shape[1] + steps, mask_BP)
     logits_BV = torch.empty(n_rows, len(backbone.head_weight), dtype=backbone.dtype, device=device)
-    hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(device))
+    hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(backbone.device))
     for t in range(steps):
         token_B, logp_B = draw(backbone.logits(hidden_Bd, logits_BV), settings, generator, greedy_B)
         ids_BT[:, t] = torch.where(alive_B, token_B, backbone.pad_id)
@@ -105,7 +107,7 @@ def sample(
         alive_B &= ~torch.isin(token_B, eos)
         if t + 1 == steps or not alive_B.any():
             break
-        hidden_Bd = decoder.step(input_ids=ids_BT[:, t : t + 1])
+        hidden_Bd = decoder.step(input_ids=ids_BT[:, t : t + 1].to(backbone.device))
     return Samples(
         ids_BT.int().cpu().numpy(), lengths_B.cpu().numpy(), logprobs_BT.cpu().numpy()
     )

@@ -80,7 +80,7 @@ def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts:
     ids_BT = ids_BT.to(backbone.device)
     prefix_BPd = av(v_Bd.to(backbone.device), backbone.dtype)
     inputs_BSd = torch.cat([prefix_BPd, backbone.embed(ids_BT)], dim=1)
-    hidden_BSd = backbone.model.base_model(inputs_embeds=inputs_BSd, use_cache=False).last_hidden_state
+    hidden_BSd = backbone.last_hidden(inputs_embeds=inputs_BSd)
     # The last prefix position predicts the first token.
     hidden_BTd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1]
     valid_BT = (torch.arange(width) < lengths[:, None]).to(backbone.device)

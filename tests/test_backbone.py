@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import build_backbone, build_tokenizer, tiny_config
 
-from nla_utils.backbone import BackboneError, check_finite, load_backbone
+from nla_utils.backbone import BackboneError, check_finite
 from nla_utils.checks import check_backbone, check_frozen
 from nla_utils.config import ConfigError
+from nla_utils.loading import load_backbone
 from nla_utils.run import open_folder, open_run
 
 
