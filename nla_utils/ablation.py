@@ -8,13 +8,13 @@ import numpy as np
 
 from nla_utils import metrics, paper_way
 from nla_utils.backbone import Backbone
-from nla_utils.ceilings import draw_paraphrases, paraphrase_store, stored_paraphrases
+from nla_utils.ceilings import draw_paraphrases, stored_paraphrases
 from nla_utils.config import N_PARAPHRASES, RunConfig
 from nla_utils.evaluation import Column
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
 from nla_utils.rollouts import rollouts_of_rows
-from nla_utils.store import Artefact, ChunkStore, RunFolder
+from nla_utils.store import Artefact, RunFolder
 from nla_utils.targets import Targets
 
 ARTEFACT = "ablation"
@@ -70,23 +70,18 @@ def make_ablation(
         (False, False): stored_paraphrases(ceilings, "paper"),
         (True, True): stored_paraphrases(ceilings, "corrected"),
     }
-    stores: list[ChunkStore] = []
     with Progress(total=len(steps), desc="slip by slip", unit="step") as bar:
         for key, fixed in steps.items():
             rows, kind = rows_of(targets, fixed), ("pad_generate" in fixed, "in_sample" in fixed)
             if kind not in paraphrases:
                 protocol = "corrected" if "pad_generate" in fixed else "paper"
-                stores.append(paraphrase_store(run, targets, folder, rows, protocol))
-                paraphrases[kind] = draw_paraphrases(run, backbone, targets, rows, protocol, stores[-1])
+                paraphrases[kind] = draw_paraphrases(run, backbone, targets, rows, protocol, folder)
             h_nd = encode_as(backbone, paraphrases[kind], fixed)
             tensors[f"paraphrase.{key}"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
             tensors[f"replay.{key}"] = encode_as(backbone, targets.sequences(rows), fixed)
             bar.update()
     parents = {"targets": targets.sha256, "ceilings": ceilings.sha256}
-    artefact = folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed)
-    for store in stores:
-        store.clear()
-    return artefact
+    return folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed)
 
 
 def score_step(targets: Targets, ablation: Artefact, fixed: Fixed, rollouts: Optional[Artefact] = None) -> Column:

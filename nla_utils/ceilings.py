@@ -16,7 +16,7 @@ from nla_utils.config import N_PARAPHRASES, PROTOCOLS, TAIL_LENGTHS, RunConfig
 from nla_utils.parallel import fill_chunks
 from nla_utils.progress import Progress
 from nla_utils.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
-from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, require_disk
+from nla_utils.store import Artefact, ChunkStore, RunFolder, derive_seed, json_hash, require_disk
 from nla_utils.targets import Targets
 
 ARTEFACT = "ceilings"
@@ -38,11 +38,10 @@ def make_ceilings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     sizes = run.sizes
     require_disk(folder.path, 2 * (sizes.pool_size + sizes.n_eval * 40) * backbone.d * 4)
     tensors: dict[str, np.ndarray] = {}
-    stores = {p: paraphrase_store(run, targets, folder, targets.eval_rows(p), p) for p in PROTOCOLS}
     with Progress(total=6, desc="ceilings", unit="part") as bar:
         for protocol in PROTOCOLS:
             rows = targets.eval_rows(protocol)
-            tensors |= _named(protocol, _paraphrases(run, backbone, targets, rows, protocol, stores[protocol]))
+            tensors |= _named(protocol, _paraphrases(run, backbone, targets, rows, protocol, folder))
             bar.update()
             tensors[f"{protocol}.replay"] = _replay(backbone, targets, rows, protocol)
             tensors[f"{protocol}.tail"] = _tails(backbone, targets, rows, start=protocol == "corrected")
@@ -54,13 +53,10 @@ def make_ceilings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
         bar.update()
         tensors |= _named("ladder", replay_ladder(backbone, targets, targets.in_sample))
         bar.update()
-    artefact = folder.save(
+    return folder.save(
         ARTEFACT, tensors, made_from={"targets": targets.sha256}, seed=run.seed,
         sampling=_paraphrase_settings(run).record(), prompt=PROMPT,
     )  # fmt: skip
-    for store in stores.values():
-        store.clear()
-    return artefact
 
 
 def _named(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,13 +104,13 @@ def _paraphrase_settings(run: RunConfig) -> SamplingSettings:
 
 
 def _paraphrases(
-    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str, store: ChunkStore
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str, folder: RunFolder
 ) -> dict[str, np.ndarray]:
     """8 paraphrases per target: generated and re-encoded as the protocol does.
 
     ``paper`` re-encodes text; ``corrected`` the sampled ids behind BOS.
     """
-    sequences = draw_paraphrases(run, backbone, targets, rows, protocol, store)
+    sequences = draw_paraphrases(run, backbone, targets, rows, protocol, folder)
     if protocol == "paper":
         h_nd = paper_way.encode_texts(backbone, [backbone.decode_text(s) for s in sequences])
     else:
@@ -128,16 +124,20 @@ def _paraphrases(
 def paraphrase_store(
     run: RunConfig, targets: Targets, folder: RunFolder, rows: np.ndarray, protocol: str
 ) -> ChunkStore:
-    """Where the paraphrases of some targets are kept while the stage that needs them is at work."""
-    sampling = _paraphrase_settings(run).record()
-    plan = {**folder.identity, "targets": targets.sha256, "rows": rows.tolist(), "sampling": sampling}
-    return ChunkStore(folder.file(f"paraphrases-{protocol}-{rows[0]}.chunks"), plan)
+    """Where the paraphrases of some targets are kept: beside a backbone's runs, under a hash of all they depend on.
+
+    The layer is not among it: in a sweep they are drawn once.
+    """
+    plan = {k: v for k, v in folder.identity.items() if k != "layer"}
+    plan |= {"protocol": protocol, "prompt": PROMPT, "sampling": _paraphrase_settings(run).record()}
+    plan |= {"sources": json_hash(targets.sequences(rows)), "batch": SAMPLE_BATCH}
+    return ChunkStore(folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
 
 
 def draw_paraphrases(
-    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str, store: ChunkStore
+    run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str, folder: RunFolder
 ) -> list[list[int]]:
-    """Token ids of 8 paraphrases per target, targets in order; what is in the store is not drawn again.
+    """Token ids of 8 paraphrases per target, targets in order; what any run beside this one has drawn is taken.
 
     ``paper`` pads the prompts on the tokenizer's own side (slip ``pad_generate``); ``corrected`` pads them
     on the left and sees to the start token.
@@ -152,6 +152,7 @@ def draw_paraphrases(
         samples = continue_prompts(backbone, repeated[part_of], settings, seed, side)
         return {"ids": samples.ids, "lengths": samples.lengths}
 
+    store = paraphrase_store(run, targets, folder, rows, protocol)
     drawn = fill_chunks(store, len(repeated), SAMPLE_BATCH, draw, f"paraphrasing, {protocol}", "text")
     return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from nla_utils import layers, paper_text, sweeps
+from nla_utils import ceilings, layers, paper_text, sweeps
 from nla_utils.cli import app
 from nla_utils.config import ROOT, ConfigError, parse_seeds
 from nla_utils.layers import config_at, extract_layers, folder_at, parse_layers
@@ -78,6 +78,22 @@ def test_a_cut_between_two_layers_goes_on_too(gemma_run, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "draw_sequences", None)
     extract_layers(config, run.backbone, [1, 2])
     assert len(saved) == 3 and len(list(tmp_path.glob("*/*/targets.safetensors.json"))) == 2
+
+
+def test_another_layer_takes_the_paraphrases_that_are_there(gemma_run, tmp_path, monkeypatch):
+    run, _ = gemma_run
+    config = dataclasses.replace(run.config, out=str(tmp_path))
+    made = []
+    for layer in (1, 2):
+        backbone = dataclasses.replace(run.backbone, layer=layer)
+        at = config_at(config, run.backbone.layer, layer)
+        folder = folder_at(at, run.backbone, layer)
+        targets = make_targets(at, backbone, folder)
+        made.append(ceilings.make_ceilings(at, backbone, targets, folder).tensors)
+        monkeypatch.setattr(ceilings, "continue_prompts", None)
+    for name in ("paper.paraphrase_ids", "corrected.paraphrase_ids"):
+        np.testing.assert_array_equal(made[0][name], made[1][name])
+    assert not np.array_equal(made[0]["corrected.paraphrase"], made[1]["corrected.paraphrase"])
 
 
 @pytest.mark.parametrize("text, found", [("all", [1, 2, 3]), ("2", [2]), ("3, 1", [1, 3]), ("2,2", [2])])

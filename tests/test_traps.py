@@ -158,8 +158,8 @@ def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     rows = targets.in_sample[:2]
 
     def draw(protocol):
-        store = ceilings.paraphrase_store(run.config, targets, RunFolder(tmp_path, {}), rows, protocol)
-        ceilings.draw_paraphrases(run.config, run.backbone, targets, rows, protocol, store)
+        folder = RunFolder(tmp_path / "run", {})
+        ceilings.draw_paraphrases(run.config, run.backbone, targets, rows, protocol, folder)
 
     draw("corrected")
     assert sides == ["left"]
