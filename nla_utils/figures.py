@@ -161,9 +161,8 @@ def figure_3(runs: Sequence[RunResults]) -> Figure:
         ladder = run.column("oracle_ceiling", "ladder")
         y = np.array([ladder[k] for k, _ in steps])
         error = np.abs(np.array([ladder["ci95"][k] for k, _ in steps]).T - y)
-        ax.errorbar(range(len(steps)), y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3)
-        ax.annotate(run.title, (0, y[0]), textcoords="offset points", xytext=(7, 10), fontsize=8,
-                    color=colour(run.backbone))  # fmt: skip
+        ax.errorbar(range(len(steps)), y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3, label=run.title)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.set_xticks(range(len(steps)), [label for _, label in steps], fontsize=8)
     style(ax, "", "replay, centred fve_nrm", "the same targets, re-encoded five ways")
     return fig
@@ -207,22 +206,29 @@ def figure_5(runs: Sequence[RunResults]) -> Figure:
     return fig
 
 
+SCALING = {
+    "reader": ("tail reader, greedy", "o-"), "retrieval": ("NN-retrieval from the same sequences", "s:"),
+    "probe": ("probe decode, last 8", "^--"),
+}  # fmt: skip
+
+
 def figure_6(runs: Sequence[RunResults]) -> Figure:
-    """The tail reader's greedy score against the number of training sequences, on the runs that have an ablation."""
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    """Reader, probe and retrieval against the number of sequences they use, on the runs that have an ablation."""
+    fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for run in runs:
         record = ablation_record(run)
         if record is None:
             continue
         x = [p["train_rows"] for p in record["scaling"]]
-        y = np.array([p["mean"] for p in record["scaling"]])
-        error = np.abs(np.array([p["ci95"] for p in record["scaling"]]).T - y)
-        ax.errorbar(x, y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3, label=run.title)
-        ax.axhline(record["nn_retrieval"]["mean"], color=colour(run.backbone), linestyle=":", linewidth=1)
+        for who, (label, line) in SCALING.items():
+            y = np.array([p[who]["mean"] for p in record["scaling"]])
+            error = np.abs(np.array([p[who]["ci95"] for p in record["scaling"]]).T - y)
+            ax.errorbar(x, y, yerr=error, fmt=line, color=colour(run.backbone), capsize=3, markersize=4,
+                        label=f"{run.title}: {label}")  # fmt: skip
     ax.set_xscale("log")
     if ax.lines:
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
-    style(ax, "training sequences (log)", "greedy, centred fve_nrm", "dotted: NN-retrieval")
+        fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    style(ax, "sequences used (log)", "centred fve_nrm")
     return fig
 
 

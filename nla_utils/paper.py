@@ -59,8 +59,9 @@ FIGURES = (
                "intervals.", _any_run),
     FigureSpec("fig5_beyond", figures.figure_5, "Beyond §11: score against forward tokens, held out. The tail reader "
                "writes without the language model; its guided search spends what the AV's best-of-K does.", _any_run),
-    FigureSpec("fig6_reader_scaling", figures.figure_6, "The tail reader's greedy score against its training "
-               "sequences; dotted: NN-retrieval.", _any_ablation),
+    FigureSpec("fig6_reader_scaling", figures.figure_6, "The tail reader's greedy score, the probe's and "
+               "NN-retrieval's against the number of sequences that each may use, on the same held-out targets.",
+               _any_ablation),
     FigureSpec("fig7_depth", sweeps.figure_7, "Against the extraction layer, the same sequences: what text can reach, "
                "what the verbalizers reach, ‖μ‖ and the raw floor. Bands are 95 % bootstrap intervals over targets.",
                sweeps.layer_groups, variants=True),

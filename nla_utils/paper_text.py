@@ -90,10 +90,15 @@ def beyond(run: RunResults) -> str:
         small, whole = record["scaling"][0], record["scaling"][-1]
         text += (
             f"\nFrom {small['train_rows']} to {whole['train_rows']} training sequences greedy goes from "
-            f"{tables.number(small['mean'])} to {tables.number(whole['mean'])}; NN-retrieval from "
-            f"{record['nn_retrieval']['pool']} stands at {tables.number(record['nn_retrieval']['mean'])}.\n"
+            f"{_growth(record, 'reader')}, NN-retrieval from the same sequences from {_growth(record, 'retrieval')}, "
+            f"the probe's last {record['tail_tokens']} from {_growth(record, 'probe')}.\n"
         )
     return text + _over_seeds(seeds_record(run))
+
+
+def _growth(record: dict, who: str) -> str:
+    first, last = record["scaling"][0][who], record["scaling"][-1][who]
+    return f"{tables.number(first['mean'])} to {tables.number(last['mean'])}"
 
 
 def _over_seeds(record: Optional[dict]) -> str:

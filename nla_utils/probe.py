@@ -7,6 +7,7 @@ all n positions in one solve; each predicted embedding is written down as the to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -41,23 +42,33 @@ class Probe:
         return ids.reshape(len(v_Md), n)[:, ::-1].copy()
 
 
-@torch.inference_mode()
 def probe_decode(run: RunConfig, backbone: Backbone, targets: Targets, rows: np.ndarray) -> tuple[np.ndarray, dict]:
-    """The probe's guess of the last n tokens of each row (len(rows), n) in reading order, and how it was fitted.
-
-    The ridge strength is the one that names the most last tokens of the validation rows.
-    """
+    """The probe's guess of the last n tokens of each row (len(rows), n) in reading order, and how it was fitted."""
     n = min(TAIL_TOKENS, run.sizes.max_new_tokens)
     train, validation = reader_split(run, targets)
+    probe, trials = fit_probe(backbone, [(targets, train)], targets, validation, n)
+    return probe.decode(targets.v[rows], n), {"trials": trials, "train_rows": len(train)}
+
+
+@torch.inference_mode()
+def fit_probe(
+    backbone: Backbone, parts: Sequence[tuple[Targets, np.ndarray]], targets: Targets, validation: np.ndarray, n: int
+) -> tuple[Probe, list[dict]]:
+    """A probe fitted on rows of one or several sets of targets, and the ridge strengths that were tried.
+
+    The one kept names the most last tokens of the validation rows.
+    """
     table_Vd = embedding_table(backbone)
-    counts_V = np.bincount(np.concatenate(targets.sequences(train)), minlength=len(table_Vd))
-    mean_d, v_mean_d = embedding_mean(table_Vd, counts_V), targets.v[train].mean(axis=0)
+    counts_V = sum(np.bincount(np.concatenate(t.sequences(r)), minlength=len(table_Vd)) for t, r in parts)
+    first_targets, first_rows = parts[0]
+    mean_d, v_mean_d = embedding_mean(table_Vd, counts_V), first_targets.v[first_rows].mean(axis=0)
     equations = NormalEquations(backbone.d, n * backbone.d)
-    for first in range(0, len(train), CHUNK):
-        chosen = train[first : first + CHUNK]
-        y_nj = torch.from_numpy(_tails(targets, chosen, n, backbone.start_id)).to(backbone.device)
-        y_nq = (table_Vd[y_nj].float() - mean_d).flatten(1)
-        equations.add(torch.from_numpy(targets.v[chosen] - v_mean_d), y_nq.cpu())
+    for own, rows in parts:
+        for first in range(0, len(rows), CHUNK):
+            chosen = rows[first : first + CHUNK]
+            y_nj = torch.from_numpy(_tails(own, chosen, n, backbone.start_id)).to(backbone.device)
+            y_nq = (table_Vd[y_nj].float() - mean_d).flatten(1)
+            equations.add(torch.from_numpy(own.v[chosen] - v_mean_d), y_nq.cpu())
     last = _tails(targets, validation, 1, backbone.start_id)
     trials = []
     for ridge in PROBE_RIDGES:
@@ -65,8 +76,7 @@ def probe_decode(run: RunConfig, backbone: Backbone, targets: Targets, rows: np.
         probe = Probe(b_dq, intercept_q, v_mean_d, mean_d, table_Vd)
         trials.append((float((probe.decode(targets.v[validation], 1) == last).mean()), ridge, probe))
     best = max(trials, key=lambda t: t[0])[2]
-    record = [{"ridge": ridge, "names_last_token": share} for share, ridge, _ in trials]
-    return best.decode(targets.v[rows], n), {"trials": record, "train_rows": len(train)}
+    return best, [{"ridge": ridge, "names_last_token": share} for share, ridge, _ in trials]
 
 
 def _tails(targets: Targets, rows: np.ndarray, n: int, start_id: int) -> np.ndarray:

@@ -108,22 +108,29 @@ def fit_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: Run
         return load_reader(backbone, folder)
     n = min(TAIL_TOKENS, run.sizes.max_new_tokens)
     train, validation = reader_split(run, targets)
-    equations, mean_d, embedding_mean_d, counts_V = accumulate(backbone, targets, train, n)
+    sums = accumulate(backbone, targets, train, n)
+    tensors, trials = best_ridge(backbone, sums, targets, validation)
+    folder.save(
+        ARTEFACT, tensors, made_from={"targets": targets.sha256}, seed=run.seed, tail_tokens=n,
+        train_positions=sums.equations.n, train_rows=len(train), validation_rows=validation.tolist(), trials=trials,
+    )  # fmt: skip
+    return reader_from(tensors, backbone)
+
+
+def best_ridge(
+    backbone: Backbone, sums: ReaderSums, targets: Targets, validation: np.ndarray
+) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """The arrays of the reader whose greedy texts score highest, centred, on the validation rows; all trials."""
     v_Md = torch.from_numpy(targets.v[validation]).to(backbone.device)
     best, trials = None, []
     for ridge in RIDGES:
-        tensors = solve_reader(backbone, equations, mean_d, embedding_mean_d, counts_V, n, ridge)
-        reader = reader_from(tensors, backbone)
-        h = backbone.encode(read_greedy(reader, v_Md).tolist(), start=True)
+        tensors = solve_reader(backbone, sums, ridge)
+        h = backbone.encode(read_greedy(reader_from(tensors, backbone), v_Md).tolist(), start=True)
         score = float(fve(h, targets.v[validation], targets.mu).mean())
         trials.append({"ridge": ridge, "fve_nrm_cen": score})
         if best is None or score > best[0]:
-            best = (score, tensors, reader)
-    folder.save(
-        ARTEFACT, best[1], made_from={"targets": targets.sha256}, seed=run.seed, tail_tokens=n,
-        train_positions=equations.n, train_rows=len(train), validation_rows=validation.tolist(), trials=trials,
-    )  # fmt: skip
-    return best[2]
+            best = (score, tensors)
+    return best[1], trials
 
 
 def load_reader(backbone: Backbone, folder: RunFolder) -> TailReader:
@@ -131,20 +138,41 @@ def load_reader(backbone: Backbone, folder: RunFolder) -> TailReader:
     return reader_from(folder.load(ARTEFACT).tensors, backbone)
 
 
-@torch.inference_mode()
-def accumulate(
-    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, last_only: bool = False
-) -> tuple[NormalEquations, Tensor, Tensor, np.ndarray]:
-    """One forward pass over the rows: the normal equations of v at every position on its last n embeddings.
+@dataclass
+class ReaderSums:
+    """What a reader of n tokens is solved from: the normal equations of v on its last n embeddings, with the vectors
+    that v (d,) and the embeddings (d,) were roughly centred by, and the token counts (V,)."""
 
-    With ``last_only`` only the targets themselves count, one a sequence, as for the probe. Returns them with the
-    vectors that v (d,) and the embeddings (d,) were roughly centred by, and the token counts (V,).
-    """
+    n: int
+    equations: NormalEquations
+    mean_d: Tensor
+    embedding_mean_d: Tensor
+    counts_V: np.ndarray
+
+
+def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
+    """Sums of nothing, roughly centred for sequences like those of the rows."""
     table_Vd = embedding_table(backbone)
     counts_V = np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
-    embedding_mean_d = embedding_mean(table_Vd, counts_V)
     mean_d = torch.from_numpy(targets.v[rows].mean(axis=0)).to(backbone.device)
     equations = NormalEquations(n * backbone.d, backbone.d)
+    return ReaderSums(n, equations, mean_d, embedding_mean(table_Vd, counts_V), np.zeros_like(counts_V))
+
+
+def accumulate(
+    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, last_only: bool = False
+) -> ReaderSums:
+    """Sums over every position of the rows; with ``last_only`` over the targets themselves, as for the probe."""
+    return add_rows(empty_sums(backbone, targets, rows, n), backbone, targets, rows, last_only)
+
+
+@torch.inference_mode()
+def add_rows(
+    sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.ndarray, last_only: bool = False
+) -> ReaderSums:
+    """One forward pass over the rows, added to the sums; returns them."""
+    table_Vd = embedding_table(backbone)
+    sums.counts_V += np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
     per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
     with Progress(total=len(rows), desc="fitting the reader", unit="seq") as bar:
         for first in range(0, len(rows), per_batch):
@@ -153,11 +181,11 @@ def accumulate(
             if last_only:
                 last = position_n == targets.lengths[row_n]
                 v_nd, row_n, position_n = v_nd[torch.from_numpy(last).to(v_nd.device)], row_n[last], position_n[last]
-            ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, n, backbone.start_id))
-            x_na = (table_Vd[ids_nj.to(backbone.device)].float() - embedding_mean_d).flatten(1)
-            equations.add(x_na, v_nd - mean_d)
+            ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, sums.n, backbone.start_id))
+            x_na = (table_Vd[ids_nj.to(backbone.device)].float() - sums.embedding_mean_d).flatten(1)
+            sums.equations.add(x_na, v_nd - sums.mean_d)
             bar.update(len(chosen))
-    return equations, mean_d, embedding_mean_d, counts_V
+    return sums
 
 
 def embedding_mean(table_Vd: Tensor, counts_V: np.ndarray) -> Tensor:
@@ -184,23 +212,21 @@ def every_position(backbone: Backbone, targets: Targets, rows: np.ndarray) -> tu
     return v_nd, rows[at_row], at + 1
 
 
-def solve_reader(
-    backbone: Backbone, equations: NormalEquations, mean_d: Tensor, embedding_mean_d: Tensor, counts_V: np.ndarray,
-    n: int, ridge: float,
-) -> dict[str, np.ndarray]:  # fmt: skip
+def solve_reader(backbone: Backbone, sums: ReaderSums, ridge: float) -> dict[str, np.ndarray]:
     """The arrays of a :class:`TailReader` for one ridge strength, all n positions in one solve."""
-    b_pd, intercept_d = equations.solve(ridge)
-    whiten_dd = whitening(equations.residual_covariance(b_pd, ridge))
-    weights_nad = (b_pd.float() @ whiten_dd.T).reshape(n, backbone.d, backbone.d)
+    b_pd, intercept_d = sums.equations.solve(ridge)
+    whiten_dd = whitening(sums.equations.residual_covariance(b_pd, ridge))
+    weights_nad = (b_pd.float() @ whiten_dd.T).reshape(sums.n, backbone.d, backbone.d)
     table_Vd, on = embedding_table(backbone), backbone.device
-    half_norm_nV = torch.stack([half_norms(table_Vd, w.to(on), embedding_mean_d) for w in weights_nad])
-    log_prior_V = np.log((counts_V + PSEUDO_COUNT) / (counts_V + PSEUDO_COUNT).sum())
+    half_norm_nV = torch.stack([half_norms(table_Vd, w.to(on), sums.embedding_mean_d) for w in weights_nad])
+    counts_V = sums.counts_V + PSEUDO_COUNT
+    log_prior_V = np.log(counts_V / counts_V.sum())
     log_prior_V[[i for i in (backbone.start_id, backbone.pad_id) if i not in backbone.eos_ids]] = -1e9
     return {
         "weights": weights_nad.numpy(),
         "whiten": whiten_dd.numpy(),
-        "mean": (mean_d.cpu() + intercept_d).float().numpy(),
-        "embedding_mean": embedding_mean_d.cpu().numpy(),
+        "mean": (sums.mean_d.cpu() + intercept_d).float().numpy(),
+        "embedding_mean": sums.embedding_mean_d.cpu().numpy(),
         "log_prior": log_prior_V.astype(np.float32),
         "half_norm": half_norm_nV.cpu().numpy(),
     }

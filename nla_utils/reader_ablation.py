@@ -7,6 +7,7 @@ same held-out targets, greedy, behind BOS, centred.
 from __future__ import annotations
 
 import dataclasses
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from nla_utils import metrics
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
-from nla_utils.metrics import fve, fve_matrix
+from nla_utils.metrics import fve
 from nla_utils.noisy_channel import read_with_language_model
 from nla_utils.reader import (
     TailReader,
@@ -26,20 +27,23 @@ from nla_utils.reader import (
     reader_split,
     solve_reader,
 )
+from nla_utils.reader_scaling import scale
 from nla_utils.store import RunFolder
 from nla_utils.targets import Targets
 from nla_utils.training import Trainer, greedy_rollouts
 
-SHARES = (8, 4, 2)
 LANGUAGE_WEIGHTS = (0.5, 1.0)
 LENGTHS = (1, 2, 4)
 LAST_ONLY_LENGTH = 2
 ADAPTER_SPAN = 8
 
 
-def ablate_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> dict:
+def ablate_reader(
+    run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder,
+    more: Sequence[tuple[Targets, np.ndarray]] = (),
+) -> dict:  # fmt: skip
     """``{"rows": [...], "scaling": [...]}``: every variant's mean with interval, and its paired difference from
-    the baseline; ``scaling`` by training rows."""
+    the baseline; ``scaling`` by training sequences, with ``more`` of them after the run's own."""
     sidecar = folder.load("reader").sidecar
     ridge = max(sidecar["trials"], key=lambda t: t["fve_nrm_cen"])["ridge"]
     reader, v_Md = load_reader(backbone, folder), torch.from_numpy(targets.v[targets.held_out]).to(backbone.device)
@@ -57,16 +61,8 @@ def ablate_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     few = _fit(backbone, targets, train, LAST_ONLY_LENGTH, ridge, last_only=True)
     score(f"n = {LAST_ONLY_LENGTH}, last positions only", read_greedy(few, v_Md))
     score(f"trained adapter, last {ADAPTER_SPAN} tokens", _adapter_texts(run, backbone, targets, folder))
-    scaling = []
-    for share in SHARES:
-        fitted = _fit(backbone, targets, train[: len(train) // share], reader.n, ridge)
-        scaling.append({"train_rows": len(train) // share, **score.of(read_greedy(fitted, v_Md))})
-    scaling.append({"train_rows": len(train), **score.rows[0]})
-    floor = fve_matrix(targets.v[targets.held_out], targets.v[targets.pool], targets.mu).max(axis=1)
-    return {
-        "n": len(v_Md), "ridge": ridge, "rows": score.rows, "scaling": scaling,
-        "nn_retrieval": {"mean": float(floor.mean()), "ci95": metrics.ci95(floor), "pool": len(targets.pool)},
-    }  # fmt: skip
+    scaling = scale(run, backbone, targets, reader.n, more, score.of)
+    return {"n": len(v_Md), "tail_tokens": reader.n, "ridge": ridge, "rows": score.rows, "scaling": scaling}
 
 
 def _adapter_texts(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> list[list[int]]:
@@ -131,5 +127,5 @@ def _read_apart(reader: TailReader, v_Md: Tensor) -> Tensor:
 def _fit(
     backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, ridge: float, last_only: bool = False
 ) -> TailReader:
-    parts = accumulate(backbone, targets, rows, n, last_only)
-    return reader_from(solve_reader(backbone, *parts, n, ridge), backbone)
+    sums = accumulate(backbone, targets, rows, n, last_only)
+    return reader_from(solve_reader(backbone, sums, ridge), backbone)

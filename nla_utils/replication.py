@@ -14,7 +14,7 @@ from nla_utils.evaluation import Column
 from nla_utils.guided import guided_search
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.reader import ARTEFACT as READER_ARTEFACT
-from nla_utils.reader import TailReader, fit_reader
+from nla_utils.reader import TailReader, fit_reader, reader_split
 from nla_utils.readings import av_forward_tokens, draw_tails
 from nla_utils.run import folder_of
 from nla_utils.store import RunFolder
@@ -44,6 +44,12 @@ def replicate(run: RunConfig, backbone: Backbone, seeds: Sequence[int]) -> tuple
     over = {key: {"mean": float(np.mean(x)), "sd": float(np.std(x, ddof=1))} for key, x in means.items()}
     records = {str(seed): column.to_json() for seed, column in columns.items()}
     return {"K": DRAWS, "seeds": records, "over_seeds": over}, parents
+
+
+def training_targets(run: RunConfig, backbone: Backbone) -> tuple[Targets, np.ndarray]:
+    """Targets of a run, drawn where they are not there, and the rows of them that a reader is fitted on."""
+    targets = make_targets(run, backbone, folder_of(run, backbone))
+    return targets, reader_split(run, targets)[0]
 
 
 def score_claims(

@@ -11,11 +11,13 @@ from nla_utils.guided import guided_search
 from nla_utils.linear import NormalEquations, whitening
 from nla_utils.metrics import fve
 from nla_utils.noisy_channel import _log_probability, read_with_language_model
-from nla_utils.probe import nearest_tokens, probe_decode
+from nla_utils.probe import fit_probe, nearest_tokens, probe_decode
 from nla_utils.reader import (
     TailReader,
     accumulate,
+    add_rows,
     embedding_table,
+    empty_sums,
     every_position,
     fit_reader,
     half_norms,
@@ -28,7 +30,7 @@ from nla_utils.reader import (
 )
 from nla_utils.reader_ablation import ablate_reader
 from nla_utils.readings import av_forward_tokens, read_rollouts
-from nla_utils.replication import replicate
+from nla_utils.replication import replicate, training_targets
 
 
 def test_streamed_least_squares_equals_the_whole_at_once():
@@ -138,8 +140,7 @@ def test_chunks_of_the_fit_do_not_matter(gemma_run, monkeypatch):
     solved = []
     for size in (16384, 60):
         monkeypatch.setattr("nla_utils.reader.FIT_TOKENS", size)
-        parts = accumulate(run.backbone, targets, rows, 2)
-        solved.append(solve_reader(run.backbone, *parts, 2, 1e-2))
+        solved.append(solve_reader(run.backbone, accumulate(run.backbone, targets, rows, 2), 1e-2))
     for name in solved[0]:
         np.testing.assert_allclose(solved[0][name], solved[1][name], rtol=1e-2, atol=1e-2, err_msg=name)
 
@@ -222,13 +223,37 @@ def test_a_heavy_language_prior_gives_likelier_text(tiny_run):
 def test_ablation_names_every_variant_and_its_difference(tiny_run):
     run, targets = tiny_run
     fit_reader(run.config, run.backbone, targets, run.folder)
-    record = ablate_reader(run.config, run.backbone, targets, run.folder)
+    more = [training_targets(dataclasses.replace(run.config, seed=2), run.backbone)]
+    record = ablate_reader(run.config, run.backbone, targets, run.folder, more)
     names = [r["variant"] for r in record["rows"]]
     assert len(set(names)) == len(names) > 8
     assert record["rows"][0]["minus_baseline"] == 0
     for row in record["rows"]:
         assert row["minus_baseline"] == pytest.approx(row["mean"] - record["rows"][0]["mean"])
-    assert [s["train_rows"] for s in record["scaling"]] == sorted(s["train_rows"] for s in record["scaling"])
+    train = len(reader_split(run.config, targets)[0])
+    assert [s["train_rows"] for s in record["scaling"]] == [train // 8, train // 4, train // 2, train, 2 * train]
+    nearest = [s["retrieval"]["mean"] for s in record["scaling"]]
+    assert nearest == sorted(nearest), "more texts to look up in cannot be worse"
+
+
+def test_a_reader_grown_part_by_part_is_the_one_fitted_at_once(gemma_run):
+    run, targets = gemma_run
+    train, _ = reader_split(run.config, targets)
+    sums = empty_sums(run.backbone, targets, train, 2)
+    for part in (train[:20], train[20:]):
+        add_rows(sums, run.backbone, targets, part)
+    whole = solve_reader(run.backbone, accumulate(run.backbone, targets, train, 2), 1e-2)
+    grown = solve_reader(run.backbone, sums, 1e-2)
+    for name in whole:
+        np.testing.assert_allclose(grown[name], whole[name], rtol=1e-2, atol=1e-2, err_msg=name)
+
+
+def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
+    run, targets = gemma_run
+    train, validation = reader_split(run.config, targets)
+    parts = [(targets, train[:20]), (targets, train[20:])]
+    one, two = (fit_probe(run.backbone, p, targets, validation, 4)[1] for p in (parts, [(targets, train)]))
+    assert one == two
 
 
 def test_seeds_are_repeated_from_targets_on_and_share_nothing(tiny_run):
