@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,12 @@ class NormalEquations:
         self.raw_xx += (x_np.T @ x_np).double().cpu()
         self.raw_xy += (x_np.T @ y_nq).double().cpu()
         self.raw_yy += (y_nq.T @ y_nq).double().cpu()
+
+    def leading(self, p: int) -> "NormalEquations":
+        """The equations of the first p features alone; shares memory with these."""
+        part = copy.copy(self)
+        part.sum_x, part.raw_xx, part.raw_xy = self.sum_x[:p], self.raw_xx[:p, :p], self.raw_xy[:p]
+        return part
 
     @property
     def xx(self) -> Tensor:

@@ -149,6 +149,11 @@ class ReaderSums:
     embedding_mean_d: Tensor
     counts_V: np.ndarray
 
+    def add(self, table_Vd: Tensor, ids_nj: Tensor, v_nd: Tensor) -> None:
+        """Activations v and the ids of the tokens up to each, the last first."""
+        x_na = (table_Vd[ids_nj.to(table_Vd.device)].float() - self.embedding_mean_d).flatten(1)
+        self.equations.add(x_na, v_nd - self.mean_d)
+
 
 def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
     """Sums of nothing, roughly centred for sequences like those of the rows."""
@@ -159,18 +164,19 @@ def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -
     return ReaderSums(n, equations, mean_d, embedding_mean(table_Vd, counts_V), np.zeros_like(counts_V))
 
 
-def accumulate(
-    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, last_only: bool = False
-) -> ReaderSums:
-    """Sums over every position of the rows; with ``last_only`` over the targets themselves, as for the probe."""
-    return add_rows(empty_sums(backbone, targets, rows, n), backbone, targets, rows, last_only)
+def accumulate(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
+    """Sums over every position of the rows."""
+    return add_rows(empty_sums(backbone, targets, rows, n), backbone, targets, rows)
+
+
+def leading(sums: ReaderSums, n: int) -> ReaderSums:
+    """The sums of a reader of fewer tokens, which are part of those of a longer one."""
+    return dataclasses.replace(sums, n=n, equations=sums.equations.leading(n * len(sums.mean_d)))
 
 
 @torch.inference_mode()
-def add_rows(
-    sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.ndarray, last_only: bool = False
-) -> ReaderSums:
-    """One forward pass over the rows, added to the sums; returns them."""
+def add_rows(sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.ndarray) -> ReaderSums:
+    """One forward pass over the rows, every position of them added to the sums; returns them."""
     table_Vd = embedding_table(backbone)
     sums.counts_V += np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
     per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
@@ -178,12 +184,8 @@ def add_rows(
         for first in range(0, len(rows), per_batch):
             chosen = rows[first : first + per_batch]
             v_nd, row_n, position_n = every_position(backbone, targets, chosen)
-            if last_only:
-                last = position_n == targets.lengths[row_n]
-                v_nd, row_n, position_n = v_nd[torch.from_numpy(last).to(v_nd.device)], row_n[last], position_n[last]
             ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, sums.n, backbone.start_id))
-            x_na = (table_Vd[ids_nj.to(backbone.device)].float() - sums.embedding_mean_d).flatten(1)
-            sums.equations.add(x_na, v_nd - sums.mean_d)
+            sums.add(table_Vd, ids_nj, v_nd)
             bar.update(len(chosen))
     return sums
 

@@ -19,15 +19,19 @@ from nla_utils.config import RunConfig
 from nla_utils.metrics import fve
 from nla_utils.noisy_channel import read_with_language_model
 from nla_utils.reader import (
+    ReaderSums,
     TailReader,
-    accumulate,
+    embedding_table,
+    empty_sums,
+    leading,
     load_reader,
     read_greedy,
     reader_from,
     reader_split,
     solve_reader,
+    tail_features,
 )
-from nla_utils.reader_scaling import scale
+from nla_utils.reader_scaling import SHARES, grow, score_size
 from nla_utils.store import RunFolder
 from nla_utils.targets import Targets
 from nla_utils.training import Trainer, greedy_rollouts
@@ -54,14 +58,15 @@ def ablate_reader(
     score("each position read apart", _read_apart(reader, v_Md))
     for weight in LANGUAGE_WEIGHTS:
         score(f"language model as prior, λ = {weight:g}", read_with_language_model(reader, backbone, v_Md, weight))
-    train, _ = reader_split(run, targets)
-    for n in LENGTHS:
-        score(f"n = {n}", read_greedy(_fit(backbone, targets, train, n, ridge), v_Md))
-    # One vector a sequence cannot carry more: n · d has to stay below the number of sequences.
-    few = _fit(backbone, targets, train, LAST_ONLY_LENGTH, ridge, last_only=True)
+    scaling = []
+    for parts, sums in grow(run, backbone, targets, reader.n, more):
+        scaling.append(score_size(run, backbone, targets, parts, sums, score.of))
+        if len(parts) == len(SHARES):
+            for n in LENGTHS:
+                score(f"n = {n}", read_greedy(_solved(backbone, leading(sums, n), ridge), v_Md))
+    few = _solved(backbone, _last_positions(run, backbone, targets), ridge)
     score(f"n = {LAST_ONLY_LENGTH}, last positions only", read_greedy(few, v_Md))
     score(f"trained adapter, last {ADAPTER_SPAN} tokens", _adapter_texts(run, backbone, targets, folder))
-    scaling = scale(run, backbone, targets, reader.n, more, score.of)
     return {"n": len(v_Md), "tail_tokens": reader.n, "ridge": ridge, "rows": score.rows, "scaling": scaling}
 
 
@@ -124,8 +129,17 @@ def _read_apart(reader: TailReader, v_Md: Tensor) -> Tensor:
     return torch.cat([reader.candidates(j, residual_Md, 1)[0] for j in reversed(range(reader.n))], dim=1).cpu()
 
 
-def _fit(
-    backbone: Backbone, targets: Targets, rows: np.ndarray, n: int, ridge: float, last_only: bool = False
-) -> TailReader:
-    sums = accumulate(backbone, targets, rows, n, last_only)
+@torch.inference_mode()
+def _last_positions(run: RunConfig, backbone: Backbone, targets: Targets) -> ReaderSums:
+    """Sums over the training targets themselves, one activation a sequence, as the probe is fitted."""
+    # One vector a sequence cannot carry more: n · d has to stay below the number of sequences.
+    n, (train, _) = LAST_ONLY_LENGTH, reader_split(run, targets)
+    sums, table_Vd = empty_sums(backbone, targets, train, n), embedding_table(backbone)
+    sums.counts_V += np.bincount(np.concatenate(targets.sequences(train)), minlength=len(table_Vd))
+    ids_nj = tail_features(targets.ids, train, targets.lengths[train], n, backbone.start_id)
+    sums.add(table_Vd, torch.from_numpy(ids_nj), torch.from_numpy(targets.v[train]).to(backbone.device))
+    return sums
+
+
+def _solved(backbone: Backbone, sums: ReaderSums, ridge: float) -> TailReader:
     return reader_from(solve_reader(backbone, sums, ridge), backbone)

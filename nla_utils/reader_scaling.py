@@ -1,9 +1,13 @@
-"""How the tail reader, the probe and NN-retrieval grow with the number of sequences that each of them may use."""
+"""How the tail reader, the probe and NN-retrieval grow with the number of sequences that each of them may use.
+
+An eighth to all of the run's training rows, and then the rows of further targets, one set after the other. The held-out
+targets are the run's at every size, and so are the validation rows that choose the ridge strengths.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,38 +17,43 @@ from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.metrics import fve_matrix
 from nla_utils.probe import fit_probe
-from nla_utils.reader import add_rows, best_ridge, empty_sums, read_greedy, reader_from, reader_split
+from nla_utils.reader import ReaderSums, add_rows, best_ridge, empty_sums, read_greedy, reader_from, reader_split
 from nla_utils.targets import Targets
 
 SHARES = (8, 4, 2, 1)
 
 
-def scale(
-    run: RunConfig, backbone: Backbone, targets: Targets, n: int, more: Sequence[tuple[Targets, np.ndarray]],
-    score: Callable[[list[list[int]]], dict],
-) -> list[dict]:  # fmt: skip
-    """``{"train_rows", "reader", "probe", "retrieval"}`` for an eighth to all of the run's training rows, and then
-    with the rows of further targets added, one set after the other.
+Part = tuple[Targets, np.ndarray]
 
-    ``score`` scores texts of the held-out targets, which are the same at every size. Ridge strengths are chosen on
-    the run's validation rows at each size. Retrieval is from the very sequences that the others are fitted on.
-    """
-    train, validation = reader_split(run, targets)
+
+def grow(
+    run: RunConfig, backbone: Backbone, targets: Targets, n: int, more: Sequence[Part]
+) -> Iterator[tuple[list[Part], ReaderSums]]:
+    """The parts that count so far, and the sums over them: the same object, with every step holding more."""
+    train, _ = reader_split(run, targets)
     edges = [0, *(len(train) // share for share in SHARES)]
     steps = [(targets, train[a:b]) for a, b in pairwise(edges)] + list(more)
-    sums = empty_sums(backbone, targets, steps[0][1], n)
-    v_Md, nearest_M = targets.v[targets.held_out], np.full(targets.n_eval, -np.inf)
-    records = []
-    for i, (own, rows) in enumerate(steps, start=1):
-        add_rows(sums, backbone, own, rows)
-        tensors, _ = best_ridge(backbone, sums, targets, validation)
-        reader = reader_from(tensors, backbone)
-        probe, _ = fit_probe(backbone, steps[:i], targets, validation, n)
-        nearest_M = np.maximum(nearest_M, fve_matrix(v_Md, own.v[rows], targets.mu).max(axis=1))
-        records.append({
-            "train_rows": sum(len(r) for _, r in steps[:i]),
-            "reader": score(read_greedy(reader, torch.from_numpy(v_Md).to(backbone.device)).tolist()),
-            "probe": score(probe.decode(v_Md, n).tolist()),
-            "retrieval": {"mean": float(nearest_M.mean()), "ci95": metrics.ci95(nearest_M)},
-        })  # fmt: skip
-    return records
+    sums = empty_sums(backbone, *steps[0], n)
+    for i, part in enumerate(steps, start=1):
+        yield steps[:i], add_rows(sums, backbone, *part)
+
+
+def score_size(
+    run: RunConfig, backbone: Backbone, targets: Targets, parts: Sequence[Part], sums: ReaderSums,
+    score: Callable[[list[list[int]]], dict],
+) -> dict:  # fmt: skip
+    """``{"train_rows", "reader", "probe", "retrieval"}`` with the sequences of some parts.
+
+    ``score`` scores texts of the held-out targets. Retrieval is from the very sequences that the others are fitted on.
+    """
+    _, validation = reader_split(run, targets)
+    v_Md = targets.v[targets.held_out]
+    reader = reader_from(best_ridge(backbone, sums, targets, validation)[0], backbone)
+    probe, _ = fit_probe(backbone, parts, targets, validation, sums.n)
+    nearest_M = np.max([fve_matrix(v_Md, own.v[rows], targets.mu).max(axis=1) for own, rows in parts], axis=0)
+    return {
+        "train_rows": sum(len(rows) for _, rows in parts),
+        "reader": score(read_greedy(reader, torch.from_numpy(v_Md).to(backbone.device)).tolist()),
+        "probe": score(probe.decode(v_Md, sums.n).tolist()),
+        "retrieval": {"mean": float(nearest_M.mean()), "ci95": metrics.ci95(nearest_M)},
+    }

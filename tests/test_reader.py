@@ -21,6 +21,7 @@ from nla_utils.reader import (
     every_position,
     fit_reader,
     half_norms,
+    leading,
     load_reader,
     read_greedy,
     read_tails,
@@ -254,6 +255,15 @@ def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
     parts = [(targets, train[:20]), (targets, train[20:])]
     one, two = (fit_probe(run.backbone, p, targets, validation, 4)[1] for p in (parts, [(targets, train)]))
     assert one == two
+
+
+def test_a_short_readers_sums_are_part_of_a_long_ones(gemma_run):
+    run, targets = gemma_run
+    train, _ = reader_split(run.config, targets)
+    part = solve_reader(run.backbone, leading(accumulate(run.backbone, targets, train, 4), 2), 1e-2)
+    own = solve_reader(run.backbone, accumulate(run.backbone, targets, train, 2), 1e-2)
+    for name in own:
+        np.testing.assert_allclose(part[name], own[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_seeds_are_repeated_from_targets_on_and_share_nothing(tiny_run):
