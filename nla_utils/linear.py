@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ class NormalEquations:
         self.raw_xy = torch.zeros(p, q, dtype=torch.float64)
         self.raw_yy = torch.zeros(q, q, dtype=torch.float64)
 
-    def add(self, x_np: Tensor, y_nq: Tensor) -> None:
+    def add(self, x_np: Tensor, y_nq: Tensor, xx_pp: Optional[Tensor] = None) -> None:
+        """Rows of X and Y; ``xx_pp`` is XᵀX where the caller has a cheaper way to it."""
         self.n += len(x_np)
-        self.sum_x += x_np.sum(0).double().cpu()
-        self.sum_y += y_nq.sum(0).double().cpu()
-        self.raw_xx += (x_np.T @ x_np).double().cpu()
-        self.raw_xy += (x_np.T @ y_nq).double().cpu()
-        self.raw_yy += (y_nq.T @ y_nq).double().cpu()
+        self.sum_x += x_np.sum(0).cpu().double()
+        self.sum_y += y_nq.sum(0).cpu().double()
+        self.raw_xx += (x_np.T @ x_np).cpu().double() if xx_pp is None else xx_pp
+        self.raw_xy += (x_np.T @ y_nq).cpu().double()
+        self.raw_yy += (y_nq.T @ y_nq).cpu().double()
 
     def leading(self, p: int) -> "NormalEquations":
         """The equations of the first p features alone; shares memory with these."""
@@ -59,6 +61,25 @@ class NormalEquations:
         yy = self.raw_yy - torch.outer(self.sum_y, self.sum_y) / self.n
         s = (yy - cross - cross.T + b_pq.T @ (self.xx @ b_pq)) / self.n
         return s + ridge * yy.diagonal().mean() / self.n * torch.eye(len(s), dtype=torch.float64)
+
+
+def sliding_gram(x_np: Tensor, last_Bp: Tensor, before_d: Tensor) -> Tensor:
+    """XᵀX (p, p) float64 of windows that slide over sequences, from its first d rows alone.
+
+    A row of X is a window of p / d vectors of a sequence, the newest first, and each sequence has one row for each of
+    its vectors. A block of XᵀX is then the one above it on the left, less the pairs of vectors that the ends of the
+    sequences hold, ``last_Bp`` being their last rows, plus those of ``before_d``, which stands before every sequence.
+    """
+    d, p = len(before_d), x_np.shape[1]
+    xx_pp = torch.empty(p, p, dtype=torch.float64)
+    xx_pp[:d] = x_np[:, :d].T @ x_np
+    change_pp = (len(last_Bp) * torch.outer(before_d, before_d)).repeat(p // d, p // d) - last_Bp.T @ last_Bp
+    change_pp = change_pp.cpu().double()
+    for at in range(d, p, d):
+        above = slice(at - d, at), slice(at - d, p - d)
+        xx_pp[at : at + d, at:] = xx_pp[above] + change_pp[above]
+        xx_pp[at:, at - d : at] = xx_pp[at - d : at, at:].T
+    return xx_pp
 
 
 def whitening(covariance_qq: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nla_utils.backbone import Backbone
 from nla_utils.config import VALIDATION_SHARE, RunConfig
-from nla_utils.linear import NormalEquations, whitening
+from nla_utils.linear import NormalEquations, sliding_gram, whitening
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
 from nla_utils.store import RunFolder, derive_seed
@@ -149,10 +149,9 @@ class ReaderSums:
     embedding_mean_d: Tensor
     counts_V: np.ndarray
 
-    def add(self, table_Vd: Tensor, ids_nj: Tensor, v_nd: Tensor) -> None:
-        """Activations v and the ids of the tokens up to each, the last first."""
-        x_na = (table_Vd[ids_nj.to(table_Vd.device)].float() - self.embedding_mean_d).flatten(1)
-        self.equations.add(x_na, v_nd - self.mean_d)
+    def features(self, table_Vd: Tensor, ids_nj: Tensor) -> Tensor:
+        """Centred embeddings (n, j · d) of the tokens up to each position, the last first."""
+        return (table_Vd[ids_nj.to(table_Vd.device)].float() - self.embedding_mean_d).flatten(1)
 
 
 def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
@@ -179,13 +178,16 @@ def add_rows(sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.nd
     """One forward pass over the rows, every position of them added to the sums; returns them."""
     table_Vd = embedding_table(backbone)
     sums.counts_V += np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
+    start_d = sums.features(table_Vd, torch.tensor([[backbone.start_id]]))[0]
     per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
     with Progress(total=len(rows), desc="fitting the reader", unit="seq") as bar:
         for first in range(0, len(rows), per_batch):
             chosen = rows[first : first + per_batch]
             v_nd, row_n, position_n = every_position(backbone, targets, chosen)
             ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, sums.n, backbone.start_id))
-            sums.add(table_Vd, ids_nj, v_nd)
+            x_na, ends_n = sums.features(table_Vd, ids_nj), torch.from_numpy(position_n == targets.lengths[row_n])
+            gram_aa = sliding_gram(x_na, x_na[ends_n.to(x_na.device)], start_d)
+            sums.equations.add(x_na, v_nd - sums.mean_d, gram_aa)
             bar.update(len(chosen))
     return sums
 

@@ -137,7 +137,8 @@ def _last_positions(run: RunConfig, backbone: Backbone, targets: Targets) -> Rea
     sums, table_Vd = empty_sums(backbone, targets, train, n), embedding_table(backbone)
     sums.counts_V += np.bincount(np.concatenate(targets.sequences(train)), minlength=len(table_Vd))
     ids_nj = tail_features(targets.ids, train, targets.lengths[train], n, backbone.start_id)
-    sums.add(table_Vd, torch.from_numpy(ids_nj), torch.from_numpy(targets.v[train]).to(backbone.device))
+    v_nd = torch.from_numpy(targets.v[train]).to(backbone.device)
+    sums.equations.add(sums.features(table_Vd, torch.from_numpy(ids_nj)), v_nd - sums.mean_d)
     return sums
 
 

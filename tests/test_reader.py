@@ -8,7 +8,7 @@ import torch
 
 from nla_utils.beyond import seeds_table
 from nla_utils.guided import guided_search
-from nla_utils.linear import NormalEquations, whitening
+from nla_utils.linear import NormalEquations, sliding_gram, whitening
 from nla_utils.metrics import fve
 from nla_utils.noisy_channel import _log_probability, read_with_language_model
 from nla_utils.probe import fit_probe, nearest_tokens, probe_decode
@@ -255,6 +255,19 @@ def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
     parts = [(targets, train[:20]), (targets, train[20:])]
     one, two = (fit_probe(run.backbone, p, targets, validation, 4)[1] for p in (parts, [(targets, train)]))
     assert one == two
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_the_sliding_gram_is_the_gram(window):
+    generator = torch.Generator().manual_seed(0)
+    before, lengths = torch.randn(3, generator=generator), (1, 2, 7, 4)
+    rows, ends = [], []
+    for length in lengths:
+        sequence = torch.cat([before.expand(window, -1), torch.randn(length, 3, generator=generator)])
+        rows += [sequence[t + 1 : t + 1 + window].flip(0).flatten() for t in range(length)]
+        ends.append(len(rows) - 1)
+    x = torch.stack(rows)
+    torch.testing.assert_close(sliding_gram(x, x[ends], before), (x.T @ x).double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_short_readers_sums_are_part_of_a_long_ones(gemma_run):
