@@ -35,6 +35,11 @@ SEED_ROWS = {
     "guided_minus_tail_oracle_8": "guided search − the source's own last 8",
     "identification_top1": "identification, top-1 of greedy",
 }
+SCALED = {
+    "reader": "tail reader, greedy",
+    "retrieval": "NN-retrieval from the same sequences",
+    "probe": "probe decode, last 8",
+}
 MEANING = ("last_token", "last_token_other", "overlap", "overlap_other", "similarity", "similarity_other")
 
 
@@ -75,12 +80,25 @@ def seeds_table(record: dict) -> pd.DataFrame:
     return over_seeds({label: {seed: (column, key) for seed, column in seeds} for key, label in SEED_ROWS.items()})
 
 
+def scaling_table(record: dict) -> pd.DataFrame:
+    """Reader, retrieval and probe with as many sequences each, on the same held-out targets; greedy, centred."""
+    rows = [
+        {"sequences": r["train_rows"]} | {label: _mean_with_interval(r[who]) for who, label in SCALED.items()}
+        for r in record["scaling"]
+    ]
+    return pd.DataFrame(rows).set_index("sequences")
+
+
+def _mean_with_interval(record: dict) -> str:
+    return with_interval({"x": record["mean"], "ci95": {"x": record["ci95"]}}, "x")
+
+
 def ablation_table(record: dict) -> pd.DataFrame:
     """One change at a time from the baseline; greedy, held out, centred."""
     rows = [
         {
             "variant": r["variant"],
-            "greedy": with_interval({"x": r["mean"], "ci95": {"x": r["ci95"]}}, "x"),
+            "greedy": _mean_with_interval(r),
             "minus baseline": "{:+.3f} [{:+.3f}, {:+.3f}]".format(r["minus_baseline"], *r["minus_baseline_ci95"]),
             "names the last token": number(r["names_last_token"], 2),
         }

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nla_utils.beyond import ablation_record
+from nla_utils.beyond import SCALED, ablation_record
 from nla_utils.published import BACKBONES, TITLES, ceiling, k_curve, published
 from nla_utils.results import RunResults, largest_runs
 
@@ -206,10 +206,7 @@ def figure_5(runs: Sequence[RunResults]) -> Figure:
     return fig
 
 
-SCALING = {
-    "reader": ("tail reader, greedy", "o-"), "retrieval": ("NN-retrieval from the same sequences", "s:"),
-    "probe": ("probe decode, last 8", "^--"),
-}  # fmt: skip
+SCALED_LINES = {"reader": "o-", "retrieval": "s:", "probe": "^--"}
 
 
 def figure_6(runs: Sequence[RunResults]) -> Figure:
@@ -220,11 +217,11 @@ def figure_6(runs: Sequence[RunResults]) -> Figure:
         if record is None:
             continue
         x = [p["train_rows"] for p in record["scaling"]]
-        for who, (label, line) in SCALING.items():
+        for who, line in SCALED_LINES.items():
             y = np.array([p[who]["mean"] for p in record["scaling"]])
             error = np.abs(np.array([p[who]["ci95"] for p in record["scaling"]]).T - y)
             ax.errorbar(x, y, yerr=error, fmt=line, color=colour(run.backbone), capsize=3, markersize=4,
-                        label=f"{run.title}: {label}")  # fmt: skip
+                        label=f"{run.title}: {SCALED[who]}")  # fmt: skip
     ax.set_xscale("log")
     if ax.lines:
         fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")

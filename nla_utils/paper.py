@@ -127,6 +127,7 @@ def tables_of_run(run: RunResults) -> list[Table]:
     record = beyond.ablation_record(run)
     if record:
         made.append(Table(f"{stem}-reader-ablation", "Beyond §11: one change at a time", beyond.ablation_table(record)))
+        made.append(Table(f"{stem}-reader-scaling", "Beyond §11: with more sequences", beyond.scaling_table(record)))
     record = beyond.seeds_record(run)
     if record:
         made.append(Table(f"{stem}-reader-seeds", "Beyond §11: repeated on targets drawn anew",

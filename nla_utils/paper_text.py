@@ -91,7 +91,8 @@ def beyond(run: RunResults) -> str:
         text += (
             f"\nFrom {small['train_rows']} to {whole['train_rows']} training sequences greedy goes from "
             f"{_growth(record, 'reader')}, NN-retrieval from the same sequences from {_growth(record, 'retrieval')}, "
-            f"the probe's last {record['tail_tokens']} from {_growth(record, 'probe')}.\n"
+            f"the probe's last {record['tail_tokens']} from {_growth(record, 'probe')}. The reader's lead over "
+            f"retrieval from what it was fitted on goes from {_lead(small)} to {_lead(whole)}.\n"
         )
     return text + _over_seeds(seeds_record(run))
 
@@ -99,6 +100,10 @@ def beyond(run: RunResults) -> str:
 def _growth(record: dict, who: str) -> str:
     first, last = record["scaling"][0][who], record["scaling"][-1][who]
     return f"{tables.number(first['mean'])} to {tables.number(last['mean'])}"
+
+
+def _lead(size: dict) -> str:
+    return f"{size['reader']['mean'] - size['retrieval']['mean']:+.3f}"
 
 
 def _over_seeds(record: Optional[dict]) -> str:
@@ -182,5 +187,13 @@ def _beyond(run: RunResults) -> str:
     key = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
     return (
         f"{tables.number(own['adapter_cen_greedy_mean'])} against {tables.number(own['nn_retrieval_cen_mean'])}, "
-        "{:+.3f} [{:+.3f}, {:+.3f}]".format(own[key], *own["ci95"][key])
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(own[key], *own["ci95"][key]) + _with_more(ablation_record(run))
     )
+
+
+def _with_more(record: Optional[dict]) -> str:
+    if record is None:
+        return ""
+    largest = record["scaling"][-1]
+    reader, retrieval = (tables.number(largest[who]["mean"]) for who in ("reader", "retrieval"))
+    return f" (with {largest['train_rows']} sequences for either: {reader} against {retrieval})"
