@@ -222,10 +222,11 @@ def figure_6(runs: Sequence[RunResults]) -> Figure:
             error = np.abs(np.array([p[who]["ci95"] for p in record["scaling"]]).T - y)
             ax.errorbar(x, y, yerr=error, fmt=line, color=colour(run.backbone), capsize=3, markersize=4,
                         label=f"{run.title}: {SCALED[who]}")  # fmt: skip
-    ax.set_xscale("log")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     if ax.lines:
         fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
-    style(ax, "sequences used (log)", "centred fve_nrm")
+    style(ax, "sequences used (log₂)", "centred fve_nrm")
     return fig
 
 
