@@ -162,7 +162,8 @@ def figure_3(runs: Sequence[RunResults]) -> Figure:
         y = np.array([ladder[k] for k, _ in steps])
         error = np.abs(np.array([ladder["ci95"][k] for k, _ in steps]).T - y)
         ax.errorbar(range(len(steps)), y, yerr=error, fmt="o-", color=colour(run.backbone), capsize=3, label=run.title)
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    if ax.lines:
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.set_xticks(range(len(steps)), [label for _, label in steps], fontsize=8)
     style(ax, "", "replay, centred fve_nrm", "the same targets, re-encoded five ways")
     return fig

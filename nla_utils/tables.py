@@ -261,7 +261,7 @@ def latex(table: pd.DataFrame, caption: str, label: str) -> str:
 TEX = {
     "&": r"\&", "%": r"\%", "_": r"\_", "<": "$<$", ">": "$>$", "‖": r"$\|$", "μ": r"$\mu$", "ρ": r"$\rho$",
     "−": "$-$", "–": "--", "·": r"$\cdot$", "²": "$^2$", "₂": "$_2$", "§": r"\S{}", "’": "'",
-    "→": r"$\rightarrow$", "λ": r"$\lambda$", "…": r"\ldots{}",
+    "→": r"$\rightarrow$", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$",
 }  # fmt: skip
 
 
