@@ -2,8 +2,10 @@
 
 import re
 import tomllib
+from importlib.metadata import metadata
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from nla_utils.backbone import BackboneError
 from nla_utils.checks import check_library
@@ -34,6 +36,13 @@ def test_every_dependency_is_locked_within_its_range():
         name, floor = requirement.split(">=")
         have = pins[canonical(name)]
         assert [int(x) for x in re.findall(r"\d+", have)[:2]] >= [int(x) for x in floor.split(".")[:2]], requirement
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    floor = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    for name in locked():
+        needs = metadata(name)["Requires-Python"]
+        assert needs is None or f"{floor}.0" in SpecifierSet(needs), f"{name} needs Python {needs}"
 
 
 def test_transformers_floor_is_where_gemma_embeddings_scale_themselves():
