@@ -37,7 +37,7 @@ SEED_ROWS = {
 }
 SCALED = {
     "reader": "tail reader, greedy",
-    "retrieval": "NN-retrieval from the same sequences",
+    "retrieval": "NN-retrieval, same sequences",
     "probe": "probe decode, last 8",
 }
 MEANING = ("last_token", "last_token_other", "overlap", "overlap_other", "similarity", "similarity_other")

@@ -212,7 +212,7 @@ SCALED_LINES = {"reader": "o-", "retrieval": "s:", "probe": "^--"}
 
 def figure_6(runs: Sequence[RunResults]) -> Figure:
     """Reader, probe and retrieval against the number of sequences they use, on the runs that have an ablation."""
-    fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for run in runs:
         record = ablation_record(run)
         if record is None:
