@@ -21,7 +21,8 @@ import pandas as pd
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.figures import style
-from nla_utils.store import code_version, library_versions, write_json
+from nla_utils.progress import Progress
+from nla_utils.store import code_version, library_versions, read_json, write_json
 from nla_utils.tables import markdown
 
 BASE = {"N": 512, "K": 8, "M": 16, "d": 128, "L": 4, "V": 4096}
@@ -105,17 +106,22 @@ def _peak() -> int:
 
 
 def measure() -> dict[str, list[dict]]:
-    """Each size grown alone from the base; every point in a process of its own."""
+    """Each size grown alone from the base; what an earlier start of the same code has measured is taken."""
     curves: dict[str, list[dict]] = {}
-    for name, values in GROWN.items():
-        for value in values:
-            sizes = BASE | {name: value}
-            command = [sys.executable, __file__, json.dumps(sizes)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            point = {"size": value, **json.loads(done.stdout.splitlines()[-1])}
-            print(name, point, flush=True)
-            curves.setdefault(name, []).append(point)
+    kept = ROOT / "runs" / "growth" / str(code_version()["git_commit"])
+    points = [(name, value) for name, values in GROWN.items() for value in values]
+    for name, value in Progress(points, desc="growth", unit="run"):
+        path = kept / f"{name}-{value}.json"
+        if not path.exists():
+            write_json(path, _in_own_process(BASE | {name: value}))
+        curves.setdefault(name, []).append({"size": value, **read_json(path)})
     return curves
+
+
+def _in_own_process(sizes: dict[str, int]) -> dict[str, float]:
+    command = [sys.executable, __file__, json.dumps(sizes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def exponent(points: list[dict], quantity: str) -> float:
