@@ -16,7 +16,7 @@ from torch import Tensor
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.linear import NormalEquations
-from nla_utils.reader import TAIL_TOKENS, embedding_mean, embedding_table, reader_split, tail_features
+from nla_utils.reader import TAIL_TOKENS, embedding_mean, embedding_table, reader_split, tail_features, token_counts
 from nla_utils.targets import Targets
 
 PROBE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -59,7 +59,7 @@ def fit_probe(
     The one kept names the most last tokens of the validation rows.
     """
     table_Vd = embedding_table(backbone)
-    counts_V = sum(np.bincount(np.concatenate(t.sequences(r)), minlength=len(table_Vd)) for t, r in parts)
+    counts_V = sum(token_counts(own, rows, table_Vd) for own, rows in parts)
     first_targets, first_rows = parts[0]
     mean_d, v_mean_d = embedding_mean(table_Vd, counts_V), first_targets.v[first_rows].mean(axis=0)
     equations = NormalEquations(backbone.d, n * backbone.d)

@@ -157,7 +157,7 @@ class ReaderSums:
 def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
     """Sums of nothing, roughly centred for sequences like those of the rows."""
     table_Vd = embedding_table(backbone)
-    counts_V = np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
+    counts_V = token_counts(targets, rows, table_Vd)
     mean_d = torch.from_numpy(targets.v[rows].mean(axis=0)).to(backbone.device)
     equations = NormalEquations(n * backbone.d, backbone.d)
     return ReaderSums(n, equations, mean_d, embedding_mean(table_Vd, counts_V), np.zeros_like(counts_V))
@@ -177,7 +177,7 @@ def leading(sums: ReaderSums, n: int) -> ReaderSums:
 def add_rows(sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.ndarray) -> ReaderSums:
     """One forward pass over the rows, every position of them added to the sums; returns them."""
     table_Vd = embedding_table(backbone)
-    sums.counts_V += np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
+    sums.counts_V += token_counts(targets, rows, table_Vd)
     start_d = sums.features(table_Vd, torch.tensor([[backbone.start_id]]))[0]
     per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
     with Progress(total=len(rows), desc="fitting the reader", unit="seq") as bar:
@@ -190,6 +190,11 @@ def add_rows(sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.nd
             sums.equations.add(x_na, v_nd - sums.mean_d, gram_aa)
             bar.update(len(chosen))
     return sums
+
+
+def token_counts(targets: Targets, rows: np.ndarray, table_Vd: Tensor) -> np.ndarray:
+    """How often each token of the table stands in the rows' sequences (V,)."""
+    return np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
 
 
 def embedding_mean(table_Vd: Tensor, counts_V: np.ndarray) -> Tensor:

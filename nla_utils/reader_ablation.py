@@ -30,6 +30,7 @@ from nla_utils.reader import (
     reader_split,
     solve_reader,
     tail_features,
+    token_counts,
 )
 from nla_utils.reader_scaling import SHARES, grow, score_size
 from nla_utils.store import RunFolder
@@ -135,7 +136,7 @@ def _last_positions(run: RunConfig, backbone: Backbone, targets: Targets) -> Rea
     # One vector a sequence cannot carry more: n · d has to stay below the number of sequences.
     n, (train, _) = LAST_ONLY_LENGTH, reader_split(run, targets)
     sums, table_Vd = empty_sums(backbone, targets, train, n), embedding_table(backbone)
-    sums.counts_V += np.bincount(np.concatenate(targets.sequences(train)), minlength=len(table_Vd))
+    sums.counts_V += token_counts(targets, train, table_Vd)
     ids_nj = tail_features(targets.ids, train, targets.lengths[train], n, backbone.start_id)
     v_nd = torch.from_numpy(targets.v[train]).to(backbone.device)
     sums.equations.add(sums.features(table_Vd, torch.from_numpy(ids_nj)), v_nd - sums.mean_d)
