@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -24,14 +23,18 @@ class NormalEquations:
         self.raw_xy = torch.zeros(p, q, dtype=torch.float64)
         self.raw_yy = torch.zeros(q, q, dtype=torch.float64)
 
-    def add(self, x_np: Tensor, y_nq: Tensor, xx_pp: Optional[Tensor] = None) -> None:
-        """Rows of X and Y; ``xx_pp`` is XᵀX where the caller has a cheaper way to it."""
+    def add(self, x_np: Tensor, y_nq: Tensor) -> None:
+        """Rows of X and Y."""
+        self.raw_xx += (x_np.T @ x_np).cpu()
+        self.add_all_but_xx(x_np, y_nq)
+
+    def add_all_but_xx(self, x_np: Tensor, y_nq: Tensor) -> None:
+        """Rows of X and Y whose XᵀX the caller adds to ``raw_xx`` himself, having a cheaper way to it."""
         self.n += len(x_np)
         self.sum_x += x_np.sum(0).cpu().double()
         self.sum_y += y_nq.sum(0).cpu().double()
-        self.raw_xx += (x_np.T @ x_np).cpu().double() if xx_pp is None else xx_pp
-        self.raw_xy += (x_np.T @ y_nq).cpu().double()
-        self.raw_yy += (y_nq.T @ y_nq).cpu().double()
+        self.raw_xy += (x_np.T @ y_nq).cpu()
+        self.raw_yy += (y_nq.T @ y_nq).cpu()
 
     def leading(self, p: int) -> "NormalEquations":
         """The equations of the first p features alone; shares memory with these."""
@@ -39,47 +42,44 @@ class NormalEquations:
         part.sum_x, part.raw_xx, part.raw_xy = self.sum_x[:p], self.raw_xx[:p, :p], self.raw_xy[:p]
         return part
 
-    @property
-    def xx(self) -> Tensor:
-        return self.raw_xx - torch.outer(self.sum_x, self.sum_x) / self.n
-
-    @property
-    def xy(self) -> Tensor:
-        return self.raw_xy - torch.outer(self.sum_x, self.sum_y) / self.n
-
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(B (p, q), intercept ȳ − x̄ B (q,)), with a penalty of ``ridge`` times the mean diagonal of XᵀX."""
-        # A matrix of its own: at p = 18,432 (eight embeddings of Gemma-2-2B) each copy is 2.7 GB.
-        penalised_pp = self.xx
+        # At p = 18,432 (eight embeddings of Gemma-2-2B) each (p, p) is 2.7 GB, so none is made that can be spared.
+        penalised_pp = torch.addr(self.raw_xx, self.sum_x, self.sum_x, alpha=-1 / self.n)
         penalised_pp.diagonal().add_(ridge * penalised_pp.diagonal().mean().clamp_min(1e-12))
-        b_pq = torch.cholesky_solve(self.xy, torch.linalg.cholesky(penalised_pp))
+        b_pq = torch.cholesky_solve(self._xy(), torch.linalg.cholesky(penalised_pp))
         return b_pq, (self.sum_y - self.sum_x @ b_pq) / self.n
 
     def residual_covariance(self, b_pq: Tensor, ridge: float) -> Tensor:
         """Covariance (q, q) of what is left of Y, with ``ridge`` times Y's mean variance added to the diagonal."""
-        cross = b_pq.T @ self.xy
-        yy = self.raw_yy - torch.outer(self.sum_y, self.sum_y) / self.n
-        s = (yy - cross - cross.T + b_pq.T @ (self.xx @ b_pq)) / self.n
+        cross, sum_fitted = b_pq.T @ self._xy(), self.sum_x @ b_pq
+        yy = torch.addr(self.raw_yy, self.sum_y, self.sum_y, alpha=-1 / self.n)
+        fitted = torch.addr(b_pq.T @ (self.raw_xx @ b_pq), sum_fitted, sum_fitted, alpha=-1 / self.n)
+        s = (yy - cross - cross.T + fitted) / self.n
         return s + ridge * yy.diagonal().mean() / self.n * torch.eye(len(s), dtype=torch.float64)
 
+    def _xy(self) -> Tensor:
+        """XᵀY (p, q), means taken out."""
+        return torch.addr(self.raw_xy, self.sum_x, self.sum_y, alpha=-1 / self.n)
 
-def sliding_gram(x_np: Tensor, last_Bp: Tensor, before_d: Tensor) -> Tensor:
-    """XᵀX (p, p) float64 of windows that slide over sequences, from its first d rows alone.
+
+def sliding_gram(first_dp: Tensor, ends_pp: Tensor, n_sequences: int, before_d: Tensor) -> Tensor:
+    """XᵀX (p, p) float64 of windows that slide over sequences, from its first d rows ``first_dp`` alone.
 
     A row of X is a window of p / d vectors of a sequence, the newest first, and each sequence has one row for each of
     its vectors. A block of XᵀX is then the one above it on the left, less the pairs of vectors that the ends of the
-    sequences hold, ``last_Bp`` being their last rows, plus those of ``before_d``, which stands before every sequence.
+    sequences hold, plus those of ``before_d``, which stands before every sequence. ``ends_pp`` is XᵀX of the sequences'
+    last rows alone, and is written over. Linear in the sums over sequences: made once, after the last of them.
     """
-    d, p = len(before_d), x_np.shape[1]
-    xx_pp = torch.empty(p, p, dtype=torch.float64)
-    xx_pp[:d] = x_np[:, :d].T @ x_np
-    change_pp = (len(last_Bp) * torch.outer(before_d, before_d)).repeat(p // d, p // d) - last_Bp.T @ last_Bp
-    change_pp = change_pp.cpu().double()
-    for at in range(d, p, d):
-        above = slice(at - d, at), slice(at - d, p - d)
-        xx_pp[at : at + d, at:] = xx_pp[above] + change_pp[above]
-        xx_pp[at:, at - d : at] = xx_pp[at - d : at, at:].T
-    return xx_pp
+    d, p = first_dp.shape
+    before_dd = n_sequences * torch.outer(before_d, before_d)
+    row = first_dp
+    for at in range(0, p, d):
+        ends = ends_pp[at : at + d, at:].clone()
+        ends_pp[at : at + d, at:] = row
+        ends_pp[at:, at : at + d] = row.T
+        row = (row - ends + before_dd.repeat(1, (p - at) // d))[:, : p - at - d]
+    return ends_pp
 
 
 def whitening(covariance_qq: Tensor) -> Tensor:

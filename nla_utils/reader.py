@@ -32,7 +32,7 @@ TAIL_TOKENS = 8
 RIDGES = (1e-4, 1e-3, 1e-2)
 # Candidates are found in the backbone's dtype and scored again in float32.
 CANDIDATES = 64
-FIT_TOKENS = 16384
+FIT_TOKENS = 4096
 PSEUDO_COUNT = 0.1
 TOP_K = 50
 
@@ -151,7 +151,7 @@ class ReaderSums:
 
     def features(self, table_Vd: Tensor, ids_nj: Tensor) -> Tensor:
         """Centred embeddings (n, j · d) of the tokens up to each position, the last first."""
-        return (table_Vd[ids_nj.to(table_Vd.device)].float() - self.embedding_mean_d).flatten(1)
+        return table_Vd[ids_nj.to(table_Vd.device)].float().sub_(self.embedding_mean_d).flatten(1)
 
 
 def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
@@ -176,20 +176,32 @@ def leading(sums: ReaderSums, n: int) -> ReaderSums:
 @torch.inference_mode()
 def add_rows(sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.ndarray) -> ReaderSums:
     """One forward pass over the rows, every position of them added to the sums; returns them."""
-    table_Vd = embedding_table(backbone)
+    table_Vd, d, p = embedding_table(backbone), backbone.d, sums.n * backbone.d
     sums.counts_V += token_counts(targets, rows, table_Vd)
-    start_d = sums.features(table_Vd, torch.tensor([[backbone.start_id]]))[0]
+    first_dp, ends = torch.zeros(d, p, dtype=torch.float64), []
     per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
     with Progress(total=len(rows), desc="fitting the reader", unit="seq") as bar:
         for first in range(0, len(rows), per_batch):
             chosen = rows[first : first + per_batch]
             v_nd, row_n, position_n = every_position(backbone, targets, chosen)
             ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, sums.n, backbone.start_id))
-            x_na, ends_n = sums.features(table_Vd, ids_nj), torch.from_numpy(position_n == targets.lengths[row_n])
-            gram_aa = sliding_gram(x_na, x_na[ends_n.to(x_na.device)], start_d)
-            sums.equations.add(x_na, v_nd - sums.mean_d, gram_aa)
+            x_np = sums.features(table_Vd, ids_nj)
+            sums.equations.add_all_but_xx(x_np, v_nd - sums.mean_d)
+            first_dp += (x_np[:, :d].T @ x_np).cpu()
+            ends.append(ids_nj[torch.from_numpy(position_n == targets.lengths[row_n])])
             bar.update(len(chosen))
+    start_d = sums.features(table_Vd, torch.tensor([[backbone.start_id]]))[0].cpu().double()
+    sums.equations.raw_xx += sliding_gram(first_dp, _gram(sums, table_Vd, torch.cat(ends)), len(rows), start_d)
     return sums
+
+
+def _gram(sums: ReaderSums, table_Vd: Tensor, ids_nj: Tensor) -> Tensor:
+    """XᵀX (p, p) float64 of the features of some tails."""
+    gram_pp = torch.zeros_like(sums.equations.raw_xx)
+    for part in ids_nj.split(FIT_TOKENS):
+        x_np = sums.features(table_Vd, part)
+        gram_pp += (x_np.T @ x_np).cpu()
+    return gram_pp
 
 
 def token_counts(targets: Targets, rows: np.ndarray, table_Vd: Tensor) -> np.ndarray:
