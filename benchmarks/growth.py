@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.figures import style
@@ -143,14 +144,18 @@ def table(curves: dict[str, list[dict]]) -> pd.DataFrame:
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    labels = (("seconds", "seconds"), ("peak_bytes", "peak memory, bytes"), ("disk_bytes", "disk, bytes"))
-    for ax, (quantity, label) in zip(axes, labels):
+    shown = (("seconds", "seconds", 1), ("peak_bytes", "peak memory (MB)", 1e6), ("disk_bytes", "disk (MB)", 1e6))
+    for ax, (quantity, label, unit) in zip(axes, shown):
         for name, points in curves.items():
             x = [p["size"] / points[0]["size"] for p in points]
             fitted, expected = exponent(points, quantity), EXPECTED[quantity][name]
-            ax.plot(x, [p[quantity] for p in points], "o-", label=f"{name}: {fitted:.2f} (at most {expected})")
+            ax.plot(x, [p[quantity] / unit for p in points], "o-", label=f"{name}: {fitted:.2f} (at most {expected})")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend(frameon=False, fontsize=7)
         style(ax, "times the base size", label)
     fig.savefig(path, dpi=160, metadata={"Software": None})
