@@ -7,7 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 128
+# Below this many rows the two products are held up by reading the weight.
+CHUNK_ROWS = 256
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -53,7 +54,8 @@ def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     z_y_n = z_nV.gather(1, y_n[:, None])[:, 0].float()
     top_n = z_nV.amax(dim=1)
     z_nV.sub_(top_n[:, None]).exp_()
-    norm_n = z_nV.sum(dim=1, dtype=torch.float32)
+    # A few rows at a time: on a CPU a float32 sum of reduced floats copies its input, and a small copy stays in cache.
+    norm_n = torch.cat([few_V.sum(dim=1, dtype=torch.float32) for few_V in z_nV.split(4)])
     return z_y_n - top_n.float() - norm_n.log(), norm_n
 
 
