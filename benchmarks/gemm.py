@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
-import torch.nn.functional as F
+from clock import now
 from torch import nn
 
 from nla_utils.backbone import Backbone
+from nla_utils.head_loss import CHUNK_ROWS
 
 
 @torch.inference_mode()
 def linear_seconds(weight: torch.Tensor, rows: int, repeats: int = 5) -> float:
-    """Median seconds of one product of (rows, in) with a weight (out, in)."""
+    """Median seconds of one product of (rows, in) with a weight (out, in), into memory that is there already."""
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    F.linear(x, weight)
+    out = torch.mm(x, weight.T)
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
-        F.linear(x, weight)
-        times.append(time.perf_counter() - started)
+        started = now(weight.device)
+        torch.mm(x, weight.T, out=out)
+        times.append(now(weight.device) - started)
     return statistics.median(times)
 
 
@@ -34,8 +34,8 @@ def blocks_seconds(backbone: Backbone, rows: int) -> float:
 def limits(backbone: Backbone, sample_rows: int, train_rows: int) -> dict[str, float]:
     """Tokens/s that the products alone would allow.
 
-    ``sampling``: every block and the head once a token, and the first ℓ blocks again to extract.
-    ``encoding``: the first ℓ blocks. ``training``: every block and the head, twice (activations
+    Sampling with extraction: every block and the head once a token, and the first ℓ blocks again.
+    Encoding to layer: the first ℓ blocks. Training step: every block and the head, twice (activations
     forward and their gradients backward; the weights are frozen and have none).
     """
     head = backbone.model.get_output_embeddings().weight
@@ -44,10 +44,11 @@ def limits(backbone: Backbone, sample_rows: int, train_rows: int) -> dict[str, f
     head_sample = linear_seconds(head, sample_rows)
     extract = backbone.layer * block_wide / wide
     decode = (backbone.n_layers * block_sample + head_sample) / sample_rows
-    block_train, head_train = blocks_seconds(backbone, train_rows), linear_seconds(head, 128) * train_rows / 128
+    block_train = blocks_seconds(backbone, train_rows)
+    head_train = linear_seconds(head, CHUNK_ROWS) * train_rows / CHUNK_ROWS
     return {
-        "sampling": 1 / (decode + extract),
-        "encoding": 1 / extract,
-        "training": train_rows / (2 * (backbone.n_layers * block_train + head_train)),
+        "sampling with extraction": 1 / (decode + extract),
+        "encoding to layer": 1 / extract,
+        "training step": train_rows / (2 * (backbone.n_layers * block_train + head_train)),
         "head_gflops": 2 * head.numel() * sample_rows / head_sample / 1e9,
     }

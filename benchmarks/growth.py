@@ -12,7 +12,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -44,60 +43,26 @@ WHY = {
 }  # fmt: skip
 
 
-def build(folder: Path, d: int, n_layers: int, vocabulary: int) -> None:
-    """A random Llama with a tokenizer of as many words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(vocabulary - 3))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
-    ).save_pretrained(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=d, intermediate_size=3 * d, num_hidden_layers=n_layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=vocabulary, initializer_range=0.1, bos_token_id=2, eos_token_id=1,
-        pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
-
-
 def one_run(sizes: dict[str, int]) -> dict[str, float]:
     """Seconds, peak memory above the loaded backbone, and bytes on disk of all stages of one run."""
-    from nla_utils.ablation import make_ablation
-    from nla_utils.ceilings import make_ceilings
-    from nla_utils.evaluation import score_ceilings, score_rollouts
-    from nla_utils.reader import fit_reader
-    from nla_utils.readings import make_readings
-    from nla_utils.rollouts import make_rollouts, rollout_set
+    from stages import SPECIAL_IDS, random_backbone, run_stages
+    from transformers import LlamaConfig
+
     from nla_utils.run import open_run
-    from nla_utils.targets import make_targets
-    from nla_utils.training import train_av
 
     with tempfile.TemporaryDirectory() as tmp:
-        build(Path(tmp) / "backbone", sizes["d"], sizes["L"], sizes["V"])
+        shape = LlamaConfig(
+            hidden_size=sizes["d"], intermediate_size=3 * sizes["d"], num_hidden_layers=sizes["L"],
+            num_attention_heads=4, num_key_value_heads=2, vocab_size=sizes["V"], initializer_range=0.1, **SPECIAL_IDS,
+        )  # fmt: skip
+        random_backbone(Path(tmp) / "backbone", shape)
         config = RunConfig(
             backbone=f"{tmp}/backbone", profile="quick", out=f"{tmp}/runs", device="cpu", n_targets=sizes["N"],
             n_eval=sizes["M"], n_rollouts=sizes["K"], pool_size=POOL,
         )  # fmt: skip
         run = open_run(config)
-        given = config, run.backbone
-        before, started = _peak(), time.perf_counter()
-        targets = make_targets(*given, run.folder)
-        train_av(*given, targets, run.folder)
-        fit_reader(*given, targets, run.folder)
-        ceilings = make_ceilings(*given, targets, run.folder)
-        make_ablation(*given, targets, ceilings, run.folder)
-        rollouts = make_rollouts(*given, targets, run.folder)
-        readings = make_readings(*given, targets, run.folder)
-        for protocol in ("paper", "corrected"):
-            score_ceilings(targets, ceilings, protocol)
-            own = rollout_set(rollouts, targets, protocol)
-            score_rollouts(targets, own, ceilings, readings, protocol, "paraphrase_bestof8")
-        seconds = time.perf_counter() - started
+        before = _peak()
+        seconds = sum(run_stages(config, run).values())
         disk = sum(p.stat().st_size for p in run.folder.path.rglob("*") if p.is_file())
         return {"seconds": seconds, "peak_bytes": _peak() - before, "disk_bytes": disk}
 

@@ -34,7 +34,7 @@ def sample_and_extract(backbone: Backbone, n: int) -> tuple[Tensor, Tensor]:
     """Ids and the activations of every position (n, T + 1, d) float32, in batches of 16."""
     all_ids, all_h = [], []
     for _ in range(0, n, BATCH):
-        start = torch.full((BATCH, 1), backbone.start_id)
+        start = torch.full((BATCH, 1), backbone.start_id, device=backbone.device)
         ids = generate(backbone, input_ids=start, attention_mask=torch.ones_like(start))
         ids = F.pad(ids, (0, NEW_TOKENS - ids.shape[1]), value=backbone.pad_id)
         all_ids.append(ids)
@@ -45,7 +45,7 @@ def sample_and_extract(backbone: Backbone, n: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def every_position(backbone: Backbone, ids_BT: Tensor) -> Tensor:
     """``hidden_states[ℓ]`` (B, T, d) float32 from a full forward, all blocks and the head."""
-    out = backbone.model(ids_BT, output_hidden_states=True, use_cache=False)
+    out = backbone.model(ids_BT.to(backbone.device), output_hidden_states=True, use_cache=False)
     return out.hidden_states[backbone.layer].float()
 
 
@@ -57,7 +57,7 @@ def encode(backbone: Backbone, ids_NT: Tensor) -> Tensor:
 
 def train_step(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, ids_BT: Tensor) -> float:
     """Loss and gradient of one batch through the logits of all positions."""
-    prefix_BPd = av(v_Bd, backbone.dtype)
+    prefix_BPd, ids_BT = av(v_Bd.to(backbone.device), backbone.dtype), ids_BT.to(backbone.device)
     inputs = torch.cat([prefix_BPd, backbone.embed(ids_BT)], dim=1)
     logits_BSV = backbone.model(inputs_embeds=inputs, use_cache=False).logits
     logits_BTV = logits_BSV[:, prefix_BPd.shape[1] - 1 : -1].float()
@@ -72,10 +72,10 @@ def train_step(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, ids_B
 def roll_out_and_score(backbone: Backbone, av: ActivationVerbalizer, v_Md: Tensor, k: int) -> Tensor:
     """Re-encoded rollouts (M·K, d) of one notebook: drawn, encoded, and their log-probabilities computed."""
     h = []
-    for v_d in v_Md:
+    for v_d in v_Md.to(backbone.device):
         for first in range(0, k, BATCH):
             prompt_BPd = av(v_d.expand(min(BATCH, k - first), -1), backbone.dtype)
-            mask = torch.ones(prompt_BPd.shape[:2], dtype=torch.long)
+            mask = torch.ones(prompt_BPd.shape[:2], dtype=torch.long, device=backbone.device)
             ids = generate(backbone, inputs_embeds=prompt_BPd, attention_mask=mask)
             h.append(every_position(backbone, ids)[:, -1])
             logits = backbone.model(inputs_embeds=torch.cat([prompt_BPd, backbone.embed(ids)], dim=1)).logits
@@ -88,7 +88,8 @@ def paraphrase_and_encode(backbone: Backbone, prompts: list[list[int]]) -> int:
     """One paraphrase a prompt, prompts padded on the left, each re-encoded alone; returns the tokens written."""
     tokens = 0
     for first in range(0, len(prompts), BATCH):
-        ids, mask = pad(prompts[first : first + BATCH], backbone.pad_id, "left")
+        padded = pad(prompts[first : first + BATCH], backbone.pad_id, "left")
+        ids, mask = (x.to(backbone.device) for x in padded)
         written = generate(backbone, 0.95, input_ids=ids, attention_mask=mask)
         every_position(backbone, written)
         tokens += written.numel()
@@ -97,5 +98,5 @@ def paraphrase_and_encode(backbone: Backbone, prompts: list[list[int]]) -> int:
 
 def store(path: Path, ids: Tensor, h_NTd: Tensor) -> int:
     """Bytes on disk of every position in float32."""
-    torch.save({"ids": ids, "hidden": h_NTd}, path)
+    torch.save({"ids": ids.cpu(), "hidden": h_NTd.cpu()}, path)
     return path.stat().st_size

@@ -5,11 +5,10 @@ Run with ``make bench``. Both sides use the same loaded model; they differ in ho
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import statistics
 import tempfile
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -19,12 +18,13 @@ import numpy as np
 import pandas as pd
 import reference
 import torch
+from clock import now, peak_memory
 
 from nla_utils.backbone import Backbone
 from nla_utils.ceilings import continue_prompts, prompt_ids
-from nla_utils.config import N_PARAPHRASES, PROFILES, ROOT, RunConfig
+from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
 from nla_utils.rollouts import paper_logprobs, roll_out
-from nla_utils.run import open_run
+from nla_utils.run import Run, open_run
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings
 from nla_utils.store import code_version, library_versions, write_json
 from nla_utils.tables import markdown
@@ -35,6 +35,9 @@ from nla_utils.verbalizer import ActivationVerbalizer
 ROUNDS = 5
 K = 16
 REFERENCE_SEQUENCES = 32
+SAMPLING = "sampling with extraction"
+ENCODING = "encoding to layer"
+TRAINING = "training step"
 PARAPHRASES = "paraphrases of 03"
 ROLLOUTS = "rollouts of 04 and 05"
 MEMORY = "peak memory, reference / ours (MB)"
@@ -49,33 +52,6 @@ class Side:
     peak_bytes: int = 0
 
 
-class PeakMemory:
-    """Largest resident set above the starting one while the block runs, sampled every 5 ms."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = _resident()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.005):
-            self.peak = max(self.peak, _resident())
-
-    def __exit__(self, *_) -> None:
-        self.done.set()
-        self.thread.join()
-
-    @property
-    def bytes(self) -> int:
-        return self.peak - self.start
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def compare(backbone: Backbone, name: str, theirs: Callable[[], int], ours: Callable[[], int]) -> dict:
     """Tokens/s of both sides, alternating, each with its own attention, and the ratio of medians."""
     sides = {"reference": Side(theirs, []), "ours": Side(ours, [])}
@@ -83,10 +59,10 @@ def compare(backbone: Backbone, name: str, theirs: Callable[[], int], ours: Call
     for round_ in range(ROUNDS):
         for label, side in sides.items():
             backbone.model.set_attn_implementation(attentions[label])
-            with PeakMemory() as memory:
-                started = time.perf_counter()
+            with peak_memory(backbone.device) as memory:
+                started = now(backbone.device)
                 tokens = side.work()
-                rate = tokens / (time.perf_counter() - started)
+                rate = tokens / (now(backbone.device) - started)
             side.rates.append(rate)
             side.peak_bytes = max(side.peak_bytes, memory.bytes)
             print(f"{name}, round {round_ + 1}: {label} {rate:.0f} tokens/s", flush=True)
@@ -100,16 +76,16 @@ def compare(backbone: Backbone, name: str, theirs: Callable[[], int], ours: Call
     }
 
 
-def measure() -> dict:
-    run = open_run(RunConfig(profile="quick"))
+def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
+    """Both paths' rates for each stage, and our way of the stages whose time is taken apart."""
     backbone = run.backbone
     settings = SamplingSettings()
     chunk = draw_chunk(backbone, settings, 128, seed=0)
     sequences = [chunk["ids"][i, : chunk["lengths"][i]].tolist() for i in range(128)]
     ids_NT = torch.from_numpy(chunk["ids"]).long()
-    v = torch.from_numpy(chunk["v"])
+    v = torch.from_numpy(chunk["v"]).to(backbone.device)
     av = ActivationVerbalizer.fresh(backbone)
-    texts = [s for s in sequences if len(s) == 64][:16]
+    texts = [s for s in sequences if len(s) == settings.max_new_tokens][:BATCH_SIZE]
     text_ids = torch.tensor(texts)
 
     def ours_sampling() -> int:
@@ -129,11 +105,11 @@ def measure() -> dict:
 
     def ours_training() -> int:
         av.zero_grad()
-        pair_loss(backbone, av, v[:16], texts).backward()
+        pair_loss(backbone, av, v[: len(texts)], texts).backward()
         return text_ids.numel()
 
     def reference_training() -> int:
-        reference.train_step(backbone, av, v[:16], text_ids)
+        reference.train_step(backbone, av, v[: len(texts)], text_ids)
         return text_ids.numel()
 
     def ours_evaluation() -> int:
@@ -158,55 +134,66 @@ def measure() -> dict:
     def reference_ceilings() -> int:
         return reference.paraphrase_and_encode(backbone, prompts)
 
-    stages = [
-        compare(backbone, "sampling with extraction", reference_sampling, ours_sampling),
-        compare(backbone, "encoding to layer", reference_encoding, ours_encoding),
-        compare(backbone, "training step", reference_training, ours_training),
-        compare(backbone, PARAPHRASES, reference_ceilings, ours_ceilings),
-        compare(backbone, ROLLOUTS, reference_evaluation, ours_evaluation),
-    ]
-    limit = gemm.limits(backbone, SAMPLE_BATCH, 16 * 65)
-    for stage, key in zip(stages, ("sampling", "encoding", "training")):
-        stage["gemm_limit_tokens_per_s"] = limit[key]
-        stage["share_of_limit"] = stage["ours_tokens_per_s"] / limit[key]
+    ways = {
+        SAMPLING: (reference_sampling, ours_sampling),
+        ENCODING: (reference_encoding, ours_encoding),
+        TRAINING: (reference_training, ours_training),
+        PARAPHRASES: (reference_ceilings, ours_ceilings),
+        ROLLOUTS: (reference_evaluation, ours_evaluation),
+    }
+    stages = [compare(backbone, name, *way) for name, way in ways.items()]
+    return stages, {name: ways[name][1] for name in (SAMPLING, ENCODING, TRAINING)}
+
+
+def measure(run: Run) -> dict:
+    """Everything that the table and the sentences below it say."""
+    stages, works = compare_stages(run)
+    limit = gemm.limits(run.backbone, SAMPLE_BATCH, BATCH_SIZE * 65)
+    for stage in stages:
+        if stage["stage"] in limit:
+            stage["gemm_limit_tokens_per_s"] = limit[stage["stage"]]
+            stage["share_of_limit"] = stage["ours_tokens_per_s"] / limit[stage["stage"]]
+    sizes = run.config.sizes
     return {
         "backbone": run.folder.identity,
+        "profile": run.config.profile,
         "stages": stages,
-        "quick_pipeline": quick_pipeline(stages),
-        "evaluation": quick_pipeline([s for s in stages if s["stage"] in (PARAPHRASES, ROLLOUTS)]),
-        "profiles": {
-            "sampling with extraction": profile(ours_sampling),
-            "encoding to layer": profile(ours_encoding),
-            "training step": profile(ours_training),
-        },
-        "store": store_sizes(run, backbone),
+        "pipeline": pipeline_seconds(stages, sizes),
+        "evaluation": pipeline_seconds([s for s in stages if s["stage"] in (PARAPHRASES, ROLLOUTS)], sizes),
+        "profiles": {name: profile(work, run.backbone.device) for name, work in works.items()},
+        "store": store_sizes(run),
         "gemm": limit,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "machine": machine(run.backbone.device),
         "code": code_version(),
         "libraries": library_versions(),
     }
 
 
-def profile(work: Callable[[], int]) -> dict[str, float]:
-    """Share of the operations' own time, the six largest and the rest."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+def machine(device: torch.device) -> dict:
+    card = {"card": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **card}
+
+
+def profile(work: Callable[[], int], device: torch.device) -> dict[str, float]:
+    """Share of the operations' own time on the device, the six largest and the rest."""
+    with torch.profiler.profile() as profiler:
         work()
-    spent = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    spent = {e.key: getattr(e, clock) for e in profiler.key_averages()}
     total = sum(spent.values())
     top = dict(sorted(spent.items(), key=lambda x: -x[1])[:6])
     return {**{k: t / total for k, t in top.items()}, "the rest": 1 - sum(top.values()) / total}
 
 
-def quick_pipeline(stages: list[dict]) -> dict:
-    """Seconds of `quick` on either path, from the measured rates of these stages and the profile's sizes.
+def pipeline_seconds(stages: list[dict], s: Profile) -> dict:
+    """Seconds of a whole run on either path, from the measured rates of these stages and the run's sizes.
 
-    Tokens: the targets, one epoch, and paraphrases and rollouts of both sets of targets.
+    Tokens: the targets, all epochs, and paraphrases and rollouts of both sets of targets.
     """
-    s = PROFILES["quick"]
     tokens = {
-        "sampling with extraction": s.n_targets * s.max_new_tokens,
+        SAMPLING: s.n_targets * s.max_new_tokens,
         PARAPHRASES: 2 * N_PARAPHRASES * s.n_eval * s.max_new_tokens,
-        "training step": (s.n_targets - s.n_eval) * s.max_new_tokens * s.epochs,
+        TRAINING: (s.n_targets - s.n_eval) * s.max_new_tokens * s.epochs,
         ROLLOUTS: 2 * s.n_eval * (s.n_rollouts + 1) * s.max_new_tokens,
     }
     seconds = {
@@ -216,16 +203,19 @@ def quick_pipeline(stages: list[dict]) -> dict:
     return {**{f"{k}_seconds": v for k, v in seconds.items()}, "ratio": seconds["reference"] / seconds["ours"]}
 
 
-def store_sizes(run, backbone) -> dict:
+def store_sizes(run: Run) -> dict:
     """Bytes per target: every position in float32 against ids, length and the last position."""
-    n = reference.BATCH
+    backbone, n = run.backbone, reference.BATCH
     with tempfile.TemporaryDirectory() as tmp:
-        ids, h_NTd = reference.sample_and_extract(backbone, n)
+        ids, h_NTd = (x.cpu() for x in reference.sample_and_extract(backbone, n))
         theirs = reference.store(Path(tmp) / "pack.pt", ids, h_NTd) / n
-        run.folder.path = Path(tmp)
+        folder = dataclasses.replace(run.folder, path=Path(tmp))
         tensors = {"ids": ids.int().numpy(), "lengths": np.zeros(n, dtype=np.int32), "v": h_NTd[:, -1].numpy()}
-        ours = run.folder.save("targets", tensors).path.stat().st_size / n
-    return {"reference_bytes_per_target": theirs, "ours_bytes_per_target": ours, "ratio": theirs / ours}
+        ours = folder.save("targets", tensors).path.stat().st_size / n
+    return {
+        "reference_bytes_per_target": theirs, "ours_bytes_per_target": ours, "ratio": theirs / ours,
+        "activation_bytes": 4 * backbone.d,
+    }  # fmt: skip
 
 
 def report(record: dict) -> str:
@@ -251,14 +241,15 @@ def report(record: dict) -> str:
             MEMORY: "–",
         }
     )
-    whole = record["quick_pipeline"]
-    evaluation = record["evaluation"]
+    whole, evaluation = record["pipeline"], record["evaluation"]
     lines = [
         markdown(pd.DataFrame(rows).set_index("stage")),
-        "Notebooks 03 to 05 at `quick` from these rates: reference "
+        f"Of a stored target {sizes['activation_bytes']} bytes are the activation itself, in float32; the rest is the "
+        "ids of its sequence and their number. The larger d, the less they count.\n",
+        f"Notebooks 03 to 05 at `{record['profile']}` from these rates: reference "
         f"{evaluation['reference_seconds'] / 60:.1f} minutes, ours {evaluation['ours_seconds'] / 60:.1f}: "
         f"{evaluation['ratio']:.1f} times.\n",
-        f"`quick` from these rates: reference {whole['reference_seconds'] / 60:.1f} minutes, ours "
+        f"`{record['profile']}` from these rates: reference {whole['reference_seconds'] / 60:.1f} minutes, ours "
         f"{whole['ours_seconds'] / 60:.1f}: {whole['ratio']:.1f} times.\n",
         "What the time of our stages is made of (torch's profiler, share of the operations' own time):\n",
     ]
@@ -270,7 +261,7 @@ def report(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    result = measure()
+    result = measure(open_run(RunConfig(profile="quick")))
     folder = ROOT / "benchmarks"
     write_json(folder / "results.json", result)
     readme = (folder / "README.md").read_text()

@@ -35,7 +35,8 @@ from nla_utils.reader import (
 from nla_utils.reader_scaling import SHARES, grow, score_size
 from nla_utils.store import RunFolder
 from nla_utils.targets import Targets
-from nla_utils.training import Trainer, greedy_rollouts
+from nla_utils.training import Trainer
+from nla_utils.validation import greedy_rollouts
 
 LANGUAGE_WEIGHTS = (0.5, 1.0)
 LENGTHS = (1, 2, 4)

@@ -18,12 +18,11 @@ from nla_utils.backbone import Backbone
 from nla_utils.checks import check_frozen
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig, span_length
 from nla_utils.head_loss import head_cross_entropy
-from nla_utils.metrics import fve
 from nla_utils.progress import Progress
-from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings, sample
 from nla_utils.sources import fetch_av
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, derive_seed
 from nla_utils.targets import Targets, TextPairs, paper_pairs, tail_pairs
+from nla_utils.validation import validate
 from nla_utils.verbalizer import ActivationVerbalizer, checkpoint_record, export_av, import_av
 
 ARTEFACT = "best_av"
@@ -85,31 +84,6 @@ def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts:
     hidden_BTd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1]
     valid_BT = (torch.arange(width) < lengths[:, None]).to(backbone.device)
     return head_cross_entropy(hidden_BTd[valid_BT], backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
-
-
-@torch.inference_mode()
-def greedy_rollouts(backbone: Backbone, av: ActivationVerbalizer, v_Nd: np.ndarray, limit: int) -> list[list[int]]:
-    """Token ids of the AV's greedy text for each v, at most ``limit`` tokens."""
-    greedy, ids = SamplingSettings(max_new_tokens=limit, temperature=0.0), []
-    for first in range(0, len(v_Nd), SAMPLE_BATCH):
-        v_Bd = torch.from_numpy(v_Nd[first : first + SAMPLE_BATCH]).to(backbone.device)
-        samples = sample(backbone, av(v_Bd, backbone.dtype), greedy, seed=0)
-        ids += [samples.sequence(i) for i in range(len(v_Bd))]
-    return ids
-
-
-@torch.inference_mode()
-def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, rows: list[int], limit: int) -> dict:
-    """Greedy rollouts of validation targets, re-encoded.
-
-    Returns ``fve_nrm`` (raw, no BOS: the paper's criterion) and ``fve_nrm_cen`` (centred, with BOS).
-    """
-    v = targets.v[rows]
-    ids = greedy_rollouts(backbone, av, v, limit)
-    return {
-        "fve_nrm": float(fve(backbone.encode(ids, start=False), v).mean()),
-        "fve_nrm_cen": float(fve(backbone.encode(ids, start=True), v, targets.mu).mean()),
-    }
 
 
 class Trainer:

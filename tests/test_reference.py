@@ -53,3 +53,22 @@ def test_samples_come_from_the_librarys_distribution(tiny_run):
     counts = np.array([[(x == t).sum() for t in common] for x in (ours, theirs)])
     rest = n - counts.sum(axis=1)
     assert chi2_contingency(np.column_stack([counts, rest + 1])).pvalue > 1e-3
+
+
+def test_a_cards_record_has_every_stage(tmp_path, monkeypatch):
+    """The whole benchmark, as it runs at Gemma-2-2B's size, on a model of the same architecture that fits a test."""
+    import card
+    import run
+    from transformers import Gemma2Config
+
+    monkeypatch.setattr(run, "ROUNDS", 1)
+    shape = Gemma2Config(
+        num_hidden_layers=3, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=32, vocab_size=300, initializer_range=0.3, **card.SPECIAL_IDS,
+    )  # fmt: skip
+    record = card.measure_run(shape, tmp_path, n_targets=96, n_eval=8, n_rollouts=4, pool_size=48)
+    assert record["whole_run"]["seconds"] == sum(record["stage_seconds"].values()) > 0
+    assert {s[:2] for s in record["stage_seconds"]} == {"01", "02", "03", "04"}
+    for stage in record["stages"]:
+        assert stage["ratio"] == stage["ours_tokens_per_s"] / stage["reference_tokens_per_s"]
+    assert all(stage["stage"] in run.report(record) for stage in record["stages"])
