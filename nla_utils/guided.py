@@ -12,7 +12,6 @@ import torch
 
 from nla_utils.backbone import Backbone
 from nla_utils.metrics import fve
-from nla_utils.progress import Progress
 from nla_utils.reader import TailReader
 
 BEAMS = 2
@@ -47,7 +46,7 @@ def guided_search(
     spent, curve = [k * (n + 1)], [beams[2][:, 0]]
     per_round = BEAMS * SWAPS * (n + 1)
     rounds = max(0, (budget - spent[0]) // per_round)
-    for r in Progress(range(rounds), desc="guided search", unit="round"):
+    for r in range(rounds):
         proposed = _propose(reader, v_Md, beams[0], beams[1], r % n)
         h = backbone.encode(proposed.reshape(-1, n).tolist(), start=True).reshape(*proposed.shape[:2], -1)
         score = fve(h, v_Md[:, None], mu_d)

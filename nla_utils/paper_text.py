@@ -111,10 +111,10 @@ def _over_seeds(record: Optional[dict]) -> str:
         return ""
     key, seeds = "greedy_minus_nn_retrieval", record["seeds"]
     apart = sum(column["ci95"][key][0] > 0 for column in seeds.values())
-    spread = record["over_seeds"][key]
+    spread = tables.mean_sd([column[key] for column in seeds.values()], "+.3f")
     return (
         f"\nRepeated from the drawing of targets on, with seeds {', '.join(seeds)}: greedy minus NN-retrieval is "
-        f"{spread['mean']:+.3f} ± {spread['sd']:.3f} (sd over seeds), its interval over targets above zero for {apart} "
+        f"{spread} (sd over seeds), its interval over targets above zero for {apart} "
         f"of {len(seeds)}.\n"
     )
 

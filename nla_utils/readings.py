@@ -23,6 +23,8 @@ ARTEFACT = "readings"
 PROBE_LENGTHS = (1, 2, 4, 8)
 # Rows read together: the scores of the whole vocabulary exist once for each.
 ROW_BATCH = 512
+# Targets searched together: a round encodes 32 short tails of each.
+GUIDED_BATCH = 32
 
 
 def make_readings(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> Artefact:
@@ -38,18 +40,13 @@ def make_readings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
     reader = load_reader(backbone, folder)
     rows = np.concatenate([targets.in_sample, targets.held_out])
     parents = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
-    drawn = draw_tails(run, backbone, reader, targets, rows, run.sizes.n_rollouts, folder)
-    tensors = {"rows": rows, **drawn}
+    tensors, stages = write_tails(run, backbone, reader, targets, rows, run.sizes.n_rollouts, folder)
     probe, probe_fit = _probe(run, backbone, targets, rows)
-    tensors |= probe
-    held = slice(len(targets.in_sample), None)
-    found = guided_search(
-        reader, backbone, targets.v[targets.held_out], targets.mu,
-        tensors["ids"][held, 1:], tensors["h_bos"][held, 1:], av_forward_tokens(run),
-    )  # fmt: skip
-    tensors |= {f"guided_{k}": x for k, x in vars(found).items()}
     facts = {"seed": run.seed, "k": run.sizes.n_rollouts, "probe": probe_fit}
-    return folder.save(ARTEFACT, tensors, made_from=parents, **facts)
+    artefact = folder.save(ARTEFACT, {"rows": rows, **tensors, **probe}, made_from=parents, **facts)
+    for chunks in stages:
+        chunks.clear()
+    return artefact
 
 
 def av_forward_tokens(run: RunConfig) -> int:
@@ -57,23 +54,36 @@ def av_forward_tokens(run: RunConfig) -> int:
     return run.sizes.n_rollouts * (2 * run.text_length + 1)
 
 
-def draw_tails(
+def write_tails(
     run: RunConfig, backbone: Backbone, reader: TailReader, targets: Targets, rows: np.ndarray, k: int,
     folder: RunFolder,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Greedy and K drawn tails of each row, re-encoded with and without BOS; resumed where it was cut."""
+) -> tuple[dict[str, np.ndarray], list[ChunkStore]]:  # fmt: skip
+    """Greedy and K drawn tails of each row, and what guided search makes of those of the held-out targets.
+
+    ``rows`` end with the held-out targets. Returns the arrays of :func:`read_rollouts` and ``guided_*``, and the
+    chunks that they came from: the caller clears them once it has saved what it makes, so that nothing is done twice.
+    """
     made_from = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
     plan = {**folder.identity, **made_from, "k": k, "rows": len(rows)}
-    chunks = ChunkStore(folder.file(f"readings{k}.chunks"), plan)
-    per_chunk = max(1, ROW_BATCH // (k + 1))
+    tails, searches = (ChunkStore(folder.file(f"{name}{k}.chunks"), plan) for name in ("readings", "guided"))
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
         v_Md = torch.from_numpy(targets.v[rows[part_of]]).to(backbone.device)
         return read_rollouts(reader, backbone, v_Md, k, derive_seed(run.seed, "readings", c))
 
-    tensors = fill_chunks(chunks, len(rows), per_chunk, draw, "reading tails", "target")
-    chunks.clear()
-    return tensors
+    drawn = fill_chunks(tails, len(rows), max(1, ROW_BATCH // (k + 1)), draw, "reading tails", "target")
+    held_out = targets.held_out
+    ids_MKn, h_MKd = (drawn[name][-len(held_out) :, 1:] for name in ("ids", "h_bos"))
+
+    def search(c: int, m: slice) -> dict[str, np.ndarray]:
+        v_Md = targets.v[held_out[m]]
+        found = guided_search(reader, backbone, v_Md, targets.mu, ids_MKn[m], h_MKd[m], av_forward_tokens(run))
+        # One row a target, as everything in a chunk: what is spent is the same for all of them.
+        return {**vars(found), "spent": np.tile(found.spent, (len(v_Md), 1))}
+
+    found = fill_chunks(searches, len(held_out), GUIDED_BATCH, search, "guided search", "target")
+    found["spent"] = found["spent"][0]
+    return {**drawn, **{f"guided_{name}": x for name, x in found.items()}}, [tails, searches]
 
 
 def read_rollouts(

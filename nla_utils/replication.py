@@ -11,39 +11,36 @@ from nla_utils import metrics
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.evaluation import Column
-from nla_utils.guided import guided_search
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.reader import ARTEFACT as READER_ARTEFACT
-from nla_utils.reader import TailReader, fit_reader, reader_split
-from nla_utils.readings import av_forward_tokens, draw_tails
+from nla_utils.reader import fit_reader, load_reader, reader_split
+from nla_utils.readings import write_tails
 from nla_utils.run import folder_of
-from nla_utils.store import RunFolder
+from nla_utils.store import Artefact, RunFolder
 from nla_utils.targets import Targets, make_targets
 
+ARTEFACT = "claims"
 # The paper's K, at every profile: a tail costs a fourteenth of an AV's text.
 DRAWS = 64
 ORACLES = (4, 8)
 
 
 def replicate(run: RunConfig, backbone: Backbone, seeds: Sequence[int]) -> tuple[dict, dict[str, str]]:
-    """(``{"K", "seeds": {seed: column}, "over_seeds": {key: mean and sd}}``, hashes of what it was made from).
+    """(``{"K", "seeds": {seed: column}}``, hashes of what it was made from).
 
-    Targets are drawn and the reader is fitted for each seed, into that seed's own run folder, or taken from there.
-    No AV is trained. ``sd`` is over seeds; the intervals inside a column are over its targets.
+    Targets are drawn, the reader is fitted and its tails are written for each seed, into that seed's own run folder,
+    or taken from there. No AV is trained. The intervals inside a column are over its targets.
     """
     columns, parents = {}, {}
     for seed in seeds:
         config = dataclasses.replace(run, seed=seed)
         folder = folder_of(config, backbone)
         targets = make_targets(config, backbone, folder)
-        reader = fit_reader(config, backbone, targets, folder)
-        columns[seed] = score_claims(config, backbone, targets, reader, folder)
-        parents |= {f"targets of seed {seed}": targets.sha256}
-        parents |= {f"{READER_ARTEFACT} of seed {seed}": folder.load(READER_ARTEFACT).sha256}
-    means = {key: [c.values[key] for c in columns.values()] for key in next(iter(columns.values())).ci95}
-    over = {key: {"mean": float(np.mean(x)), "sd": float(np.std(x, ddof=1))} for key, x in means.items()}
-    records = {str(seed): column.to_json() for seed, column in columns.items()}
-    return {"K": DRAWS, "seeds": records, "over_seeds": over}, parents
+        fit_reader(config, backbone, targets, folder)
+        claims = make_claims(config, backbone, targets, folder)
+        columns[str(seed)] = score_claims(backbone, targets, claims).to_json()
+        parents |= {f"{name} of seed {seed}": sha256 for name, sha256 in claims.sidecar["made_from"].items()}
+    return {"K": DRAWS, "seeds": columns}, parents
 
 
 def training_targets(run: RunConfig, backbone: Backbone) -> tuple[Targets, np.ndarray]:
@@ -52,28 +49,45 @@ def training_targets(run: RunConfig, backbone: Backbone) -> tuple[Targets, np.nd
     return targets, reader_split(run, targets)[0]
 
 
-def score_claims(
-    run: RunConfig, backbone: Backbone, targets: Targets, reader: TailReader, folder: RunFolder
-) -> Column:
+def make_claims(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> Artefact:
+    """Scores of the reader's tails of the held-out targets, or what is whole on disk.
+
+    ``score`` (M, 1+K), column 0 greedy; ``greedy_h`` (M, d); ``guided_curve`` and ``guided_spent`` as in
+    :class:`~nla_utils.guided.GuidedSearch`. All centred, with BOS.
+    """
+    if folder.has(ARTEFACT):
+        return folder.load(ARTEFACT)
+    reader, held_out = load_reader(backbone, folder), targets.held_out
+    tails, stages = write_tails(run, backbone, reader, targets, held_out, DRAWS, folder)
+    tensors = {
+        "score": fve(tails["h_bos"], targets.v[held_out][:, None], targets.mu),
+        "greedy_h": tails["h_bos"][:, 0],
+        "guided_curve": tails["guided_curve"],
+        "guided_spent": tails["guided_spent"],
+    }
+    made_from = {"targets": targets.sha256, READER_ARTEFACT: folder.load(READER_ARTEFACT).sha256}
+    artefact = folder.save(ARTEFACT, tensors, made_from=made_from, k=DRAWS, seed=run.seed)
+    for chunks in stages:
+        chunks.clear()
+    return artefact
+
+
+def score_claims(backbone: Backbone, targets: Targets, claims: Artefact) -> Column:
     """What the reader set out to beat, centred: NN-retrieval, the tail oracles of 4 and 8, chance."""
     v, mu, sources = targets.v[targets.held_out], targets.mu, targets.sequences(targets.held_out)
-    drawn = draw_tails(run, backbone, reader, targets, targets.held_out, DRAWS, folder)
-    found = guided_search(
-        reader, backbone, v, mu, drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run)
-    )  # fmt: skip
-    score = fve(drawn["h_bos"], v[:, None], mu)
+    score = claims.tensors["score"]
     column = Column("corrected", len(v))
     column.add("greedy", score[:, 0])
     column.add("nn_retrieval", fve_matrix(v, targets.v[targets.pool], mu).max(axis=1))
     column.add("bestofK", score[:, 1:].max(axis=1))
-    column.add("guided", found.curve[:, -1])
-    column.put("guided_forward_tokens", int(found.spent[-1]))
+    column.add("guided", claims.tensors["guided_curve"][:, -1])
+    column.put("guided_forward_tokens", int(claims.tensors["guided_spent"][-1]))
     for n in ORACLES:
         column.add(f"tail_oracle_{n}", fve(backbone.encode([s[-n:] for s in sources], start=True), v, mu))
     column.difference("greedy", "nn_retrieval")
     column.difference("bestofK", "tail_oracle_4")
     column.difference("guided", "tail_oracle_8")
-    hits, _ = metrics.identification(drawn["h_bos"][:, 0], v, mu)
+    hits, _ = metrics.identification(claims.tensors["greedy_h"], v, mu)
     column.add("identification_top1", hits)
     column.put("identification_chance_top1", 1 / len(v))
     return column

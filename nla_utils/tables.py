@@ -70,6 +70,11 @@ def with_interval(column: dict, key: str, digits: int = 3) -> str:
     return text
 
 
+def mean_sd(values: Sequence[float], style: str = ".3f") -> str:
+    """Mean ± standard deviation, of n − 1."""
+    return f"{statistics.mean(values):{style}} ± {statistics.stdev(values):.3f}"
+
+
 def over_seeds(rows: Mapping[str, Mapping[int, tuple[dict, str]]]) -> pd.DataFrame:
     """``{label: {seed: (column, key)}}`` as a table: each seed with its interval over targets, and mean ± standard
     deviation over seeds."""
@@ -77,7 +82,7 @@ def over_seeds(rows: Mapping[str, Mapping[int, tuple[dict, str]]]) -> pd.DataFra
     for label, by_seed in rows.items():
         values = [column[key] for column, key in by_seed.values()]
         row = {"row": label, **{f"seed {seed}": with_interval(*where) for seed, where in by_seed.items()}}
-        row["over seeds, mean ± sd"] = f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+        row["over seeds, mean ± sd"] = mean_sd(values)
         table.append(row)
     return pd.DataFrame(table).set_index("row")
 
