@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nla_utils.products import head_product
 from nla_utils.sources import BackboneSpec
 
 ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
@@ -28,10 +29,14 @@ class _LayerReached(Exception):
 
 @dataclass
 class Backbone:
-    """A frozen causal language model, its tokenizer and the extraction layer."""
+    """A frozen causal language model, its tokenizer and the extraction layer.
+
+    ``head_weight`` (V, d) is the output head's, in the dtype that its products are taken in.
+    """
 
     spec: BackboneSpec
     model: nn.Module
+    head_weight: Tensor
     tokenizer: object
     layer: int
     start_id: int
@@ -75,11 +80,6 @@ class Backbone:
         """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
         return self.model.get_input_embeddings()(ids_BT.to(self.device))
 
-    @property
-    def head_weight(self) -> Tensor:
-        """Weight (V, d) of the output head."""
-        return self.model.get_output_embeddings().weight
-
     def logits(self, hidden_nd: Tensor, out_nV: Tensor | None = None) -> Tensor:
         """Next-token logits (n, V) from final hidden states (n, d), final soft cap included, where the head lies.
 
@@ -87,7 +87,9 @@ class Backbone:
         product into fresh memory, hence ``out_nV`` for callers that come again.
         """
         hidden_nd = hidden_nd.to(self.head_weight.device).contiguous()
-        logits_nV = torch.mm(hidden_nd, self.head_weight.T, out=out_nV)
+        if out_nV is None:
+            out_nV = hidden_nd.new_empty(len(hidden_nd), len(self.head_weight))
+        logits_nV = head_product(hidden_nd, self.head_weight, out_nV)
         cap = self.softcap
         return logits_nV if cap is None else logits_nV.div_(cap).tanh_().mul_(cap)
 

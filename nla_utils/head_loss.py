@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from nla_utils.products import head_product
+
 # Below this many rows the two products are held up by reading the weight.
 CHUNK_ROWS = 256
 
@@ -38,11 +40,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 def _buffer(hidden_nd: Tensor, weight_Vd: Tensor) -> Tensor:
     """Memory for the logits of one chunk, used again by every chunk."""
-    return hidden_nd.new_empty(min(CHUNK_ROWS, len(hidden_nd)), len(weight_Vd))
+    return weight_Vd.new_empty(min(CHUNK_ROWS, len(hidden_nd)), len(weight_Vd))
 
 
 def _logits(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float], buffer_CV: Tensor) -> Tensor:
-    z_nV = torch.mm(hidden_nd, weight_Vd.T, out=buffer_CV[: len(hidden_nd)])
+    z_nV = head_product(hidden_nd, weight_Vd, buffer_CV[: len(hidden_nd)])
     return z_nV if cap is None else z_nV.div_(cap).tanh_().mul_(cap)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nla_utils import attention
+from nla_utils import attention, products
 from nla_utils.backbone import Backbone, BackboneError
 from nla_utils.checks import check_backbone
 from nla_utils.config import ConfigError, RunConfig
@@ -57,10 +57,14 @@ def load_backbone(run: RunConfig) -> Backbone:
     library_attention = model.config._attn_implementation
     if model.device.type == "cpu":
         model.set_attn_implementation(attention.NAME)
+        products.widen_linear_maps(model.base_model)
+    head_weight = model.get_output_embeddings().weight
+    head_weight = head_weight.to(products.product_dtype(head_weight))
     side = spec.padding_side or tokenizer.padding_side
     backbone = Backbone(
-        spec, model, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder), library_attention
-    )
+        spec, model, head_weight, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder),
+        library_attention,
+    )  # fmt: skip
     check_backbone(backbone)
     return backbone
 
