@@ -93,9 +93,12 @@ def _report(folders, adopt: bool, adopt_run) -> None:
         paper()
 
 
+LAYERS = Annotated[str, typer.Option(help="all, or numbers with commas: 6,13")]
+
+
 @app.command()
 def sweep(
-    layers: Annotated[str, typer.Option(help="all, or numbers with commas: 6,13")] = "all",
+    layers: LAYERS = "all",
     backbone: Backbone = "gemma3-270m",
     profile: ProfileName = "quick",
     out: Out = ROOT / "runs",
@@ -107,27 +110,66 @@ def sweep(
 ) -> None:
     """Run the notebooks at several layers, all from the same sequences, whose activations are taken in one pass."""
     from nla_utils.backbone import BackboneError
-    from nla_utils.layers import config_at, extract_layers, parse_layers
+    from nla_utils.layers import config_at, extract_layers
     from nla_utils.reproduce import NotebookFailed
     from nla_utils.reproduce import adopt as adopt_run
     from nla_utils.reproduce import reproduce as run_all
-    from nla_utils.run import open_run
-    from nla_utils.sources import SourceError, settled
+    from nla_utils.sources import SourceError
     from nla_utils.store import ArtefactError
 
     try:
-        config = RunConfig(backbone=settled(backbone), profile=profile, seed=seed, out=_where(out), device=device,
-                           dtype=dtype, **size_overrides(set_))  # fmt: skip
-        opened = open_run(config).backbone
-        chosen = parse_layers(layers, opened.n_layers)
+        run, chosen = _open_at(layers, backbone, profile, out, seed, device, dtype, set_)
+        config, opened = run.config, run.backbone
         extract_layers(config, opened, chosen)
         configs = [config_at(config, opened.layer, x) for x in chosen]
         # The notebooks load the backbone themselves: it need not be held twice.
-        del opened
-        folders = run_all(configs)
+        del run, opened
+        for at in configs:
+            # One after the other: a sweep takes hours, and a layer that is whole should not wait for the last.
+            _report(run_all([at]), adopt, adopt_run)
     except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed) as error:
         cli_verbalize.fail(error)
-    _report(folders, adopt, adopt_run)
+
+
+@app.command()
+def depth(
+    layers: LAYERS = "all",
+    backbone: Backbone = "gemma3-270m",
+    profile: ProfileName = "quick",
+    out: Out = ROOT / "runs",
+    seed: Seed = 1,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    set_: Sizes = [],
+    adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
+) -> None:
+    """Measure what text can reach at each layer, with no verbalizer: all layers in the time of a few."""
+    from nla_utils.backbone import BackboneError
+    from nla_utils.depth import reach_of_text
+    from nla_utils.reproduce import adopt as adopt_run
+    from nla_utils.results import DEPTH, write_results
+    from nla_utils.sources import SourceError
+    from nla_utils.store import ArtefactError
+
+    try:
+        run, chosen = _open_at(layers, backbone, profile, out, seed, device, dtype, set_)
+        record, made_from = reach_of_text(run.config, run.backbone, chosen)
+    except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
+        cli_verbalize.fail(error)
+    write_results(run.folder, run.config, DEPTH, record, made_from)
+    _report([run.folder], adopt, adopt_run)
+
+
+def _open_at(layers, backbone, profile, out, seed, device, dtype, set_):
+    """The opened run of these options, at the backbone's own layer, and the layers that were named."""
+    from nla_utils.layers import parse_layers
+    from nla_utils.run import open_run
+    from nla_utils.sources import settled
+
+    config = RunConfig(backbone=settled(backbone), profile=profile, seed=seed, out=_where(out), device=device,
+                       dtype=dtype, **size_overrides(set_))  # fmt: skip
+    run = open_run(config)
+    return run, parse_layers(layers, run.backbone.n_layers)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from nla_utils import beyond, claims, figures, paper_text, sweeps, tables
 from nla_utils.audit import audit_table
 from nla_utils.config import ROOT
 from nla_utils.published import SECTION_11
-from nla_utils.results import NAMES, RunResults, committed_results, find_runs, plain_runs
+from nla_utils.results import RunResults, committed_results, find_runs, plain_runs
 from nla_utils.store import atomic_write
 
 SECTION = ROOT / "paper" / "section11.md"
@@ -62,9 +62,10 @@ FIGURES = (
     FigureSpec("fig6_reader_scaling", figures.figure_6, "The tail reader's greedy score, the probe's and "
                "NN-retrieval's against the number of sequences that each may use, on the same held-out targets.",
                _any_ablation),
-    FigureSpec("fig7_depth", sweeps.figure_7, "Against the extraction layer, the same sequences: what text can reach, "
-               "what the verbalizers reach, ‖μ‖ and the raw floor. Bands are 95 % bootstrap intervals over targets.",
-               sweeps.layer_groups, variants=True),
+    FigureSpec("fig7_depth", sweeps.figure_7, "Against the extraction layer: what text can reach (lines), what the "
+               "verbalizers reach (points), ‖μ‖ and the raw floor. Bands and bars are 95 % bootstrap intervals over "
+               "targets.",
+               sweeps.depths, variants=True),
 )  # fmt: skip
 
 
@@ -148,8 +149,7 @@ def shared_tables(runs: Sequence[RunResults]) -> list[Table]:
 
 def sweep_tables(runs: Sequence[RunResults]) -> list[Table]:
     """Tables over runs that differ in layer or in seed alone."""
-    made = [Table(f"{_stem(g)}-depth", f"Depth: {sweeps.title(g)}", sweeps.depth_table(g))
-            for g in sweeps.layer_groups(runs)]  # fmt: skip
+    made = [Table(f"{_stem(d.runs)}-depth", f"Depth: {d.title}", sweeps.depth_table(d)) for d in sweeps.depths(runs)]
     return made + [Table(f"{_stem(g)}-seeds", f"Seeds: {sweeps.title(g)}", sweeps.seeds_table(g))
                    for g in sweeps.seed_groups(runs)]  # fmt: skip
 
@@ -216,7 +216,7 @@ def section_text(
     for spec in figures_of(runs, own):
         path = Path(os.path.relpath(figure_folder, base), f"{spec.stem}.png").as_posix()
         parts.append(f"![{spec.caption}]({path})\n\n*{spec.caption}*\n")
-    notes = [paper_text.depth(g) for g in sweeps.layer_groups(runs)]
+    notes = [paper_text.depth(d) for d in sweeps.depths(runs)]
     notes += [SEEDS_NOTE for _ in sweeps.seed_groups(runs)]
     for table, note in zip(sweep_tables(runs), notes):
         parts.append(f"## {table.caption}\n\n{note}\n{tables.markdown(table.frame)}")
@@ -237,8 +237,7 @@ def _run_part(run: RunResults) -> str:
 def _provenance(runs: Sequence[RunResults]) -> str:
     files = []
     for run in runs:
-        for name in NAMES:
-            data = run.data[name]
+        for name, data in run.everything.items():
             files.append(
                 {
                     "results file": f"{run.backbone}/{run.profile}/{name}.json",

@@ -119,28 +119,55 @@ def _over_seeds(record: Optional[dict]) -> str:
     )
 
 
-def depth(group: dict[int, RunResults]) -> str:
+def depth(found: sweeps.Depth) -> str:
     """What depth does, in sentences whose numbers come from the runs and whose layers follow from the intervals."""
-    first, last = group[min(group)], group[max(group)]
-
-    def from_to(protocol: str, key: str, digits: int = 3) -> str:
-        return " to ".join(tables.number(r.column("oracle_ceiling", protocol)[key], digits) for r in (first, last))
-
-    def above(column, key: str) -> str:
-        found = [str(layer) for layer, run in group.items() if column(run)["ci95"][key][0] > 0]
-        return f"at layers {', '.join(found)}" if found else "at none of them"
-
-    sentences = (
-        f"Layers {', '.join(map(str, group))} of the same sequences.",
-        f"From the first to the last, ‖μ‖ goes from {from_to('corrected', 'mu_norm', 1)}, the raw floor from "
-        f"{from_to('corrected', 'random_floor_raw_fve_mean')}.",
-        f"Replay as published goes from {from_to('paper', 'replay_cen_fve_mean')}, the source's own last 8 tokens from "
-        f"{from_to('corrected', 'tail_oracle_8_cen_fve_mean')}.",
-        "The AV's best of K lies above that of as many unrelated texts "
-        f"{above(lambda r: r.column('centered_eval', 'corrected'), sweeps.GAP)}; the tail reader's greedy text above "
-        f"NN-retrieval {above(sweeps.reader_column, sweeps.RETRIEVAL)}.",
-    )
+    of_pool = {layer: columns("corrected", "oracle_ceiling") for layer, columns in found.texts.items()}
+    texts = {label: {layer: columns(p, name)[key] for layer, columns in found.texts.items()}
+             for label, p, name, key, _ in sweeps.TEXT_CURVES}  # fmt: skip
+    texts |= {"‖μ‖": {x: c["mu_norm"] for x, c in of_pool.items()},
+              "the raw floor": {x: c["random_floor_raw_fve_mean"] for x, c in of_pool.items()}}  # fmt: skip
+    evaluated = {layer: run.column("centered_eval", "corrected") for layer, run in found.runs.items()}
+    readers = {layer: sweeps.reader_column(run) for layer, run in found.runs.items()}
+    sentences = [_sequences_of(found)]
+    sentences += [f"{label[0].upper()}{label[1:]}: {_range(values)}." for label, values in texts.items()]
+    if found.record:
+        sentences += [
+            "The source's own last 8 tokens lie above NN-retrieval "
+            f"{_above(of_pool, 'tail_oracle_8_cen_fve_mean_minus_nn_retrieval_cen_mean')}, eight paraphrases above "
+            "eight unrelated texts "
+            f"{_above(of_pool, 'paraphrase_bestof8_cen_fve_mean_minus_unrelated_text_bestof8_cen_fve_mean')}."
+        ]
+    sentences += [
+        f"The AV's best of K lies above that of as many unrelated texts {_above(evaluated, sweeps.GAP)}; the tail "
+        f"reader's greedy text above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}."
+    ]
     return " ".join(sentences) + "\n"
+
+
+def _sequences_of(found: sweeps.Depth) -> str:
+    verbalizers = f"layers {', '.join(map(str, found.runs))}"
+    if found.record is None:
+        return f"{verbalizers.capitalize()} of the same sequences."
+    seed = found.record["identity"]["seed"]
+    others = next(iter(found.runs.values())).seed
+    return (
+        f"What text can reach is measured at layers {min(found.texts)} to {max(found.texts)} of the same sequences "
+        f"(seed {seed}); the verbalizers at {verbalizers} of others (seed {others})."
+    )
+
+
+def _range(by_layer: dict[int, float]) -> str:
+    low, high = min(by_layer, key=by_layer.get), max(by_layer, key=by_layer.get)
+    digits = 1 if by_layer[high] > 10 else 3
+    ends = [f"{tables.number(by_layer[x], digits)} at layer {x}" for x in (low, high)]
+    return f"from {ends[0]} to {ends[1]}"
+
+
+def _above(columns: dict[int, dict], key: str) -> str:
+    found = [str(layer) for layer, column in columns.items() if column["ci95"][key][0] > 0]
+    if len(found) == len(columns) > 2:
+        return "at every layer"
+    return f"at layer{'s' * (len(found) > 1)} {', '.join(found)}" if found else "at none of them"
 
 
 def headline(runs: Sequence[RunResults]) -> str:

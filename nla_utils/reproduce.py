@@ -19,7 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.progress import MIRROR_VARIABLE
-from nla_utils.results import committed_results, family_of, results_file
+from nla_utils.results import DEPTH, committed_results, family_of, results_file
 from nla_utils.run import open_folder
 from nla_utils.sources import fetch_av, fetch_targets
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, read_json, require_disk
@@ -211,10 +211,12 @@ class Ticker:
 
 def adopt(folder: RunFolder) -> None:
     """Copy a run's results to where the repository keeps them, and its executed notebooks if it is a run of its own:
-    of the runs of a sweep the results alone are kept."""
-    results = committed_results() / folder.backbone / folder.path.name
+    of the runs of a sweep the results alone are kept. What text alone reaches by depth is kept beside the runs of any
+    seed."""
+    results = committed_results() / folder.backbone
     for path in sorted(folder.file("results").glob("*.json")):
-        atomic_write(results / path.name, path.read_bytes())
+        beside = family_of(folder.path.name) if path.stem == DEPTH else folder.path.name
+        atomic_write(results / beside / path.name, path.read_bytes())
     if family_of(folder.path.name) != folder.path.name:
         return
     executed = ROOT / "notebooks" / "executed" / folder.backbone / folder.path.name

@@ -12,6 +12,9 @@ from nla_utils.store import RunFolder, code_version, library_versions, read_json
 
 VARIED = re.compile(r"(layer|seed)\d+")
 NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
+DEPTH = "depth"
+# Results files that only some runs have.
+OPTIONAL = ("reader_ablation", "reader_seeds", DEPTH)
 
 
 def results_file(folder: RunFolder, name: str) -> Path:
@@ -78,8 +81,13 @@ class RunResults:
     def column(self, name: str, protocol: str) -> dict:
         return self.data[name]["protocols"][protocol]
 
+    @property
+    def everything(self) -> dict[str, dict]:
+        """All results files by name, with those that not every run has."""
+        return self.data | {name: found for name in OPTIONAL if (found := optional_results(self, name))}
+
     def sha256(self, name: str) -> str:
-        return sha256_file(self.files[name])
+        return sha256_file(self.files["targets"].with_name(f"{name}.json"))
 
 
 def load_run(folder: Path) -> RunResults | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from dataclasses import dataclass
+from typing import Callable, Optional, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nla_utils.figures import NULL_GREY, colour, style
-from nla_utils.results import RunResults
+from nla_utils.results import DEPTH, RunResults, optional_results
 from nla_utils.tables import number, over_seeds, with_interval
 
 GAP = "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean"
@@ -31,14 +33,46 @@ READER_ROWS = (
     ("tail reader, greedy − NN-retrieval", RETRIEVAL),
 )
 LEAST_LAYERS = 2
-# (label, protocol, results file, key, line)
-DEPTH_CURVES = (
-    ("replay, as published", "paper", "oracle_ceiling", "replay_cen_fve_mean", ":"),
+# (label, protocol, results file, key, line). What text can reach needs no verbalizer.
+TEXT_CURVES = (
     ("tail oracle, last 8", "corrected", "oracle_ceiling", "tail_oracle_8_cen_fve_mean", "--"),
-    ("tail reader, greedy", "reader", "centered_eval", "adapter_cen_greedy_mean", "-."),
-    ("AV, best-of-K", "corrected", "centered_eval", "adapter_cen_bestofK_mean", "-"),
+    ("NN-retrieval", "corrected", "centered_eval", "nn_retrieval_cen_mean", "-."),
+    ("replay, as published", "paper", "oracle_ceiling", "replay_cen_fve_mean", ":"),
+    ("paraphrase, best of 8", "corrected", "oracle_ceiling", "paraphrase_bestof8_cen_fve_mean", (0, (5, 1, 1, 1, 1, 1))),
     ("unrelated texts, best-of-K", "corrected", "centered_eval", "unrelated_text_cen_bestofK_mean", "-"),
+)  # fmt: skip
+VERBALIZER_CURVES = (
+    ("tail reader, greedy", "reader", "centered_eval", "adapter_cen_greedy_mean", "D-"),
+    ("AV, best-of-K", "corrected", "centered_eval", "adapter_cen_bestofK_mean", "o-"),
 )
+# A column by protocol and results file.
+Columns = Callable[[str, str], dict]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Runs of several layers that are otherwise alike, by layer, and what ``nla depth`` found of text alone, if it
+    was asked: ``{"K", "layers", …}``, at more layers, from sequences of its own."""
+
+    runs: dict[int, RunResults]
+    record: Optional[dict]
+
+    @property
+    def title(self) -> str:
+        return title(self.runs)
+
+    @property
+    def texts(self) -> dict[int, Columns]:
+        """Columns of what text can reach, by layer."""
+        if self.record is None:
+            return self.verbalizers
+        layers = {int(layer): columns for layer, columns in self.record["layers"].items()}
+        return {layer: lambda protocol, _, c=columns: c[protocol] for layer, columns in sorted(layers.items())}
+
+    @property
+    def verbalizers(self) -> dict[int, Columns]:
+        """Columns of the runs, by layer."""
+        return {layer: lambda protocol, name, r=run: _column(r, protocol, name) for layer, run in self.runs.items()}
 
 
 def seed_groups(runs: Sequence[RunResults]) -> list[dict[int, RunResults]]:
@@ -46,9 +80,11 @@ def seed_groups(runs: Sequence[RunResults]) -> list[dict[int, RunResults]]:
     return _groups(runs, lambda r: (r.backbone, r.family, r.layer), lambda r: r.seed, 2)
 
 
-def layer_groups(runs: Sequence[RunResults]) -> list[dict[int, RunResults]]:
-    """Runs of several layers that are otherwise alike, by layer."""
-    return _groups(runs, lambda r: (r.backbone, r.family, r.seed), lambda r: r.layer, LEAST_LAYERS)
+def depths(runs: Sequence[RunResults]) -> list[Depth]:
+    """Every set of runs that says something about depth: of several layers, or with a record of text alone."""
+    groups = _groups(runs, lambda r: (r.backbone, r.family, r.seed), lambda r: r.layer, 1)
+    found = [Depth(g, next(filter(None, (optional_results(r, DEPTH) for r in g.values())), None)) for g in groups]
+    return [d for d in found if d.record or len(d.runs) >= LEAST_LAYERS]
 
 
 def _groups(runs: Sequence[RunResults], alike, varied, least: int) -> list[dict[int, RunResults]]:
@@ -83,42 +119,56 @@ def _column(run: RunResults, protocol: str, name: str) -> dict:
     return reader_column(run) if protocol == "reader" else run.column(name, protocol)
 
 
-def depth_table(group: dict[int, RunResults]) -> pd.DataFrame:
-    """One row a layer: what text can reach there, what the verbalizers reach, ‖μ‖ and the raw floor."""
-    rows = []
-    for layer, run in group.items():
-        ceilings = run.column("oracle_ceiling", "corrected")
-        row = {"layer": layer, "‖μ‖": number(ceilings["mu_norm"], 1)}
-        row["raw floor"] = number(ceilings["random_floor_raw_fve_mean"])
-        row |= {label: with_interval(_column(run, p, name), key) for label, p, name, key, _ in DEPTH_CURVES}
-        evaluation = run.column("centered_eval", "corrected")
-        row["AV − unrelated, best-of-K"] = with_interval(evaluation, GAP)
-        row["reader − NN-retrieval"] = with_interval(reader_column(run), RETRIEVAL)
+def depth_table(depth: Depth) -> pd.DataFrame:
+    """One row a layer: what text can reach there, ‖μ‖ and the raw floor, and where it was run what verbalizers reach."""
+    rows, empty = [], {label: "–" for label, *_ in VERBALIZER_CURVES}
+    for layer, columns in depth.texts.items():
+        of_pool = columns("corrected", "oracle_ceiling")
+        row = {"layer": layer, "‖μ‖": number(of_pool["mu_norm"], 1)}
+        row["raw floor"] = number(of_pool["random_floor_raw_fve_mean"])
+        row |= {label: with_interval(columns(p, name), key) for label, p, name, key, _ in TEXT_CURVES} | empty
+        if layer in depth.runs:
+            run = depth.verbalizers[layer]
+            row |= {label: with_interval(run(p, name), key) for label, p, name, key, _ in VERBALIZER_CURVES}
+            row["AV − unrelated, best-of-K"] = with_interval(run("corrected", "centered_eval"), GAP)
+            row["reader − NN-retrieval"] = with_interval(run("reader", "centered_eval"), RETRIEVAL)
         rows.append(row)
-    return pd.DataFrame(rows).set_index("layer")
+    return pd.DataFrame(rows).set_index("layer").fillna("–")
 
 
 def figure_7(runs: Sequence[RunResults]) -> Figure:
-    """Against depth: centred scores, ‖μ‖, raw floor; one row for each backbone that was swept."""
-    groups = layer_groups(runs)
-    fig, axes = plt.subplots(len(groups), 3, figsize=(12, 3.8 * len(groups)), layout="constrained", squeeze=False,
-                             width_ratios=(2, 1, 1))  # fmt: skip
-    for row, group in zip(axes, groups):
-        shade = colour(next(iter(group.values())).backbone)
-        _draw_scores(row[0], group, shade)
-        style(row[0], "layer", "centred fve_nrm", title(group))
-        columns = [run.column("oracle_ceiling", "corrected") for run in group.values()]
+    """Against depth: centred scores, ‖μ‖, raw floor; one row for each backbone that was looked at by depth."""
+    found = depths(runs)
+    fig, axes = plt.subplots(len(found), 3, figsize=(12, 4.4 * len(found)), layout="constrained", squeeze=False,
+                             width_ratios=(2.4, 1, 1))  # fmt: skip
+    for row, depth in zip(axes, found):
+        shade = colour(next(iter(depth.runs.values())).backbone)
+        _draw_scores(row[0], depth, shade)
+        style(row[0], "layer", "centred fve_nrm", depth.title)
+        of_pool = {layer: columns("corrected", "oracle_ceiling") for layer, columns in depth.texts.items()}
         for ax, key, label in ((row[1], "mu_norm", "‖μ‖"), (row[2], "random_floor_raw_fve_mean", "raw floor")):
-            ax.plot(list(group), [c[key] for c in columns], "o-", color=shade)
+            ax.plot(list(of_pool), [c[key] for c in of_pool.values()], "o-", color=shade, markersize=4)
             style(ax, "layer", label)
+        for ax in row:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return fig
 
 
-def _draw_scores(ax: Axes, group: dict[int, RunResults], shade: str) -> None:
-    for label, protocol, name, key, line in DEPTH_CURVES:
-        columns = [_column(run, protocol, name) for run in group.values()]
-        low, high = np.array([c["ci95"][key] for c in columns]).T
+def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:
+    """Curves and bands of text, points with intervals of the verbalizers."""
+    for label, protocol, name, key, line in TEXT_CURVES:
+        x, y, low, high = _series(depth.texts, protocol, name, key)
         color = NULL_GREY if label.startswith("unrelated") else shade
-        ax.plot(list(group), [c[key] for c in columns], line, marker="o", markersize=3, color=color, label=label)
-        ax.fill_between(list(group), low, high, color=color, alpha=0.12, linewidth=0)
-    ax.legend(frameon=False, fontsize=7)
+        ax.plot(x, y, linestyle=line, color=color, label=label)
+        ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    for label, protocol, name, key, line in VERBALIZER_CURVES:
+        x, y, low, high = _series(depth.verbalizers, protocol, name, key)
+        ax.errorbar(x, y, [y - low, high - y], fmt=line, color="black", markersize=4, linewidth=0.8, label=label)
+    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _series(by_layer: dict[int, Columns], protocol: str, name: str, key: str) -> tuple[np.ndarray, ...]:
+    """(layers, means, lower and upper ends of their intervals)."""
+    columns = [of(protocol, name) for of in by_layer.values()]
+    low, high = np.array([c["ci95"][key] for c in columns]).T
+    return np.array(list(by_layer)), np.array([c[key] for c in columns]), low, high

@@ -33,12 +33,19 @@ def test_committed_section_and_tables_are_what_the_results_give():
 
 
 def test_every_committed_number_traces_to_a_run():
+    section = (ROOT / "paper" / "section11.md").read_text()
     for run in RUNS:
         for name in NAMES:
             record = run.data[name]
             assert re.fullmatch("[0-9a-f]{40}", record["code"]["git_commit"]) and record["code"]["dirty"] is False
             assert all(re.fullmatch("[0-9a-f]{64}", v) for v in record["made_from"].values())
             assert record["identity"] == run.data["targets"]["identity"]
+        for name in run.everything.keys() - set(NAMES):
+            record = run.everything[name]
+            assert re.fullmatch("[0-9a-f]{40}", record["code"]["git_commit"]) and record["code"]["dirty"] is False
+            assert all(re.fullmatch("[0-9a-f]{64}", v) for v in record["made_from"].values())
+            assert record["identity"]["weight_hash"] == run.data["targets"]["identity"]["weight_hash"]
+            assert f"{run.backbone}/{run.profile}/{name}.json" in section
         shared = {k: v for n in NAMES for k, v in run.data[n]["made_from"].items()}
         for name in NAMES:
             assert run.data[name]["made_from"].items() <= shared.items()

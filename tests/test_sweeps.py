@@ -143,25 +143,35 @@ def test_variants_stand_in_the_sweeps_tables_alone(swept):
     own = (base.backbone, f"{base.profile}-layer6")
     assert f"{family}-layer6-headline" in [t.stem for t in all_tables(runs, own)]
     text = section_text(runs, ROOT / "paper", ROOT / "figures")
-    assert "fig7_depth.png" in text and paper_text.depth(sweeps.layer_groups(runs)[0]) in text
+    assert "fig7_depth.png" in text and paper_text.depth(sweeps.depths(runs)[0]) in text
 
 
-def test_depth_and_seeds_are_told_apart(swept):
+@pytest.fixture
+def no_record(monkeypatch):
+    """As if nothing were known of text alone."""
+    monkeypatch.setattr(sweeps, "optional_results", lambda *_: None)
+
+
+def test_depth_and_seeds_are_told_apart(swept, no_record):
     base, runs = swept
-    (by_layer,), (by_seed,) = sweeps.layer_groups(runs), sweeps.seed_groups(runs)
-    assert list(by_layer) == sorted({6, 9, base.layer}) and list(by_seed) == [1, 2]
-    assert list(sweeps.depth_table(by_layer).index) == list(by_layer)
+    (depth,), (by_seed,) = sweeps.depths(runs), sweeps.seed_groups(runs)
+    assert list(depth.runs) == sorted({6, 9, base.layer}) and list(by_seed) == [1, 2]
+    assert list(sweeps.depth_table(depth).index) == list(depth.runs)
     row = sweeps.seeds_table(by_seed).loc["greedy"]
     value = base.column("centered_eval", "corrected")["adapter_cen_greedy_mean"]
     assert row.iloc[-1] == f"{value + 0.15:.3f} ± {0.3 / 2**0.5:.3f}"
 
 
-def test_the_depth_figure_draws_every_layer(swept):
+def test_the_depth_figure_draws_every_layer(swept, no_record):
     _, runs = swept
     fig = sweeps.figure_7(runs)
     scores, norm, floor = fig.axes
-    assert len(scores.lines) == len(sweeps.DEPTH_CURVES)
-    assert all(len(line.get_xdata()) == 3 for ax in (scores, norm, floor) for line in ax.lines)
+    points = {c.get_label(): c.lines[0] for c in scores.containers}
+    assert set(points) == {label for label, *_ in sweeps.VERBALIZER_CURVES}
+    curves = [line for line in scores.lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in curves] == [label for label, *_ in sweeps.TEXT_CURVES]
+    drawn = [*points.values(), *curves, *norm.lines, *floor.lines]
+    assert all(len(line.get_xdata()) == 3 for line in drawn)
     plt.close(fig)
 
 

@@ -1,0 +1,91 @@
+"""What text can reach at each layer of a backbone, with no verbalizer: one set of sequences, one pass over each text.
+
+Replay, tail oracle, paraphrase, retrieval and the unrelated-text null need v and the texts alone. A layer of them costs
+a small part of what training and rolling out an AV there does, so they can be had for all layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Sequence
+
+import numpy as np
+
+from nla_utils import metrics, paper_way
+from nla_utils.backbone import Backbone
+from nla_utils.ceilings import draw_paraphrases
+from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, RunConfig
+from nla_utils.evaluation import Column
+from nla_utils.layers import config_at, extract_layers, folder_at
+from nla_utils.metrics import fve, fve_matrix
+from nla_utils.progress import Progress
+from nla_utils.targets import Targets, load_targets
+
+
+def reach_of_text(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> tuple[dict, dict[str, str]]:
+    """(``{"K", "layers": {layer: {protocol: column}}}``, hashes of the targets), in the key names of notebooks 03, 04.
+
+    ``corrected``: held-out targets, μ of the pool. ``paper``: replay alone, of the first M, μ their own mean.
+    ``backbone`` stands at its own layer.
+    """
+    extract_layers(run, backbone, layers)
+    own = backbone.layer
+
+    def targets_of(layer: int) -> Targets:
+        return load_targets(config_at(run, own, layer), folder_at(config_at(run, own, layer), backbone, layer))
+
+    texts = _texts(run, backbone, targets_of(layers[0]))
+    h = {name: backbone.encode_layers(ids, True, layers) for name, ids in texts.items()}
+    columns, parents = {}, {}
+    for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
+        targets = targets_of(layer)
+        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts)
+        paper = _published_replay(dataclasses.replace(backbone, layer=layer), targets)
+        columns[str(layer)] = {"paper": paper.to_json(), "corrected": corrected.to_json()}
+        parents[f"targets of layer {layer}"] = targets.sha256
+    return {"K": run.sizes.n_rollouts, "layers": columns}, parents
+
+
+def _texts(run: RunConfig, backbone: Backbone, targets: Targets) -> dict[str, list[list[int]]]:
+    """Ids of what is written of the held-out targets: all of it, its ends, its paraphrases; the same at each layer."""
+    rows = targets.held_out
+    sources = targets.sequences(rows)
+    folder = folder_at(run, backbone, backbone.layer)
+    return {
+        "replay": sources,
+        "tail": [s[-n:] for s in sources for n in TAIL_LENGTHS],
+        "paraphrase": draw_paraphrases(run, backbone, targets, rows, "corrected", folder),
+    }
+
+
+def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
+    v, pool, mu = targets.v[targets.held_out], targets.v[targets.pool], targets.mu
+    column = Column("corrected", len(v))
+    column.put("mu_norm", float(np.linalg.norm(mu)))
+    column.add("random_floor_raw_fve_mean", fve_matrix(v, pool).mean(axis=1))
+    column.add("constant_mu_raw_mean", fve(mu, v))
+    column.add("replay_cen_fve_mean", fve(h["replay"], v, mu))
+    tail_MJd = h["tail"].reshape(len(v), len(TAIL_LENGTHS), -1)
+    for n, score_M in zip(TAIL_LENGTHS, fve(tail_MJd, v[:, None], mu).T):
+        column.add(f"tail_oracle_{n}_cen_fve_mean", score_M)
+    paraphrase_M8 = fve(h["paraphrase"].reshape(len(v), N_PARAPHRASES, -1), v[:, None], mu)
+    column.add("paraphrase_bestof8_cen_fve_mean", paraphrase_M8.max(axis=1))
+    score_MP = fve_matrix(v, pool, mu)
+    column.add("random_floor_cen_fve_mean", score_MP.mean(axis=1))
+    column.add("nn_retrieval_cen_mean", score_MP.max(axis=1))
+    # Behind BOS the pool's texts re-encode to the pool's own activations.
+    null = metrics.exact_k_curve(score_MP, [N_PARAPHRASES, k])
+    column.add("unrelated_text_bestof8_cen_fve_mean", null[:, 0])
+    column.add("unrelated_text_cen_bestofK_mean", null[:, 1])
+    column.difference("paraphrase_bestof8_cen_fve_mean", "unrelated_text_bestof8_cen_fve_mean")
+    column.difference("tail_oracle_8_cen_fve_mean", "nn_retrieval_cen_mean")
+    return column
+
+
+def _published_replay(backbone: Backbone, targets: Targets) -> Column:
+    rows = targets.in_sample
+    texts = [backbone.decode_text(s) for s in targets.sequences(rows)]
+    v = targets.v[rows]
+    column = Column("paper", len(rows))
+    column.add("replay_cen_fve_mean", fve(paper_way.encode_texts(backbone, texts), v, v.mean(axis=0)))
+    return column
