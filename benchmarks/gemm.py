@@ -10,17 +10,18 @@ from torch import nn
 
 from nla_utils.backbone import Backbone
 from nla_utils.head_loss import CHUNK_ROWS
+from nla_utils.products import head_product
 
 
 @torch.inference_mode()
 def linear_seconds(weight: torch.Tensor, rows: int, repeats: int = 5) -> float:
     """Median seconds of one product of (rows, in) with a weight (out, in), into memory that is there already."""
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    out = torch.mm(x, weight.T)
-    times = []
+    out, times = x.new_empty(rows, len(weight)), []
+    head_product(x, weight, out)
     for _ in range(repeats):
         started = now(weight.device)
-        torch.mm(x, weight.T, out=out)
+        head_product(x, weight, out)
         times.append(now(weight.device) - started)
     return statistics.median(times)
 
@@ -38,7 +39,7 @@ def limits(backbone: Backbone, sample_rows: int, train_rows: int) -> dict[str, f
     Encoding to layer: the first ℓ blocks. Training step: every block and the head, twice (activations
     forward and their gradients backward; the weights are frozen and have none).
     """
-    head = backbone.model.get_output_embeddings().weight
+    head = backbone.head_weight
     wide = 4096
     block_sample, block_wide = blocks_seconds(backbone, sample_rows), blocks_seconds(backbone, wide)
     head_sample = linear_seconds(head, sample_rows)

@@ -23,6 +23,8 @@ from clock import now, peak_memory
 from nla_utils.backbone import Backbone
 from nla_utils.ceilings import continue_prompts, prompt_ids
 from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
+from nla_utils.loading import load_backbone
+from nla_utils.products import has_bfloat16
 from nla_utils.rollouts import paper_logprobs, roll_out
 from nla_utils.run import Run, open_run
 from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings
@@ -52,12 +54,25 @@ class Side:
     peak_bytes: int = 0
 
 
-def compare(backbone: Backbone, name: str, theirs: Callable[[], int], ours: Callable[[], int]) -> dict:
+def reference_backbone(run: Run) -> Backbone:
+    """What the reference path is given: the run's own model, where bfloat16 is left to the library.
+
+    On a CPU without bfloat16 instructions the library is faster in float32, and a careful user would load that.
+    """
+    if run.backbone.head_weight.dtype == run.backbone.dtype:
+        return run.backbone
+    return load_backbone(dataclasses.replace(run.config, dtype="float32"))
+
+
+def compare(name: str, theirs: Callable[[], int], ours: Callable[[], int], models: dict[str, Backbone]) -> dict:
     """Tokens/s of both sides, alternating, each with its own attention, and the ratio of medians."""
     sides = {"reference": Side(theirs, []), "ours": Side(ours, [])}
-    attentions = {"reference": backbone.library_attention, "ours": backbone.model.config._attn_implementation}
+    attentions = {
+        "reference": models["reference"].library_attention, "ours": models["ours"].model.config._attn_implementation
+    }  # fmt: skip
     for round_ in range(ROUNDS):
         for label, side in sides.items():
+            backbone = models[label]
             backbone.model.set_attn_implementation(attentions[label])
             with peak_memory(backbone.device) as memory:
                 started = now(backbone.device)
@@ -78,7 +93,7 @@ def compare(backbone: Backbone, name: str, theirs: Callable[[], int], ours: Call
 
 def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
     """Both paths' rates for each stage, and our way of the stages whose time is taken apart."""
-    backbone = run.backbone
+    backbone, library = run.backbone, reference_backbone(run)
     settings = SamplingSettings()
     chunk = draw_chunk(backbone, settings, 128, seed=0)
     sequences = [chunk["ids"][i, : chunk["lengths"][i]].tolist() for i in range(128)]
@@ -92,7 +107,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         return int(draw_chunk(backbone, settings, SAMPLE_BATCH, seed=1)["lengths"].sum())
 
     def reference_sampling() -> int:
-        ids, _ = reference.sample_and_extract(backbone, REFERENCE_SEQUENCES)
+        ids, _ = reference.sample_and_extract(library, REFERENCE_SEQUENCES)
         return ids.numel()
 
     def ours_encoding() -> int:
@@ -100,7 +115,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         return sum(map(len, sequences))
 
     def reference_encoding() -> int:
-        reference.encode(backbone, ids_NT)
+        reference.encode(library, ids_NT)
         return ids_NT.numel()
 
     def ours_training() -> int:
@@ -109,7 +124,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         return text_ids.numel()
 
     def reference_training() -> int:
-        reference.train_step(backbone, av, v[: len(texts)], text_ids)
+        reference.train_step(library, av, v[: len(texts)], text_ids)
         return text_ids.numel()
 
     def ours_evaluation() -> int:
@@ -119,8 +134,8 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         return int(part["lengths"].sum())
 
     def reference_evaluation() -> int:
-        h = reference.roll_out_and_score(backbone, av, v[:1], K)
-        reference.roll_out_and_score(backbone, av, v[:1], K)
+        h = reference.roll_out_and_score(library, av, v[:1], K)
+        reference.roll_out_and_score(library, av, v[:1], K)
         return len(h) * reference.NEW_TOKENS
 
     prompts = [prompt_ids(backbone, backbone.decode_text(s), "corrected") for s in sequences[:32]]
@@ -132,7 +147,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         return int(samples.lengths.sum())
 
     def reference_ceilings() -> int:
-        return reference.paraphrase_and_encode(backbone, prompts)
+        return reference.paraphrase_and_encode(library, prompts)
 
     ways = {
         SAMPLING: (reference_sampling, ours_sampling),
@@ -141,7 +156,8 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         PARAPHRASES: (reference_ceilings, ours_ceilings),
         ROLLOUTS: (reference_evaluation, ours_evaluation),
     }
-    stages = [compare(backbone, name, *way) for name, way in ways.items()]
+    models = {"reference": library, "ours": backbone}
+    stages = [compare(name, *way, models) for name, way in ways.items()]
     return stages, {name: ways[name][1] for name in (SAMPLING, ENCODING, TRAINING)}
 
 
@@ -171,7 +187,10 @@ def measure(run: Run) -> dict:
 
 def machine(device: torch.device) -> dict:
     card = {"card": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **card}
+    processor = platform.processor() or platform.machine()
+    return {
+        "processor": processor, "bfloat16_instructions": has_bfloat16(), "threads": torch.get_num_threads(), **card
+    }  # fmt: skip
 
 
 def profile(work: Callable[[], int], device: torch.device) -> dict[str, float]:

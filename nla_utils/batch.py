@@ -10,6 +10,7 @@ from typing import Any, Mapping, Sequence
 
 from nla_utils.config import ConfigError, RunConfig, nearest
 from nla_utils.sources import resolve
+from nla_utils.store import read_json
 
 KEYS = ("out", "profiles", "seeds", "backbones", "until", "options", "threads")
 
@@ -64,6 +65,12 @@ def failures(runs: Mapping[str, BatchRun], out: Path, notebooks: Sequence[str]) 
         if undone:
             found[name] = _why(out / name / "logs" / f"{undone[0]}.log", undone[0])
     return found
+
+
+def seconds(run: Path, notebooks: Sequence[str]) -> float:
+    """Seconds that the notebooks of a run took, as far as they are whole."""
+    paths = [run / "executed" / f"{n}.ipynb" for n in notebooks]
+    return sum(read_json(p)["metadata"]["papermill"]["duration"] for p in paths if p.exists())
 
 
 def _why(log: Path, notebook: str) -> str:

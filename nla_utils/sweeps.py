@@ -33,12 +33,13 @@ READER_ROWS = (
     ("tail reader, greedy − NN-retrieval", RETRIEVAL),
 )
 LEAST_LAYERS = 2
+DOTTED_TWICE = (0, (5, 1, 1, 1, 1, 1))
 # (label, protocol, results file, key, line). What text can reach needs no verbalizer.
 TEXT_CURVES = (
     ("tail oracle, last 8", "corrected", "oracle_ceiling", "tail_oracle_8_cen_fve_mean", "--"),
     ("NN-retrieval", "corrected", "centered_eval", "nn_retrieval_cen_mean", "-."),
     ("replay, as published", "paper", "oracle_ceiling", "replay_cen_fve_mean", ":"),
-    ("paraphrase, best of 8", "corrected", "oracle_ceiling", "paraphrase_bestof8_cen_fve_mean", (0, (5, 1, 1, 1, 1, 1))),
+    ("paraphrase, best of 8", "corrected", "oracle_ceiling", "paraphrase_bestof8_cen_fve_mean", DOTTED_TWICE),
     ("unrelated texts, best-of-K", "corrected", "centered_eval", "unrelated_text_cen_bestofK_mean", "-"),
 )  # fmt: skip
 VERBALIZER_CURVES = (
@@ -120,7 +121,7 @@ def _column(run: RunResults, protocol: str, name: str) -> dict:
 
 
 def depth_table(depth: Depth) -> pd.DataFrame:
-    """One row a layer: what text can reach there, ‖μ‖ and the raw floor, and where it was run what verbalizers reach."""
+    """One row a layer: ‖μ‖, the raw floor, what text can reach there, and what verbalizers reach where they were run."""
     rows, empty = [], {label: "–" for label, *_ in VERBALIZER_CURVES}
     for layer, columns in depth.texts.items():
         of_pool = columns("corrected", "oracle_ceiling")

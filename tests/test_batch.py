@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from nla_utils.batch import failures, runs_of
+from nla_utils.batch import failures, runs_of, seconds
 from nla_utils.config import ROOT, ConfigError
 from nla_utils.sources import settled
 
@@ -95,6 +95,9 @@ def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_pat
     assert len(list(out.glob("tiny-gemma2/*/executed/02_*.ipynb"))) == 2
     assert "failed: broken/smoke: 01_extract_targets: " in said and "2 of 3 runs are whole" in said
     assert (out / "comparison" / "section11.md").exists()
+    took = [seconds(run, ["01_extract_targets", "02_train_av"]) for run in (out / "tiny-gemma2").iterdir()]
+    assert f"all runs: {sum(took):.0f} s" in said and sum(t > 1 for t in took) == 2
+    assert seconds(out / "broken" / "smoke", ["01_extract_targets"]) == 0
 
 
 def test_the_cluster_command_is_understood(tmp_path):

@@ -95,7 +95,8 @@ def beside_a_run(reached, tmp_path):
     _, _, (record, made_from) = reached
     provenance = {k: run.data["targets"][k] for k in ("code", "libraries")}
     identity = run.data["targets"]["identity"] | {"seed": 5}
-    (folder / "depth.json").write_text(json.dumps({**record, "made_from": made_from, "identity": identity, **provenance}))
+    record = {**record, "made_from": made_from, "identity": identity, **provenance}
+    (folder / "depth.json").write_text(json.dumps(record))
     return folder.parent.parent
 
 
