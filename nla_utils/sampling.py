@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nla_utils.backbone import Backbone
+from nla_utils.products import product_dtype
 
 # Rows decoded together. Large enough to keep matrix products efficient on two CPU cores.
 SAMPLE_BATCH = 256
@@ -121,7 +122,10 @@ class _PreallocatedLayer(DynamicLayer):
         self.length, self.filled = length, 0
 
     def lazy_initialization(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        self.buffers = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_BGTD, value_BGTD)]
+        # In the dtype that attention multiplies in, so that a step need not convert all that came before it.
+        self.buffers = [
+            x.new_empty(*x.shape[:2], self.length, x.shape[3], dtype=product_dtype(x)) for x in (key_BGTD, value_BGTD)
+        ]
         self.is_initialized = True
 
     def update(self, key_BGTD: Tensor, value_BGTD: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
