@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Optional, Sequence
 
 from nla_utils import claims, sweeps, tables
@@ -130,13 +131,14 @@ def depth(found: sweeps.Depth) -> str:
     readers = {layer: sweeps.reader_column(run) for layer, run in found.runs.items()}
     sentences = [_sequences_of(found)]
     sentences += [f"{label[0].upper()}{label[1:]}: {_range(values)}." for label, values in texts.items()]
+    sentences += [
+        f"Eight paraphrases minus eight unrelated texts, what a text's meaning is worth at equal count: "
+        f"{_range({layer: c[sweeps.MEANING] for layer, c in of_pool.items()})}, above zero "
+        f"{_above(of_pool, sweeps.MEANING)}."
+    ]
     if found.record:
-        sentences += [
-            "The source's own last 8 tokens lie above NN-retrieval "
-            f"{_above(of_pool, 'tail_oracle_8_cen_fve_mean_minus_nn_retrieval_cen_mean')}, eight paraphrases above "
-            "eight unrelated texts "
-            f"{_above(of_pool, 'paraphrase_bestof8_cen_fve_mean_minus_unrelated_text_bestof8_cen_fve_mean')}."
-        ]
+        key = "tail_oracle_8_cen_fve_mean_minus_nn_retrieval_cen_mean"
+        sentences += [f"The source's own last 8 tokens lie above NN-retrieval {_above(of_pool, key)}."]
     sentences += [
         f"The AV's best of K lies above that of as many unrelated texts {_above(evaluated, sweeps.GAP)}; the tail "
         f"reader's greedy text above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}."
@@ -164,20 +166,25 @@ def _range(by_layer: dict[int, float]) -> str:
 
 
 def _above(columns: dict[int, dict], key: str) -> str:
-    found = [str(layer) for layer, column in columns.items() if column["ci95"][key][0] > 0]
-    if len(found) == len(columns) > 2:
+    """The layers where the whole interval of a difference is above zero, neighbours drawn together."""
+    above = [column["ci95"][key][0] > 0 for column in columns.values()]
+    if all(above) and len(above) > 2:
         return "at every layer"
-    return f"at layer{'s' * (len(found) > 1)} {', '.join(found)}" if found else "at none of them"
+    if not any(above):
+        return "at none of them"
+    stretches = [list(g) for positive, g in itertools.groupby(zip(columns, above), lambda x: x[1]) if positive]
+    names = [str(g[0][0]) if len(g) == 1 else f"{g[0][0]} to {g[-1][0]}" for g in stretches]
+    return f"at layer{'s' * (sum(above) > 1)} {', '.join(names)}"
 
 
 def headline(runs: Sequence[RunResults]) -> str:
-    """The README's first four sentences, from the largest run of each backbone."""
+    """The README's first sentences, from the largest run of each backbone."""
     chosen = largest_runs(runs)
 
-    def each(show) -> str:
-        return "; ".join(f"{r.title}: {show(r)}" for r in chosen)
+    def each(show, shown: Sequence[RunResults] = chosen) -> str:
+        return "; ".join(f"{r.title}: {show(r)}" for r in shown)
 
-    return "\n".join(
+    lines = list(
         (
             "1. **The instrument.** The very same text, replayed as published → corrected, scores (centred): "
             f"{each(_replay)}.",
@@ -187,7 +194,20 @@ def headline(runs: Sequence[RunResults]) -> str:
             "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against "
             f"looking up the nearest stored text, held out: {each(_beyond)}.",
         )
-    ) + "\n"
+    )
+    by_depth = [r for r in chosen if sweeps.depth_record(r)]
+    if by_depth:
+        lines.append(
+            "5. **Depth.** The best of K unrelated texts, and eight paraphrases minus eight unrelated texts, against "
+            f"the extraction layer: {each(_by_depth, by_depth)}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _by_depth(run: RunResults) -> str:
+    columns = {layer: c["corrected"] for layer, c in sweeps.depth_record(run)["layers"].items()}
+    keys = ("unrelated_text_cen_bestofK_mean", sweeps.MEANING)
+    return ", ".join(_range({layer: c[key] for layer, c in columns.items()}) for key in keys)
 
 
 def _replay(run: RunResults) -> str:

@@ -18,6 +18,7 @@ from nla_utils.tables import number, over_seeds, with_interval
 
 GAP = "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean"
 RETRIEVAL = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
+MEANING = "paraphrase_bestof8_cen_fve_mean_minus_unrelated_text_bestof8_cen_fve_mean"
 # (label, results file, key), all under ``corrected``.
 SEED_ROWS = (
     ("paraphrase best-of-8", "oracle_ceiling", "paraphrase_bestof8_cen_fve_mean"),
@@ -33,6 +34,8 @@ READER_ROWS = (
     ("tail reader, greedy − NN-retrieval", RETRIEVAL),
 )
 LEAST_LAYERS = 2
+# Between two names at the ends of curves, as a share of the axis.
+LEAST_GAP = 0.04
 DOTTED_TWICE = (0, (5, 1, 1, 1, 1, 1))
 # (label, protocol, results file, key, line). What text can reach needs no verbalizer.
 TEXT_CURVES = (
@@ -81,10 +84,15 @@ def seed_groups(runs: Sequence[RunResults]) -> list[dict[int, RunResults]]:
     return _groups(runs, lambda r: (r.backbone, r.family, r.layer), lambda r: r.seed, 2)
 
 
+def depth_record(run: RunResults) -> Optional[dict]:
+    """What ``nla depth`` found of text alone, if it was asked."""
+    return optional_results(run, DEPTH)
+
+
 def depths(runs: Sequence[RunResults]) -> list[Depth]:
     """Every set of runs that says something about depth: of several layers, or with a record of text alone."""
     groups = _groups(runs, lambda r: (r.backbone, r.family, r.seed), lambda r: r.layer, 1)
-    found = [Depth(g, next(filter(None, (optional_results(r, DEPTH) for r in g.values())), None)) for g in groups]
+    found = [Depth(g, next(filter(None, map(depth_record, g.values())), None)) for g in groups]
     return [d for d in found if d.record or len(d.runs) >= LEAST_LAYERS]
 
 
@@ -127,7 +135,9 @@ def depth_table(depth: Depth) -> pd.DataFrame:
         of_pool = columns("corrected", "oracle_ceiling")
         row = {"layer": layer, "‖μ‖": number(of_pool["mu_norm"], 1)}
         row["raw floor"] = number(of_pool["random_floor_raw_fve_mean"])
-        row |= {label: with_interval(columns(p, name), key) for label, p, name, key, _ in TEXT_CURVES} | empty
+        row |= {label: with_interval(columns(p, name), key) for label, p, name, key, _ in TEXT_CURVES}
+        row["paraphrase − unrelated, best of 8"] = with_interval(of_pool, MEANING)
+        row |= empty
         if layer in depth.runs:
             run = depth.verbalizers[layer]
             row |= {label: with_interval(run(p, name), key) for label, p, name, key, _ in VERBALIZER_CURVES}
@@ -156,16 +166,28 @@ def figure_7(runs: Sequence[RunResults]) -> Figure:
 
 
 def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:
-    """Curves and bands of text, points with intervals of the verbalizers."""
+    """Curves and bands of text, named at their ends; points with intervals of the verbalizers, named beside the last."""
+    ends = {}
     for label, protocol, name, key, line in TEXT_CURVES:
         x, y, low, high = _series(depth.texts, protocol, name, key)
         color = NULL_GREY if label.startswith("unrelated") else shade
         ax.plot(x, y, linestyle=line, color=color, label=label)
         ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        ends[label] = (y[-1], color)
+    for label, y in _apart({label: y for label, (y, _) in ends.items()}, LEAST_GAP * np.ptp(ax.get_ylim())).items():
+        ax.annotate(label, (x[-1], y), (8, 0), textcoords="offset points", fontsize=7, va="center", color=ends[label][1])
     for label, protocol, name, key, line in VERBALIZER_CURVES:
         x, y, low, high = _series(depth.verbalizers, protocol, name, key)
         ax.errorbar(x, y, [y - low, high - y], fmt=line, color="black", markersize=4, linewidth=0.8, label=label)
-    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        ax.annotate(label, (x[-1], y[-1]), (5, 5), textcoords="offset points", fontsize=7)
+
+
+def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """The heights, those that are closer than ``gap`` pushed upwards."""
+    placed: dict[str, float] = {}
+    for label, y in sorted(heights.items(), key=lambda item: item[1]):
+        placed[label] = max(y, max(placed.values(), default=-np.inf) + gap)
+    return placed
 
 
 def _series(by_layer: dict[int, Columns], protocol: str, name: str, key: str) -> tuple[np.ndarray, ...]:

@@ -134,7 +134,13 @@ def swept():
     return base, plain_runs(runs) + made
 
 
-def test_variants_stand_in_the_sweeps_tables_alone(swept):
+@pytest.fixture
+def no_record(monkeypatch):
+    """As if nothing were known of text alone."""
+    monkeypatch.setattr(sweeps, "optional_results", lambda *_: None)
+
+
+def test_variants_stand_in_the_sweeps_tables_alone(swept, no_record):
     base, runs = swept
     stems = [t.stem for t in all_tables(runs)]
     family = f"{base.backbone}-{base.profile}"
@@ -144,12 +150,6 @@ def test_variants_stand_in_the_sweeps_tables_alone(swept):
     assert f"{family}-layer6-headline" in [t.stem for t in all_tables(runs, own)]
     text = section_text(runs, ROOT / "paper", ROOT / "figures")
     assert "fig7_depth.png" in text and paper_text.depth(sweeps.depths(runs)[0]) in text
-
-
-@pytest.fixture
-def no_record(monkeypatch):
-    """As if nothing were known of text alone."""
-    monkeypatch.setattr(sweeps, "optional_results", lambda *_: None)
 
 
 def test_depth_and_seeds_are_told_apart(swept, no_record):
