@@ -56,7 +56,6 @@ def reproduce(
     """Run the notebooks 01-06 through papermill; what is whole and matches is skipped."""
     from nla_utils.backbone import BackboneError
     from nla_utils.reproduce import NotebookFailed
-    from nla_utils.reproduce import adopt as adopt_run
     from nla_utils.reproduce import reproduce as run_all
     from nla_utils.sources import SourceError, settled
     from nla_utils.store import ArtefactError
@@ -72,24 +71,23 @@ def reproduce(
             for b in map(settled, backbone)
             for seed in parse_seeds(seeds)
         ]  # fmt: skip
-        folders = run_all(configs, first, last)
+        run_all(configs, lambda folder: _finish(folder, adopt), first, last)
     except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed, ValueError) as error:
         cli_verbalize.fail(error)
-    _report(folders, adopt, adopt_run)
 
 
-def _report(folders, adopt: bool, adopt_run) -> None:
-    """Say where everything is, and adopt it if that was asked for."""
-    for folder in folders:
-        typer.echo(f"\n{folder.backbone}")
-        typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
-        typer.echo(f"  results (JSON)      {_show(folder.file('results'))}")
-        if folder.file("report").exists():
-            typer.echo(f"  tables and figures  {_show(folder.file('report'))}")
-            typer.echo(f"  paper section       {_show(folder.file('report/section11.md'))}")
-        if adopt:
-            adopt_run(folder)
+def _finish(folder, adopt: bool) -> None:
+    """Say where everything of a run is, and adopt it if that was asked for."""
+    from nla_utils.reproduce import adopt as adopt_run
+
+    typer.echo(f"\n{folder.backbone}")
+    typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
+    typer.echo(f"  results (JSON)      {_show(folder.file('results'))}")
+    if folder.file("report").exists():
+        typer.echo(f"  tables and figures  {_show(folder.file('report'))}")
+        typer.echo(f"  paper section       {_show(folder.file('report/section11.md'))}")
     if adopt:
+        adopt_run(folder)
         paper()
 
 
@@ -112,7 +110,6 @@ def sweep(
     from nla_utils.backbone import BackboneError
     from nla_utils.layers import config_at, extract_layers
     from nla_utils.reproduce import NotebookFailed
-    from nla_utils.reproduce import adopt as adopt_run
     from nla_utils.reproduce import reproduce as run_all
     from nla_utils.sources import SourceError
     from nla_utils.store import ArtefactError
@@ -124,9 +121,7 @@ def sweep(
         configs = [config_at(config, opened.layer, x) for x in chosen]
         # The notebooks load the backbone themselves: it need not be held twice.
         del run, opened
-        for at in configs:
-            # One after the other: a sweep takes hours, and a layer that is whole should not wait for the last.
-            _report(run_all([at]), adopt, adopt_run)
+        run_all(configs, lambda folder: _finish(folder, adopt))
     except (ConfigError, SourceError, ArtefactError, BackboneError, NotebookFailed) as error:
         cli_verbalize.fail(error)
 
@@ -146,7 +141,6 @@ def depth(
     """Measure what text can reach at each layer, with no verbalizer: all layers in the time of a few."""
     from nla_utils.backbone import BackboneError
     from nla_utils.depth import reach_of_text
-    from nla_utils.reproduce import adopt as adopt_run
     from nla_utils.results import DEPTH, write_results
     from nla_utils.sources import SourceError
     from nla_utils.store import ArtefactError
@@ -157,7 +151,7 @@ def depth(
     except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
         cli_verbalize.fail(error)
     write_results(run.folder, run.config, DEPTH, record, made_from)
-    _report([run.folder], adopt, adopt_run)
+    _finish(run.folder, adopt)
 
 
 def _open_at(layers, backbone, profile, out, seed, device, dtype, set_):

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import papermill
 from nbformat import NotebookNode
@@ -108,8 +108,8 @@ def read_model_width(config: RunConfig) -> int:
     return AutoConfig.from_pretrained(fetch(resolve(config.backbone))).hidden_size
 
 
-def reproduce(configs: Sequence[RunConfig], first: int = 1, last: int = 6) -> list[RunFolder]:
-    """Run the chosen notebooks for each configuration; returns the run folders.
+def reproduce(configs: Sequence[RunConfig], finish: Callable[[RunFolder], None], first: int = 1, last: int = 6) -> None:
+    """Run the chosen notebooks for each configuration, and ``finish`` with the folder of each as soon as it is through.
 
     All configurations are checked before the first long stage starts. Raises ``NotebookFailed``.
     """
@@ -125,7 +125,7 @@ def reproduce(configs: Sequence[RunConfig], first: int = 1, last: int = 6) -> li
                 continue
             stale = True
             run_notebook(config, folder, stage, label)
-    return folders
+        finish(folder)
 
 
 def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str) -> None:

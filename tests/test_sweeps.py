@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from nla_utils import ceilings, layers, paper_text, sweeps
+from nla_utils import ceilings, layers, paper_text, reproduce, sweeps
 from nla_utils.cli import app
-from nla_utils.config import ROOT, ConfigError, parse_seeds
+from nla_utils.config import ROOT, ConfigError, RunConfig, parse_seeds
 from nla_utils.layers import config_at, extract_layers, folder_at, parse_layers
 from nla_utils.paper import all_tables, section_text
 from nla_utils.results import committed_results, family_of, find_runs, plain_runs
@@ -178,9 +178,8 @@ def test_the_depth_figure_draws_every_layer(swept, no_record):
 def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tmp_path, monkeypatch):
     seen = []
 
-    def run_all(configs):
+    def run_all(configs, finish):
         seen.extend(configs)
-        return []
 
     monkeypatch.setattr("nla_utils.reproduce.reproduce", run_all)
     folder = str(tiny_folders["tiny-llama"])
@@ -193,9 +192,19 @@ def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tm
     assert refused.exit_code == 2 and "1 to 3" in refused.output
 
 
+def test_each_run_is_finished_before_the_next_one_begins(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(reproduce, "preflight", lambda config, _: said.append(f"checked {config.seed}") or config)
+    monkeypatch.setattr(reproduce, "is_whole", lambda *_: False)
+    monkeypatch.setattr(reproduce, "run_notebook", lambda config, *_: said.append(f"ran {config.seed}"))
+    configs = [RunConfig(seed=seed) for seed in (1, 2)]
+    reproduce.reproduce(configs, lambda folder: said.append(f"finished {folder.seed}"), 1, 1)
+    assert said == ["checked 1", "checked 2", "ran 1", "finished 1", "ran 2", "finished 2"]
+
+
 def test_seeds_are_runs_of_their_own(tiny_folders, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("nla_utils.reproduce.reproduce", lambda configs, *_: seen.extend(configs) or [])
+    monkeypatch.setattr("nla_utils.reproduce.reproduce", lambda configs, *_: seen.extend(configs))
     command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--profile", "smoke", "--out", str(tmp_path)]
     assert CliRunner().invoke(app, [*command, "--seeds", "0,1,2"]).exit_code == 0
     assert [c.folder_name for c in seen] == ["smoke-seed0", "smoke", "smoke-seed2"]
