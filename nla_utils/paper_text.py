@@ -166,15 +166,15 @@ def _range(by_layer: dict[int, float]) -> str:
 
 
 def _above(columns: dict[int, dict], key: str) -> str:
-    """The layers where the whole interval of a difference is above zero, neighbours drawn together."""
-    above = [column["ci95"][key][0] > 0 for column in columns.values()]
-    if all(above) and len(above) > 2:
+    """The layers where the whole interval of a difference is above zero, those that follow each other drawn together."""
+    above = [layer for layer, column in columns.items() if column["ci95"][key][0] > 0]
+    if len(above) == len(columns) > 2:
         return "at every layer"
-    if not any(above):
+    if not above:
         return "at none of them"
-    stretches = [list(g) for positive, g in itertools.groupby(zip(columns, above), lambda x: x[1]) if positive]
-    names = [str(g[0][0]) if len(g) == 1 else f"{g[0][0]} to {g[-1][0]}" for g in stretches]
-    return f"at layer{'s' * (sum(above) > 1)} {', '.join(names)}"
+    stretches = [list(g) for _, g in itertools.groupby(enumerate(above), lambda pair: pair[1] - pair[0])]
+    names = [str(g[0][1]) if len(g) == 1 else f"{g[0][1]} to {g[-1][1]}" for g in stretches]
+    return f"at layer{'s' * (len(above) > 1)} {', '.join(names)}"
 
 
 def headline(runs: Sequence[RunResults]) -> str:
@@ -184,17 +184,15 @@ def headline(runs: Sequence[RunResults]) -> str:
     def each(show, shown: Sequence[RunResults] = chosen) -> str:
         return "; ".join(f"{r.title}: {show(r)}" for r in shown)
 
-    lines = list(
-        (
-            "1. **The instrument.** The very same text, replayed as published → corrected, scores (centred): "
-            f"{each(_replay)}.",
-            f"2. **What stands.** Of §11's own claims, under the corrected protocol: {each(_tally)}.",
-            "3. **What the controls say.** The AV's greedy text minus the greedy text of other targets, and its best "
-            f"of K minus the best of K unrelated texts: {each(_controls)}.",
-            "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against "
-            f"looking up the nearest stored text, held out: {each(_beyond)}.",
-        )
-    )
+    lines = [
+        "1. **The instrument.** The very same text, replayed as published → corrected, scores (centred): "
+        f"{each(_replay)}.",
+        f"2. **What stands.** Of §11's own claims, under the corrected protocol: {each(_tally)}.",
+        "3. **What the controls say.** The AV's greedy text minus the greedy text of other targets, and its best "
+        f"of K minus the best of K unrelated texts: {each(_controls)}.",
+        "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against "
+        f"looking up the nearest stored text, held out: {each(_beyond)}.",
+    ]
     by_depth = [r for r in chosen if sweeps.depth_record(r)]
     if by_depth:
         lines.append(

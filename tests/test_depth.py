@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from nla_utils import depth, reproduce, sweeps
+from nla_utils import depth, paper_text, reproduce, sweeps
 from nla_utils.backbone import Backbone
 from nla_utils.ceilings import make_ceilings
 from nla_utils.cli import app
@@ -109,6 +109,15 @@ def test_one_run_and_a_record_make_the_figure_the_table_and_the_words(beside_a_r
     text = section.read_text()
     assert "seed 5" in text and "depth.json" in text
     assert found.title in text
+
+
+@pytest.mark.parametrize("lowest, words", [
+    ({9: 1, 13: 1}, "at layers 9, 13"), ({1: 1, 2: 1, 3: 1}, "at every layer"), ({1: 0, 2: 0}, "at none of them"),
+    ({1: 1, 2: 1, 3: 0, 4: 1, 6: 1, 7: 1}, "at layers 1 to 2, 4, 6 to 7"), ({1: 0, 5: 1}, "at layer 5"),
+])  # fmt: skip
+def test_layers_above_zero_are_named(lowest, words):
+    columns = {layer: {"ci95": {"x": [low, 2]}} for layer, low in lowest.items()}
+    assert paper_text._above(columns, "x") == words
 
 
 def test_verbalizers_stand_at_the_layers_that_were_run(beside_a_run):
