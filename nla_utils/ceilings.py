@@ -43,7 +43,7 @@ def make_ceilings(run: RunConfig, backbone: Backbone, targets: Targets, folder: 
             rows = targets.eval_rows(protocol)
             tensors |= _named(protocol, _paraphrases(run, backbone, targets, rows, protocol, folder))
             bar.update()
-            tensors[f"{protocol}.replay"] = _replay(backbone, targets, rows, protocol)
+            tensors[f"{protocol}.replay"] = replay(backbone, targets, rows, protocol)
             tensors[f"{protocol}.tail"] = _tails(backbone, targets, rows, start=protocol == "corrected")
             bar.update()
         pool = targets.sequences(targets.pool)
@@ -67,7 +67,8 @@ def _texts(backbone: Backbone, targets: Targets, rows: np.ndarray) -> list[str]:
     return [backbone.decode_text(targets.sequence(i)) for i in rows]
 
 
-def _replay(backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str) -> np.ndarray:
+def replay(backbone: Backbone, targets: Targets, rows: np.ndarray, protocol: str) -> np.ndarray:
+    """The very same texts, encoded as the protocol does (M, d)."""
     if protocol == "paper":
         return paper_way.encode_texts(backbone, _texts(backbone, targets, rows))
     return backbone.encode(targets.sequences(rows), start=True)
@@ -93,10 +94,14 @@ def replay_ladder(backbone: Backbone, targets: Targets, rows: np.ndarray) -> dic
     }
 
 
+def tail_ids(targets: Targets, rows: np.ndarray) -> list[list[int]]:
+    """The source's own last n tokens, target by target, n as in ``TAIL_LENGTHS``."""
+    return [targets.sequence(i)[-n:] for i in rows for n in TAIL_LENGTHS]
+
+
 def _tails(backbone: Backbone, targets: Targets, rows: np.ndarray, start: bool) -> np.ndarray:
     """The source's own last n tokens, re-encoded (M, len(TAIL_LENGTHS), d)."""
-    tails = [targets.sequence(i)[-n:] for i in rows for n in TAIL_LENGTHS]
-    return backbone.encode(tails, start=start).reshape(len(rows), len(TAIL_LENGTHS), -1)
+    return backbone.encode(tail_ids(targets, rows), start=start).reshape(len(rows), len(TAIL_LENGTHS), -1)
 
 
 def _paraphrase_settings(run: RunConfig) -> SamplingSettings:

@@ -11,9 +11,9 @@ from typing import Sequence
 
 import numpy as np
 
-from nla_utils import metrics, paper_way
+from nla_utils import metrics
 from nla_utils.backbone import Backbone
-from nla_utils.ceilings import draw_paraphrases
+from nla_utils.ceilings import draw_paraphrases, replay, tail_ids
 from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, RunConfig
 from nla_utils.evaluation import Column
 from nla_utils.layers import config_at, extract_layers, folder_at
@@ -32,7 +32,8 @@ def reach_of_text(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> 
     own = backbone.layer
 
     def targets_of(layer: int) -> Targets:
-        return load_targets(config_at(run, own, layer), folder_at(config_at(run, own, layer), backbone, layer))
+        at = config_at(run, own, layer)
+        return load_targets(at, folder_at(at, backbone, layer))
 
     texts = _texts(run, backbone, targets_of(layers[0]))
     h = {name: backbone.encode_layers(ids, True, layers) for name, ids in texts.items()}
@@ -49,11 +50,10 @@ def reach_of_text(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> 
 def _texts(run: RunConfig, backbone: Backbone, targets: Targets) -> dict[str, list[list[int]]]:
     """Ids of what is written of the held-out targets: all of it, its ends, its paraphrases; the same at each layer."""
     rows = targets.held_out
-    sources = targets.sequences(rows)
     folder = folder_at(run, backbone, backbone.layer)
     return {
-        "replay": sources,
-        "tail": [s[-n:] for s in sources for n in TAIL_LENGTHS],
+        "replay": targets.sequences(rows),
+        "tail": tail_ids(targets, rows),
         "paraphrase": draw_paraphrases(run, backbone, targets, rows, "corrected", folder),
     }
 
@@ -84,8 +84,7 @@ def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
 
 def _published_replay(backbone: Backbone, targets: Targets) -> Column:
     rows = targets.in_sample
-    texts = [backbone.decode_text(s) for s in targets.sequences(rows)]
     v = targets.v[rows]
     column = Column("paper", len(rows))
-    column.add("replay_cen_fve_mean", fve(paper_way.encode_texts(backbone, texts), v, v.mean(axis=0)))
+    column.add("replay_cen_fve_mean", fve(replay(backbone, targets, rows, "paper"), v, v.mean(axis=0)))
     return column
