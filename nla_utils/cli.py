@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nla_utils import cli_reader, cli_verbalize
-from nla_utils.cli_options import Backbone, Device, Dtype, Out, ProfileName, Seed, Sizes
+from nla_utils.cli_options import Backbone, Device, Dtype, Out, ProfileName, Seed, Sequences, Sizes
 from nla_utils.config import ROOT, ConfigError, RunConfig, parse_seeds, size_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -104,6 +104,7 @@ def sweep(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     set_: Sizes = [],
+    sequences: Sequences = None,
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
     """Run the notebooks at several layers, all from the same sequences, whose activations are taken in one pass."""
@@ -117,7 +118,7 @@ def sweep(
     try:
         run, chosen = _open_at(layers, backbone, profile, out, seed, device, dtype, set_)
         config, opened = run.config, run.backbone
-        extract_layers(config, opened, chosen)
+        extract_layers(config, opened, chosen, sequences)
         configs = [config_at(config, opened.layer, x) for x in chosen]
         # The notebooks load the backbone themselves: it need not be held twice.
         del run, opened
@@ -136,6 +137,7 @@ def depth(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     set_: Sizes = [],
+    sequences: Sequences = None,
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
     """Measure what text can reach at each layer, with no verbalizer: all layers in the time of a few."""
@@ -147,11 +149,41 @@ def depth(
 
     try:
         run, chosen = _open_at(layers, backbone, profile, out, seed, device, dtype, set_)
-        record, made_from = reach_of_text(run.config, run.backbone, chosen)
+        record, made_from = reach_of_text(run.config, run.backbone, chosen, sequences)
     except (ConfigError, SourceError, ArtefactError, BackboneError) as error:
         cli_verbalize.fail(error)
     write_results(run.folder, run.config, DEPTH, record, made_from)
     _finish(run.folder, adopt)
+
+
+@app.command()
+def sequences(
+    backbone: Backbone = "gemma3-270m",
+    profile: ProfileName = "quick",
+    out: Out = ROOT / "runs",
+    seed: Seed = 1,
+    layer: Annotated[Optional[int], typer.Option(help="Of a run at another layer than the backbone's own.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    set_: Sizes = [],
+    to: Annotated[Optional[Path], typer.Option(help="File to write, if not the repository's own.")] = None,
+) -> None:
+    """Keep a run's sequences in one small file, for `sweep` and `depth` on another machine to go on from."""
+    from nla_utils.run import open_folder
+    from nla_utils.sequences import committed_sequences, write_sequences
+    from nla_utils.sources import SourceError, settled
+    from nla_utils.store import ArtefactError
+    from nla_utils.targets import load_targets
+
+    try:
+        config = RunConfig(backbone=settled(backbone), profile=profile, seed=seed, out=_where(out), layer=layer,
+                           device=device, dtype=dtype, **size_overrides(set_))  # fmt: skip
+        folder = open_folder(config)
+        path = committed_sequences(config, folder.backbone) if to is None else to
+        write_sequences(path, config, folder, load_targets(config, folder))
+    except (ConfigError, SourceError, ArtefactError) as error:
+        cli_verbalize.fail(error)
+    typer.echo(f"  {_show(path)}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _open_at(layers, backbone, profile, out, seed, device, dtype, set_):

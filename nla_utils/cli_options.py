@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -17,3 +17,6 @@ Seed = Annotated[int, typer.Option(help="Seed of targets, training and rollouts.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or split: spread over all cards.")]
 Dtype = Annotated[str, typer.Option(help="Backbone dtype: bfloat16, float32 or float16.")]
 Sizes = Annotated[list[str], typer.Option("--set", help=SET_HELP)]
+Sequences = Annotated[
+    Optional[Path], typer.Option(help="A file of `nla sequences` to take the run's sequences from, instead of drawing them.")
+]

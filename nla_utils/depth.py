@@ -7,7 +7,8 @@ a small part of what training and rolling out an AV there does, so they can be h
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from pathlib import Path
+from typing import Optional, Sequence
 
 import numpy as np
 
@@ -19,23 +20,27 @@ from nla_utils.evaluation import Column
 from nla_utils.layers import config_at, extract_layers, folder_at
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
-from nla_utils.targets import Targets, load_targets
+from nla_utils.targets import Targets, load_targets, sequences_hash
 
 
-def reach_of_text(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> tuple[dict, dict[str, str]]:
-    """(``{"K", "layers": {layer: {protocol: column}}}``, hashes of the targets), in the key names of notebooks 03, 04.
+def reach_of_text(
+    run: RunConfig, backbone: Backbone, layers: Sequence[int], sequences: Optional[Path] = None
+) -> tuple[dict, dict[str, str]]:
+    """(``{"K", "sequences", "layers": {layer: {protocol: column}}}``, hashes of the targets), in the key names of
+    notebooks 03, 04. The sequences are drawn, or read from a file; see :func:`nla_utils.layers.extract_layers`.
 
     ``corrected``: held-out targets, μ of the pool. ``paper``: replay alone, of the first M, μ their own mean.
     ``backbone`` stands at its own layer.
     """
-    extract_layers(run, backbone, layers)
+    extract_layers(run, backbone, layers, sequences)
     own = backbone.layer
 
     def targets_of(layer: int) -> Targets:
         at = config_at(run, own, layer)
         return load_targets(at, folder_at(at, backbone, layer))
 
-    texts = _texts(run, backbone, targets_of(layers[0]))
+    first = targets_of(layers[0])
+    texts = _texts(run, backbone, first)
     h = {name: backbone.encode_layers(ids, True, layers) for name, ids in texts.items()}
     columns, parents = {}, {}
     for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
@@ -44,7 +49,7 @@ def reach_of_text(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> 
         paper = _published_replay(dataclasses.replace(backbone, layer=layer), targets)
         columns[str(layer)] = {"paper": paper.to_json(), "corrected": corrected.to_json()}
         parents[f"targets of layer {layer}"] = targets.sha256
-    return {"K": run.sizes.n_rollouts, "layers": columns}, parents
+    return {"K": run.sizes.n_rollouts, "sequences": sequences_hash(**first.texts), "layers": columns}, parents
 
 
 def _texts(run: RunConfig, backbone: Backbone, targets: Targets) -> dict[str, list[list[int]]]:

@@ -7,7 +7,8 @@ alone would draw.
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from pathlib import Path
+from typing import Optional, Sequence
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from nla_utils.config import ConfigError, RunConfig
 from nla_utils.progress import Progress
 from nla_utils.run import folder_of
 from nla_utils.sampling import SAMPLE_BATCH
-from nla_utils.store import ChunkStore, RunFolder, derive_seed, require_disk
-from nla_utils.targets import ARTEFACT, draw_sequences, save_targets, target_settings
+from nla_utils.sequences import read_sequences
+from nla_utils.store import ArtefactError, ChunkStore, RunFolder, derive_seed, require_disk
+from nla_utils.targets import ARTEFACT, Targets, draw_sequences, save_targets, sequences_hash, target_settings
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:
@@ -44,36 +46,65 @@ def folder_at(run: RunConfig, backbone: Backbone, layer: int) -> RunFolder:
     return folder_of(run, dataclasses.replace(backbone, layer=layer))
 
 
-def extract_layers(run: RunConfig, backbone: Backbone, layers: Sequence[int]) -> None:
+def extract_layers(
+    run: RunConfig, backbone: Backbone, layers: Sequence[int], sequences: Optional[Path] = None
+) -> None:
     """Draw the run's sequences once and keep the targets of each layer in that layer's run folder.
 
-    ``backbone`` stands at its own layer. Layers whose targets are whole are left alone. Needs N · L · d · 4 bytes
-    twice while it works.
+    ``backbone`` stands at its own layer. Layers whose targets are whole are left alone. The sequences are taken from
+    a file where one is named, from layers that are whole already where there are some. Needs N · L · d · 4 bytes twice
+    while it works. Raises ``ArtefactError`` if the file is not of this run, or not all is of the same sequences.
     """
     own = backbone.layer
     folders = {x: folder_at(config_at(run, own, x), backbone, x) for x in layers}
-    missing = [x for x in layers if not folders[x].has(ARTEFACT)]
+    texts = {f.path: Targets.of(f.load(ARTEFACT), run).texts for f in folders.values() if f.has(ARTEFACT)}
+    plan = {}
+    if sequences is not None:
+        texts[sequences] = read_sequences(sequences, run, folder_at(run, backbone, own))
+        plan["sequences"] = sequences_hash(**texts[sequences])
+    hashes = {path: sequences_hash(**given) for path, given in texts.items()}
+    if len(set(hashes.values())) > 1:
+        raise ArtefactError(
+            "not of the same sequences: " + ", ".join(f"{path} ({found[:12]}…)" for path, found in hashes.items())
+            + "; choose another --out, or delete the targets that are not wanted"
+        )
+    _extract_missing(run, backbone, folders, next(iter(texts.values()), None), plan)
+
+
+def _extract_missing(
+    run: RunConfig, backbone: Backbone, folders: dict[int, RunFolder], given: Optional[dict], plan: dict
+) -> None:
+    """Targets of the layers that have none, of the given ids and lengths or of sequences that are drawn."""
+    layers, missing = list(folders), [x for x, folder in folders.items() if not folder.has(ARTEFACT)]
     if not missing:
         return
-    n, settings = run.sizes.n_targets, target_settings(run)
+    own, n, settings = backbone.layer, run.sizes.n_targets, target_settings(run)
     home = folder_at(run, backbone, own)
     require_disk(home.path, 2 * n * len(layers) * backbone.d * 4)
     # All the layers, missing or not: a sweep that was cut while some were kept already finds its chunks again.
-    plan = {**home.identity, "layer": list(layers), "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    plan = {**plan, **home.identity, "layer": layers, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
     chunks = ChunkStore(home.file("layers.chunks"), plan)
     starts = range(0, n, SAMPLE_BATCH)
-    with Progress(total=n, desc=f"drawing targets, {len(layers)} layers", unit="seq") as bar:
+    with Progress(total=n, desc=f"{'reading' if given else 'drawing'} targets, {len(layers)} layers", unit="seq") as bar:
         for c, first in enumerate(starts):
             size = min(SAMPLE_BATCH, n - first)
             # All the layers of all chunks are never in memory at once, so they are not joined as other chunks are.
             if chunks.get(c) is None:
-                samples = draw_sequences(backbone, settings, size, derive_seed(run.seed, "targets", c))
-                v_LBd = backbone.encode_layers([samples.sequence(i) for i in range(size)], True, layers)
-                by_layer = {f"v.{x}": v_Bd for x, v_Bd in zip(layers, v_LBd)}
-                chunks.put(c, {"ids": samples.ids, "lengths": samples.lengths, **by_layer})
+                if given is None:
+                    samples = draw_sequences(backbone, settings, size, derive_seed(run.seed, "targets", c))
+                    texts = {"ids": samples.ids, "lengths": samples.lengths}
+                else:
+                    texts = {name: x[first : first + size] for name, x in given.items()}
+                chunks.put(c, {**texts, **_activations(backbone, texts, layers)})
             bar.update(size)
     for x in missing:
         names = {"ids": "ids", "lengths": "lengths", "v": f"v.{x}"}
         tensors = {k: np.concatenate([chunks.tensor(c, name) for c in range(len(starts))]) for k, name in names.items()}
         save_targets(config_at(run, own, x), folders[x], tensors)
     chunks.clear()
+
+
+def _activations(backbone: Backbone, texts: dict[str, np.ndarray], layers: Sequence[int]) -> dict[str, np.ndarray]:
+    """v (B, d) of each layer at the end of each text, as ``v.ℓ``."""
+    ids = [row[:length].tolist() for row, length in zip(texts["ids"], texts["lengths"])]
+    return {f"v.{x}": v_Bd for x, v_Bd in zip(layers, backbone.encode_layers(ids, True, layers))}

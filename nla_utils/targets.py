@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,10 +68,20 @@ class Targets:
     def sequences(self, rows: np.ndarray) -> list[list[int]]:
         return [self.sequence(i) for i in rows]
 
+    @property
+    def texts(self) -> dict[str, np.ndarray]:
+        """``ids`` and ``lengths``: what is the same for every layer that is read from them."""
+        return {"ids": self.ids, "lengths": self.lengths}
+
     @classmethod
     def of(cls, artefact: Artefact, run: RunConfig) -> "Targets":
         t = artefact.tensors
         return cls(t["ids"], t["lengths"], t["v"], run.sizes.n_eval, run.sizes.pool_size, artefact.sha256)
+
+
+def sequences_hash(ids: np.ndarray, lengths: np.ndarray) -> str:
+    """Hex sha256 over ids (N, T) and lengths (N,) as int32."""
+    return hashlib.sha256(ids.astype("<i4").tobytes() + lengths.astype("<i4").tobytes()).hexdigest()
 
 
 def target_settings(run: RunConfig) -> SamplingSettings:
@@ -156,6 +167,7 @@ def describe(targets: Targets, backbone: Backbone) -> dict:
     along = v @ (mu / np.linalg.norm(mu))
     cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
     return {
+        "sequences": sequences_hash(**targets.texts),
         "num_layers": backbone.n_layers,
         "hidden_size": backbone.d,
         "length_mean": float(targets.lengths.mean()),
