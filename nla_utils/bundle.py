@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save
 
 from nla_utils.backbone import Backbone
 from nla_utils.config import ROOT, AVConfig, RunConfig
-from nla_utils.reader import TailReader, embedding_table, half_norms, load_reader, reader_from
+from nla_utils.reader import TailReader, half_norms, load_reader, reader_from
+from nla_utils.reader_sums import embedding_table
 from nla_utils.sources import resolve
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, code_version, read_json, sha256_file, write_json
 from nla_utils.targets import load_targets

@@ -1,7 +1,8 @@
-"""What text can reach at each layer of a backbone, with no verbalizer: one set of sequences, one pass over each text.
+"""What text can reach at each layer of a backbone, with no AV: one set of sequences, one pass over each text.
 
-Replay, tail oracle, paraphrase, retrieval and the unrelated-text null need v and the texts alone. A layer of them costs
-a small part of what training and rolling out an AV there does, so they can be had for all layers.
+Replay, tail oracle, paraphrase, retrieval and the unrelated-text null need v and the texts alone, and the tail reader
+is solved for at all layers from one pass over the sequences. A layer of them costs a small part of what training and
+rolling out an AV there does, so they can be had for all layers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 import numpy as np
+import torch
 
 from nla_utils import metrics
 from nla_utils.backbone import Backbone
@@ -20,6 +22,7 @@ from nla_utils.evaluation import Column
 from nla_utils.layers import config_at, extract_layers, folder_at
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
+from nla_utils.reader import TailReader, fit_readers, load_reader, read_greedy
 from nla_utils.targets import Targets, load_targets, sequences_hash
 
 
@@ -29,25 +32,28 @@ def reach_of_text(
     """(``{"K", "sequences", "layers": {layer: {protocol: column}}}``, hashes of the targets), in the key names of
     notebooks 03, 04. The sequences are drawn, or read from a file; see :func:`nla_utils.layers.extract_layers`.
 
-    ``corrected``: held-out targets, μ of the pool. ``paper``: replay alone, of the first M, μ their own mean.
-    ``backbone`` stands at its own layer.
+    ``corrected``: held-out targets, μ of the pool. ``reader``: the tail reader's greedy texts of them. ``paper``: replay
+    alone, of the first M, μ their own mean. ``backbone`` stands at its own layer.
     """
     extract_layers(run, backbone, layers, sequences)
-    own = backbone.layer
-
-    def targets_of(layer: int) -> Targets:
-        at = config_at(run, own, layer)
-        return load_targets(at, folder_at(at, backbone, layer))
-
-    first = targets_of(layers[0])
+    at = {}
+    for layer in layers:
+        config = config_at(run, backbone.layer, layer)
+        folder = folder_at(config, backbone, layer)
+        at[layer] = load_targets(config, folder), folder
+    fit_readers(run, backbone, at)
+    first, _ = at[layers[0]]
     texts = _texts(run, backbone, first)
     h = {name: backbone.encode_layers(ids, True, layers) for name, ids in texts.items()}
     columns, parents = {}, {}
     for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
-        targets = targets_of(layer)
-        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts)
-        paper = _published_replay(dataclasses.replace(backbone, layer=layer), targets)
-        columns[str(layer)] = {"paper": paper.to_json(), "corrected": corrected.to_json()}
+        (targets, folder), standing = at[layer], dataclasses.replace(backbone, layer=layer)
+        found = {
+            "paper": _published_replay(standing, targets),
+            "corrected": _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts),
+            "reader": _read(standing, load_reader(standing, folder), targets),
+        }
+        columns[str(layer)] = {name: column.to_json() for name, column in found.items()}
         parents[f"targets of layer {layer}"] = targets.sha256
     return {"K": run.sizes.n_rollouts, "sequences": sequences_hash(**first.texts), "layers": columns}, parents
 
@@ -84,6 +90,23 @@ def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
     column.add("unrelated_text_cen_bestofK_mean", null[:, 1])
     column.difference("paraphrase_bestof8_cen_fve_mean", "unrelated_text_bestof8_cen_fve_mean")
     column.difference("tail_oracle_8_cen_fve_mean", "nn_retrieval_cen_mean")
+    return column
+
+
+def _read(backbone: Backbone, reader: TailReader, targets: Targets) -> Column:
+    """The reader's greedy texts in the key names of notebook 04, with the two that it is compared with."""
+    rows, mu = targets.held_out, targets.mu
+    v, sources = targets.v[rows], targets.sequences(rows)
+    texts = read_greedy(reader, torch.from_numpy(v).to(backbone.device)).tolist()
+    score_MM = fve_matrix(v, backbone.encode(texts, start=True), mu)
+    greedy = score_MM.diagonal()
+    column = Column("corrected", len(v))
+    column.add("adapter_cen_greedy_mean", greedy)
+    column.add("shuffled_v_cen_greedy_mean", (score_MM.sum(axis=1) - greedy) / (len(v) - 1))
+    column.add("nn_retrieval_cen_mean", fve_matrix(v, targets.v[targets.pool], mu).max(axis=1))
+    column.add("names_last_token", np.array([float(t[-1] == s[-1]) for t, s in zip(texts, sources)]))
+    column.difference("adapter_cen_greedy_mean", "shuffled_v_cen_greedy_mean")
+    column.difference("adapter_cen_greedy_mean", "nn_retrieval_cen_mean")
     return column
 
 

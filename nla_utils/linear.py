@@ -42,6 +42,13 @@ class NormalEquations:
         part.sum_x, part.raw_xx, part.raw_xy = self.sum_x[:p], self.raw_xx[:p, :p], self.raw_xy[:p]
         return part
 
+    def beside(self) -> "NormalEquations":
+        """Empty equations of another Y and the same X; ``raw_xx`` is shared memory, to be added to once."""
+        other = NormalEquations(0, len(self.sum_y))
+        other.sum_x, other.raw_xx = torch.zeros_like(self.sum_x), self.raw_xx
+        other.raw_xy = torch.zeros_like(self.raw_xy)
+        return other
+
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(B (p, q), intercept ȳ − x̄ B (q,)), with a penalty of ``ridge`` times the mean diagonal of XᵀX."""
         # At p = 18,432 (eight embeddings of Gemma-2-2B) each (p, p) is 2.7 GB, so none is made that can be spared.

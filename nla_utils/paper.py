@@ -63,7 +63,7 @@ FIGURES = (
                "NN-retrieval's against the number of sequences that each may use, on the same held-out targets.",
                _any_ablation),
     FigureSpec("fig7_depth", sweeps.figure_7, "Against the extraction layer: what text can reach (lines), what the "
-               "verbalizers reach (points), ‖μ‖ and the raw floor. Bands and bars are 95 % bootstrap intervals over "
+               "AV reaches (points), ‖μ‖ and the raw floor. Bands and bars are 95 % bootstrap intervals over "
                "targets.",
                sweeps.depths, variants=True),
 )  # fmt: skip

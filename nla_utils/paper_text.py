@@ -128,7 +128,7 @@ def depth(found: sweeps.Depth) -> str:
     texts |= {"‖μ‖": {x: c["mu_norm"] for x, c in of_pool.items()},
               "the raw floor": {x: c["random_floor_raw_fve_mean"] for x, c in of_pool.items()}}  # fmt: skip
     evaluated = {layer: run.column("centered_eval", "corrected") for layer, run in found.runs.items()}
-    readers = {layer: sweeps.reader_column(run) for layer, run in found.runs.items()}
+    readers = {layer: columns("reader", "centered_eval") for layer, columns in found.texts.items()}
     sentences = [_sequences_of(found)]
     sentences += [f"{label[0].upper()}{label[1:]}: {_range(values)}." for label, values in texts.items()]
     sentences += [
@@ -138,7 +138,10 @@ def depth(found: sweeps.Depth) -> str:
     ]
     if found.record:
         key = "tail_oracle_8_cen_fve_mean_minus_nn_retrieval_cen_mean"
-        sentences += [f"The source's own last 8 tokens lie above NN-retrieval {_above(of_pool, key)}."]
+        sentences += [
+            f"The source's own last 8 tokens lie above NN-retrieval {_above(of_pool, key)}. The tail reader names the "
+            f"last token: {_range({layer: c['names_last_token'] for layer, c in readers.items()})}."
+        ]
     sentences += [
         f"The AV's best of K lies above that of as many unrelated texts {_above(evaluated, sweeps.GAP)}; the tail "
         f"reader's greedy text above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}."
@@ -147,14 +150,14 @@ def depth(found: sweeps.Depth) -> str:
 
 
 def _sequences_of(found: sweeps.Depth) -> str:
-    verbalizers = f"layers {', '.join(map(str, found.runs))}"
+    evaluated = f"layers {', '.join(map(str, found.runs))}"
     if found.record is None:
-        return f"{verbalizers.capitalize()} of the same sequences."
+        return f"{evaluated.capitalize()} of the same sequences."
     seed = found.record["identity"]["seed"]
     others = next(iter(found.runs.values())).seed
     return (
         f"What text can reach is measured at layers {min(found.texts)} to {max(found.texts)} of the same sequences "
-        f"(seed {seed}); the verbalizers at {verbalizers} of others (seed {others})."
+        f"(seed {seed}); the AV at {evaluated} of others (seed {others})."
     )
 
 

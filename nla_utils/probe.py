@@ -16,7 +16,8 @@ from torch import Tensor
 from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.linear import NormalEquations
-from nla_utils.reader import TAIL_TOKENS, embedding_mean, embedding_table, reader_split, tail_features, token_counts
+from nla_utils.reader import TAIL_TOKENS, reader_split
+from nla_utils.reader_sums import embedding_mean, embedding_table, tail_features, token_counts
 from nla_utils.targets import Targets
 
 PROBE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Mapping
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from nla_utils.backbone import Backbone
 from nla_utils.config import VALIDATION_SHARE, RunConfig
-from nla_utils.linear import NormalEquations, sliding_gram, whitening
+from nla_utils.linear import whitening
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
+from nla_utils.reader_sums import ReaderSums, embedding_table, sums_at_layers
 from nla_utils.store import RunFolder, derive_seed
 from nla_utils.targets import Targets
 
@@ -32,7 +34,6 @@ TAIL_TOKENS = 8
 RIDGES = (1e-4, 1e-3, 1e-2)
 # Candidates are found in the backbone's dtype and scored again in float32.
 CANDIDATES = 64
-FIT_TOKENS = 4096
 PSEUDO_COUNT = 0.1
 TOP_K = 50
 
@@ -88,12 +89,6 @@ class TailReader:
         return ids_Mk.gather(1, best.indices), best.values
 
 
-def tail_features(ids_NT: np.ndarray, rows: np.ndarray, positions: np.ndarray, n: int, start_id: int) -> np.ndarray:
-    """Token ids (len(rows), n): the n tokens up to each position, the last first, padded by the start token."""
-    at = positions[:, None] - np.arange(1, n + 1)
-    return np.where(at >= 0, ids_NT[rows[:, None], np.maximum(at, 0)], start_id)
-
-
 def reader_split(run: RunConfig, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, validation rows): the held-out targets are in neither."""
     rng = np.random.default_rng(derive_seed(run.seed, "reader split", 0))
@@ -104,17 +99,29 @@ def reader_split(run: RunConfig, targets: Targets) -> tuple[np.ndarray, np.ndarr
 
 def fit_reader(run: RunConfig, backbone: Backbone, targets: Targets, folder: RunFolder) -> TailReader:
     """Fit on every position of the training rows, or load what is whole; ridge chosen on validation."""
-    if folder.has(ARTEFACT):
-        return load_reader(backbone, folder)
+    fit_readers(run, backbone, {backbone.layer: (targets, folder)})
+    return load_reader(backbone, folder)
+
+
+def fit_readers(run: RunConfig, backbone: Backbone, at: Mapping[int, tuple[Targets, RunFolder]]) -> None:
+    """Fit the readers of several layers from one pass over the sequences, which are the same for all of them.
+
+    ``at`` holds the targets of each layer and the folder that its reader is kept in. What is whole is left alone.
+    """
+    missing = {layer: (targets, folder) for layer, (targets, folder) in at.items() if not folder.has(ARTEFACT)}
+    if not missing:
+        return
     n = min(TAIL_TOKENS, run.sizes.max_new_tokens)
-    train, validation = reader_split(run, targets)
-    sums = accumulate(backbone, targets, train, n)
-    tensors, trials = best_ridge(backbone, sums, targets, validation)
-    folder.save(
-        ARTEFACT, tensors, made_from={"targets": targets.sha256}, seed=run.seed, tail_tokens=n,
-        train_positions=sums.equations.n, train_rows=len(train), validation_rows=validation.tolist(), trials=trials,
-    )  # fmt: skip
-    return reader_from(tensors, backbone)
+    train, validation = reader_split(run, next(iter(missing.values()))[0])
+    sums_of = sums_at_layers(backbone, {layer: targets for layer, (targets, _) in missing.items()}, train, n)
+    for layer, (targets, folder) in Progress(missing.items(), desc="solving for the reader", unit="layer"):
+        sums = sums_of[layer]
+        tensors, trials = best_ridge(dataclasses.replace(backbone, layer=layer), sums, targets, validation)
+        folder.save(
+            ARTEFACT, tensors, made_from={"targets": targets.sha256}, seed=run.seed, tail_tokens=n,
+            train_positions=sums.equations.n, train_rows=len(train), validation_rows=validation.tolist(),
+            trials=trials,
+        )  # fmt: skip
 
 
 def best_ridge(
@@ -136,101 +143,6 @@ def best_ridge(
 def load_reader(backbone: Backbone, folder: RunFolder) -> TailReader:
     """The fitted reader; raises ``ArtefactError`` if notebook 02 has not made it."""
     return reader_from(folder.load(ARTEFACT).tensors, backbone)
-
-
-@dataclass
-class ReaderSums:
-    """What a reader of n tokens is solved from: the normal equations of v on its last n embeddings, with the vectors
-    that v (d,) and the embeddings (d,) were roughly centred by, and the token counts (V,)."""
-
-    n: int
-    equations: NormalEquations
-    mean_d: Tensor
-    embedding_mean_d: Tensor
-    counts_V: np.ndarray
-
-    def features(self, table_Vd: Tensor, ids_nj: Tensor) -> Tensor:
-        """Centred embeddings (n, j · d) of the tokens up to each position, the last first."""
-        return table_Vd[ids_nj.to(table_Vd.device)].float().sub_(self.embedding_mean_d).flatten(1)
-
-
-def empty_sums(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
-    """Sums of nothing, roughly centred for sequences like those of the rows."""
-    table_Vd = embedding_table(backbone)
-    counts_V = token_counts(targets, rows, table_Vd)
-    mean_d = torch.from_numpy(targets.v[rows].mean(axis=0)).to(backbone.device)
-    equations = NormalEquations(n * backbone.d, backbone.d)
-    return ReaderSums(n, equations, mean_d, embedding_mean(table_Vd, counts_V), np.zeros_like(counts_V))
-
-
-def accumulate(backbone: Backbone, targets: Targets, rows: np.ndarray, n: int) -> ReaderSums:
-    """Sums over every position of the rows."""
-    return add_rows(empty_sums(backbone, targets, rows, n), backbone, targets, rows)
-
-
-def leading(sums: ReaderSums, n: int) -> ReaderSums:
-    """The sums of a reader of fewer tokens, which are part of those of a longer one."""
-    return dataclasses.replace(sums, n=n, equations=sums.equations.leading(n * len(sums.mean_d)))
-
-
-@torch.inference_mode()
-def add_rows(sums: ReaderSums, backbone: Backbone, targets: Targets, rows: np.ndarray) -> ReaderSums:
-    """One forward pass over the rows, every position of them added to the sums; returns them."""
-    table_Vd, d, p = embedding_table(backbone), backbone.d, sums.n * backbone.d
-    sums.counts_V += token_counts(targets, rows, table_Vd)
-    first_dp, ends = torch.zeros(d, p, dtype=torch.float64), []
-    per_batch = max(1, FIT_TOKENS // (targets.ids.shape[1] + 1))
-    with Progress(total=len(rows), desc="fitting the reader", unit="seq") as bar:
-        for first in range(0, len(rows), per_batch):
-            chosen = rows[first : first + per_batch]
-            v_nd, row_n, position_n = every_position(backbone, targets, chosen)
-            ids_nj = torch.from_numpy(tail_features(targets.ids, row_n, position_n, sums.n, backbone.start_id))
-            x_np = sums.features(table_Vd, ids_nj)
-            sums.equations.add_all_but_xx(x_np, v_nd - sums.mean_d)
-            first_dp += (x_np[:, :d].T @ x_np).cpu()
-            ends.append(ids_nj[torch.from_numpy(position_n == targets.lengths[row_n])])
-            bar.update(len(chosen))
-    start_d = sums.features(table_Vd, torch.tensor([[backbone.start_id]]))[0].cpu().double()
-    sums.equations.raw_xx += sliding_gram(first_dp, _gram(sums, table_Vd, torch.cat(ends)), len(rows), start_d)
-    return sums
-
-
-def _gram(sums: ReaderSums, table_Vd: Tensor, ids_nj: Tensor) -> Tensor:
-    """XᵀX (p, p) float64 of the features of some tails."""
-    gram_pp = torch.zeros_like(sums.equations.raw_xx)
-    for part in ids_nj.split(FIT_TOKENS):
-        x_np = sums.features(table_Vd, part)
-        gram_pp += (x_np.T @ x_np).cpu()
-    return gram_pp
-
-
-def token_counts(targets: Targets, rows: np.ndarray, table_Vd: Tensor) -> np.ndarray:
-    """How often each token of the table stands in the rows' sequences (V,)."""
-    return np.bincount(np.concatenate(targets.sequences(rows)), minlength=len(table_Vd))
-
-
-def embedding_mean(table_Vd: Tensor, counts_V: np.ndarray) -> Tensor:
-    """Mean embedding (d,) float32 under token counts, without a float32 copy of the table."""
-    weight_V = torch.from_numpy(counts_V / counts_V.sum()).float().to(table_Vd.device)
-    used = weight_V.nonzero()[:, 0]
-    return weight_V[used] @ table_Vd[used].float()
-
-
-def embedding_table(backbone: Backbone) -> Tensor:
-    """Every token's embedding through the module (V, d), in the backbone's dtype."""
-    return backbone.embed(torch.arange(len(backbone.head_weight)))
-
-
-def every_position(backbone: Backbone, targets: Targets, rows: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """v (n, d) float32 at each generated token of the rows, its row, and its position (1 = first generated)."""
-    lengths = targets.lengths[rows]
-    ids_BT = torch.from_numpy(targets.ids[rows, : lengths.max()].astype(np.int64))
-    ids_BT = torch.cat([torch.full((len(rows), 1), backbone.start_id), ids_BT], dim=1).to(backbone.device)
-    h_BTd = backbone.hidden_at_layer(input_ids=ids_BT)
-    valid_BT = np.arange(1, ids_BT.shape[1])[None] <= lengths[:, None]
-    at_row, at = np.nonzero(valid_BT)
-    v_nd = h_BTd[:, 1:][torch.from_numpy(valid_BT).to(h_BTd.device)].float()
-    return v_nd, rows[at_row], at + 1
 
 
 def solve_reader(backbone: Backbone, sums: ReaderSums, ridge: float) -> dict[str, np.ndarray]:

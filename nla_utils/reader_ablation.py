@@ -18,21 +18,9 @@ from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.metrics import fve
 from nla_utils.noisy_channel import read_with_language_model
-from nla_utils.reader import (
-    ReaderSums,
-    TailReader,
-    embedding_table,
-    empty_sums,
-    leading,
-    load_reader,
-    read_greedy,
-    reader_from,
-    reader_split,
-    solve_reader,
-    tail_features,
-    token_counts,
-)
+from nla_utils.reader import TailReader, load_reader, read_greedy, reader_from, reader_split, solve_reader
 from nla_utils.reader_scaling import SHARES, grow, score_size
+from nla_utils.reader_sums import ReaderSums, embedding_table, empty_sums, leading, tail_features, token_counts
 from nla_utils.store import RunFolder
 from nla_utils.targets import Targets
 from nla_utils.training import Trainer

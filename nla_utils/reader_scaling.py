@@ -17,7 +17,8 @@ from nla_utils.backbone import Backbone
 from nla_utils.config import RunConfig
 from nla_utils.metrics import fve_matrix
 from nla_utils.probe import fit_probe
-from nla_utils.reader import ReaderSums, add_rows, best_ridge, empty_sums, read_greedy, reader_from, reader_split
+from nla_utils.reader import best_ridge, read_greedy, reader_from, reader_split
+from nla_utils.reader_sums import ReaderSums, add_rows, empty_sums
 from nla_utils.targets import Targets
 
 SHARES = (8, 4, 2, 1)

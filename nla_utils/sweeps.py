@@ -37,18 +37,16 @@ LEAST_LAYERS = 2
 # Between two names at the ends of curves, as a share of the axis.
 LEAST_GAP = 0.04
 DOTTED_TWICE = (0, (5, 1, 1, 1, 1, 1))
-# (label, protocol, results file, key, line). What text can reach needs no verbalizer.
+# (label, protocol, results file, key, line). What text can reach needs no AV, nor does the reader need training.
 TEXT_CURVES = (
     ("tail oracle, last 8", "corrected", "oracle_ceiling", "tail_oracle_8_cen_fve_mean", "--"),
     ("NN-retrieval", "corrected", "centered_eval", "nn_retrieval_cen_mean", "-."),
     ("replay, as published", "paper", "oracle_ceiling", "replay_cen_fve_mean", ":"),
     ("paraphrase, best of 8", "corrected", "oracle_ceiling", "paraphrase_bestof8_cen_fve_mean", DOTTED_TWICE),
+    ("tail reader, greedy", "reader", "centered_eval", "adapter_cen_greedy_mean", "-"),
     ("unrelated texts, best-of-K", "corrected", "centered_eval", "unrelated_text_cen_bestofK_mean", "-"),
 )  # fmt: skip
-VERBALIZER_CURVES = (
-    ("tail reader, greedy", "reader", "centered_eval", "adapter_cen_greedy_mean", "D-"),
-    ("AV, best-of-K", "corrected", "centered_eval", "adapter_cen_bestofK_mean", "o-"),
-)
+AV_CURVE = ("AV, best-of-K", "corrected", "centered_eval", "adapter_cen_bestofK_mean")
 # A column by protocol and results file.
 Columns = Callable[[str, str], dict]
 
@@ -67,14 +65,14 @@ class Depth:
 
     @property
     def texts(self) -> dict[int, Columns]:
-        """Columns of what text can reach, by layer."""
+        """Columns of what text can reach, the reader's among it, by layer."""
         if self.record is None:
-            return self.verbalizers
+            return self.evaluated
         layers = {int(layer): columns for layer, columns in self.record["layers"].items()}
         return {layer: lambda protocol, _, c=columns: c[protocol] for layer, columns in sorted(layers.items())}
 
     @property
-    def verbalizers(self) -> dict[int, Columns]:
+    def evaluated(self) -> dict[int, Columns]:
         """Columns of the runs, by layer."""
         return {layer: lambda protocol, name, r=run: _column(r, protocol, name) for layer, run in self.runs.items()}
 
@@ -129,20 +127,19 @@ def _column(run: RunResults, protocol: str, name: str) -> dict:
 
 
 def depth_table(depth: Depth) -> pd.DataFrame:
-    """One row a layer: ‖μ‖, the raw floor, what text can reach there, and what verbalizers reach where they were run."""
-    rows, empty = [], {label: "–" for label, *_ in VERBALIZER_CURVES}
+    """One row a layer: ‖μ‖, the raw floor, what text can reach there, and what an AV reaches where one was trained."""
+    rows, (label, protocol, name, key) = [], AV_CURVE
     for layer, columns in depth.texts.items():
         of_pool = columns("corrected", "oracle_ceiling")
         row = {"layer": layer, "‖μ‖": number(of_pool["mu_norm"], 1)}
         row["raw floor"] = number(of_pool["random_floor_raw_fve_mean"])
-        row |= {label: with_interval(columns(p, name), key) for label, p, name, key, _ in TEXT_CURVES}
+        row |= {text: with_interval(columns(p, file), k) for text, p, file, k, _ in TEXT_CURVES}
         row["paraphrase − unrelated, best of 8"] = with_interval(of_pool, MEANING)
-        row |= empty
+        row["reader − NN-retrieval"] = with_interval(columns("reader", "centered_eval"), RETRIEVAL)
+        row[label] = "–"
         if layer in depth.runs:
-            run = depth.verbalizers[layer]
-            row |= {label: with_interval(run(p, name), key) for label, p, name, key, _ in VERBALIZER_CURVES}
-            row["AV − unrelated, best-of-K"] = with_interval(run("corrected", "centered_eval"), GAP)
-            row["reader − NN-retrieval"] = with_interval(run("reader", "centered_eval"), RETRIEVAL)
+            of_av = depth.evaluated[layer](protocol, name)
+            row |= {label: with_interval(of_av, key), "AV − unrelated, best-of-K": with_interval(of_av, GAP)}
         rows.append(row)
     return pd.DataFrame(rows).set_index("layer").fillna("–")
 
@@ -166,7 +163,7 @@ def figure_7(runs: Sequence[RunResults]) -> Figure:
 
 
 def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:
-    """Curves and bands of text, named at their ends; points with intervals of the verbalizers, named beside the last."""
+    """Curves and bands of text, named at their ends; points with intervals of the AV, named beside the last."""
     ends = {}
     for label, protocol, name, key, line in TEXT_CURVES:
         x, y, low, high = _series(depth.texts, protocol, name, key)
@@ -176,10 +173,10 @@ def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:
         ends[label] = (y[-1], color)
     for label, y in _apart({label: y for label, (y, _) in ends.items()}, LEAST_GAP * np.ptp(ax.get_ylim())).items():
         ax.annotate(label, (x[-1], y), (8, 0), textcoords="offset points", fontsize=7, va="center", color=ends[label][1])
-    for label, protocol, name, key, line in VERBALIZER_CURVES:
-        x, y, low, high = _series(depth.verbalizers, protocol, name, key)
-        ax.errorbar(x, y, [y - low, high - y], fmt=line, color="black", markersize=4, linewidth=0.8, label=label)
-        ax.annotate(label, (x[-1], y[-1]), (5, 5), textcoords="offset points", fontsize=7)
+    label, protocol, name, key = AV_CURVE
+    x, y, low, high = _series(depth.evaluated, protocol, name, key)
+    ax.errorbar(x, y, [y - low, high - y], fmt="o-", color="black", markersize=4, linewidth=0.8, label=label)
+    ax.annotate(label, (x[-1], y[-1]), (5, 5), textcoords="offset points", fontsize=7)
 
 
 def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:

@@ -8,29 +8,34 @@ import pytest
 import torch
 
 from nla_utils.beyond import seeds_table
+from nla_utils.layers import config_at, extract_layers, folder_at
 from nla_utils.linear import NormalEquations, sliding_gram, whitening
 from nla_utils.metrics import fve
 from nla_utils.noisy_channel import _log_probability, read_with_language_model
 from nla_utils.probe import fit_probe, nearest_tokens, probe_decode
 from nla_utils.reader import (
     TailReader,
-    accumulate,
-    add_rows,
-    embedding_table,
-    empty_sums,
-    every_position,
     fit_reader,
+    fit_readers,
     half_norms,
-    leading,
     load_reader,
     read_greedy,
     read_tails,
     reader_split,
     solve_reader,
-    tail_features,
 )
 from nla_utils.reader_ablation import ablate_reader
+from nla_utils.reader_sums import (
+    add_rows,
+    embedding_table,
+    empty_sums,
+    every_position,
+    leading,
+    sums_at_layers,
+    tail_features,
+)
 from nla_utils.replication import replicate, training_targets
+from nla_utils.targets import load_targets
 
 
 def test_streamed_least_squares_equals_the_whole_at_once():
@@ -59,6 +64,10 @@ def test_tail_features_stand_backwards_and_are_padded_by_the_start_token():
     ids = np.array([[5, 6, 7, 0], [8, 9, 0, 0]])
     got = tail_features(ids, np.array([0, 1, 0]), np.array([3, 2, 1]), 3, start_id=2)
     np.testing.assert_array_equal(got, [[7, 6, 5], [9, 8, 2], [5, 2, 2]])
+
+
+def accumulate(backbone, targets, rows, n):
+    return sums_at_layers(backbone, {backbone.layer: targets}, rows, n)[backbone.layer]
 
 
 def planted(n=3, d=24, vocabulary=40, noise=0.05, seed=3):
@@ -110,7 +119,7 @@ def test_draws_follow_the_posterior():
 def test_every_position_is_the_activation_of_the_prefix(tiny_run):
     run, targets = tiny_run
     rows = np.array([3, 7])
-    v, row, position = every_position(run.backbone, targets, rows)
+    (v,), row, position = every_position(run.backbone, targets, rows, [run.backbone.layer])
     prefixes = [targets.sequence(r)[:p] for r, p in zip(row, position)]
     np.testing.assert_allclose(v.numpy(), run.backbone.encode(prefixes, start=True), atol=2e-4)
     np.testing.assert_allclose(v.numpy()[position == targets.lengths[row]], targets.v[rows], atol=2e-4)
@@ -134,12 +143,35 @@ def test_fitted_reader_is_kept_and_reads_the_same(tiny_run, tmp_path):
     assert not ends.any(), "EOS stands before the end"
 
 
+def test_readers_of_several_layers_are_those_of_each_alone(tiny_run, tmp_path):
+    run, _ = tiny_run
+    config = dataclasses.replace(run.config, out=str(tmp_path))
+    extract_layers(config, run.backbone, [1, 3])
+    at, alone = {}, {}
+    for layer in (1, 3):
+        own, backbone = config_at(config, run.backbone.layer, layer), dataclasses.replace(run.backbone, layer=layer)
+        folder = folder_at(own, run.backbone, layer)
+        at[layer] = targets, _ = load_targets(own, folder), folder
+        apart = dataclasses.replace(folder, path=tmp_path / "alone" / folder.path.name)
+        apart.save("targets", folder.load("targets").tensors)
+        fit_reader(own, backbone, targets, apart)
+        alone[layer] = apart.load("reader")
+    fit_readers(config, run.backbone, at)
+    for layer, (_, folder) in at.items():
+        together = folder.load("reader")
+        scores = [[t["fve_nrm_cen"] for t in a.sidecar["trials"]] for a in (together, alone[layer])]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+        assert together.sidecar["train_positions"] == alone[layer].sidecar["train_positions"]
+        for name, expected in alone[layer].tensors.items():
+            np.testing.assert_allclose(together.tensors[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_chunks_of_the_fit_do_not_matter(gemma_run, monkeypatch):
     run, targets = gemma_run
     rows = np.arange(30)
     solved = []
     for size in (16384, 60):
-        monkeypatch.setattr("nla_utils.reader.FIT_TOKENS", size)
+        monkeypatch.setattr("nla_utils.reader_sums.FIT_TOKENS", size)
         solved.append(solve_reader(run.backbone, accumulate(run.backbone, targets, rows, 2), 1e-2))
     for name in solved[0]:
         np.testing.assert_allclose(solved[0][name], solved[1][name], rtol=1e-2, atol=1e-2, err_msg=name)
