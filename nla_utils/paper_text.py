@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Optional, Sequence
+from typing import Iterable, Optional, Sequence
 
 from nla_utils import claims, sweeps, tables
 from nla_utils.beyond import ablation_record, seeds_record
@@ -150,15 +150,24 @@ def depth(found: sweeps.Depth) -> str:
 
 
 def _sequences_of(found: sweeps.Depth) -> str:
-    evaluated = f"layers {', '.join(map(str, found.runs))}"
     if found.record is None:
-        return f"{evaluated.capitalize()} of the same sequences."
+        return f"{_layers(found.runs).capitalize()} of the same sequences."
     seed = found.record["identity"]["seed"]
-    others = next(iter(found.runs.values())).seed
+    evaluated = [
+        f"{_layers(layers)} of {'these' if own == seed else f'others (seed {own})'}" for own, layers in found.by_seed.items()
+    ]
     return (
-        f"What text can reach is measured at layers {min(found.texts)} to {max(found.texts)} of the same sequences "
-        f"(seed {seed}); the AV at {evaluated} of others (seed {others})."
+        f"What text can reach is measured at {_layers(found.texts)} of the same sequences (seed {seed}), "
+        f"the AV at {' and at '.join(evaluated)}."
     )
+
+
+def _layers(layers: Iterable[int]) -> str:
+    """Layers in words, those that follow each other drawn together."""
+    layers = list(layers)
+    stretches = [list(g) for _, g in itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    names = [str(g[0][1]) if len(g) == 1 else f"{g[0][1]} to {g[-1][1]}" for g in stretches]
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(names)}"
 
 
 def _range(by_layer: dict[int, float]) -> str:
@@ -169,15 +178,13 @@ def _range(by_layer: dict[int, float]) -> str:
 
 
 def _above(columns: dict[int, dict], key: str) -> str:
-    """The layers where the whole interval of a difference is above zero, those that follow each other drawn together."""
+    """The layers where the whole interval of a difference is above zero."""
     above = [layer for layer, column in columns.items() if column["ci95"][key][0] > 0]
     if len(above) == len(columns) > 2:
         return "at every layer"
     if not above:
         return "at none of them"
-    stretches = [list(g) for _, g in itertools.groupby(enumerate(above), lambda pair: pair[1] - pair[0])]
-    names = [str(g[0][1]) if len(g) == 1 else f"{g[0][1]} to {g[-1][1]}" for g in stretches]
-    return f"at layer{'s' * (len(above) > 1)} {', '.join(names)}"
+    return f"at {_layers(above)}"
 
 
 def headline(runs: Sequence[RunResults]) -> str:
@@ -198,17 +205,22 @@ def headline(runs: Sequence[RunResults]) -> str:
     ]
     by_depth = [r for r in chosen if sweeps.depth_record(r)]
     if by_depth:
-        lines.append(
-            "5. **Depth.** The best of K unrelated texts, and eight paraphrases minus eight unrelated texts, against "
-            f"the extraction layer: {each(_by_depth, by_depth)}."
-        )
+        lines.append(f"5. **Depth.** Against the extraction layer: {each(_by_depth, by_depth)}.")
     return "\n".join(lines) + "\n"
 
 
 def _by_depth(run: RunResults) -> str:
-    columns = {layer: c["corrected"] for layer, c in sweeps.depth_record(run)["layers"].items()}
-    keys = ("unrelated_text_cen_bestofK_mean", sweeps.MEANING)
-    return ", ".join(_range({layer: c[key] for layer, c in columns.items()}) for key in keys)
+    layers = {int(layer): columns for layer, columns in sweeps.depth_record(run)["layers"].items()}
+
+    def against_layer(protocol: str, key: str) -> str:
+        return _range({layer: columns[protocol][key] for layer, columns in layers.items()})
+
+    readers = {layer: columns["reader"] for layer, columns in layers.items()}
+    return (
+        f"the best of K unrelated texts scores {against_layer('corrected', 'unrelated_text_cen_bestofK_mean')}; eight "
+        f"paraphrases minus eight unrelated texts, {against_layer('corrected', sweeps.MEANING)}; the tail reader minus "
+        f"looking up, {against_layer('reader', sweeps.RETRIEVAL)}, above zero {_above(readers, sweeps.RETRIEVAL)}"
+    )
 
 
 def _replay(run: RunResults) -> str:

@@ -64,6 +64,12 @@ class Depth:
         return title(self.runs)
 
     @property
+    def by_seed(self) -> dict[int, list[int]]:
+        """Layers where an AV was trained, by seed; first the seed of the record, which shares its sequences."""
+        order = sorted({run.seed for run in self.runs.values()}, key=lambda s: (s != _seed(self.record), s))
+        return {seed: [layer for layer, run in self.runs.items() if run.seed == seed] for seed in order}
+
+    @property
     def texts(self) -> dict[int, Columns]:
         """Columns of what text can reach, the reader's among it, by layer."""
         if self.record is None:
@@ -77,6 +83,10 @@ class Depth:
         return {layer: lambda protocol, name, r=run: _column(r, protocol, name) for layer, run in self.runs.items()}
 
 
+def _seed(record: Optional[dict]) -> Optional[int]:
+    return record and record["identity"]["seed"]
+
+
 def seed_groups(runs: Sequence[RunResults]) -> list[dict[int, RunResults]]:
     """Runs of at least two seeds that are otherwise alike, by seed."""
     return _groups(runs, lambda r: (r.backbone, r.family, r.layer), lambda r: r.seed, 2)
@@ -88,10 +98,22 @@ def depth_record(run: RunResults) -> Optional[dict]:
 
 
 def depths(runs: Sequence[RunResults]) -> list[Depth]:
-    """Every set of runs that says something about depth: of several layers, or with a record of text alone."""
-    groups = _groups(runs, lambda r: (r.backbone, r.family, r.seed), lambda r: r.layer, 1)
-    found = [Depth(g, next(filter(None, map(depth_record, g.values())), None)) for g in groups]
-    return [d for d in found if d.record or len(d.runs) >= LEAST_LAYERS]
+    """Every set of runs that says something about depth: of several layers, or with a record of text alone.
+
+    Beside a record stand runs of any seed, of each layer the one that shares the record's where there is one.
+    """
+    recorded = {(r.backbone, r.family): record for r in runs if (record := depth_record(r))}
+    others = [r for r in runs if (r.backbone, r.family) not in recorded]
+    swept = _groups(others, lambda r: (r.backbone, r.family, r.seed), lambda r: r.layer, LEAST_LAYERS)
+    found = [_beside([r for r in runs if (r.backbone, r.family) == family], recorded[family]) for family in sorted(recorded)]
+    return found + [Depth(group, None) for group in swept]
+
+
+def _beside(runs: Sequence[RunResults], record: dict) -> Depth:
+    chosen: dict[int, RunResults] = {}
+    for run in sorted(runs, key=lambda r: (r.seed != _seed(record), r.seed)):
+        chosen.setdefault(run.layer, run)
+    return Depth(dict(sorted(chosen.items())), record)
 
 
 def _groups(runs: Sequence[RunResults], alike, varied, least: int) -> list[dict[int, RunResults]]:

@@ -1,5 +1,6 @@
 """What text can reach by layer: the same numbers as the notebooks give at that layer, from one pass over the texts."""
 
+import copy
 import dataclasses
 import json
 
@@ -149,3 +150,16 @@ def test_an_av_stands_at_the_layers_where_it_was_trained(beside_a_run):
     row = sweeps.depth_table(dataclasses.replace(found, record=record)).loc[layer]
     column = found.runs[layer].column("centered_eval", "corrected")
     assert row["AV, best-of-K"].startswith(f"{column['adapter_cen_bestofK_mean']:.3f}")
+
+
+def test_of_runs_of_one_layer_the_one_that_shares_the_records_sequences_stands_beside_it(beside_a_run):
+    (base,) = find_runs([beside_a_run])
+
+    def variant(layer, seed):
+        data = copy.deepcopy(base.data)
+        data["targets"]["identity"] |= {"layer": layer, "seed": seed}
+        return dataclasses.replace(base, profile=f"{base.profile}-layer{layer}-seed{seed}", data=data)
+
+    (found,) = sweeps.depths([base, variant(1, 7), variant(1, 5), variant(2, 5), variant(base.layer, 7)])
+    assert {layer: run.seed for layer, run in found.runs.items()} == {1: 5, 2: 5, base.layer: base.seed}
+    assert f"the AV at layers 1 to 2 of these and at layer {base.layer} of others (seed {base.seed})" in paper_text.depth(found)
