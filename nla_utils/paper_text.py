@@ -144,7 +144,8 @@ def depth(found: sweeps.Depth) -> str:
         ]
     sentences += [
         f"The AV's best of K lies above that of as many unrelated texts {_above(evaluated, sweeps.GAP)}; the tail "
-        f"reader's greedy text above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}."
+        f"reader's greedy text above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}, below it "
+        f"{_below(readers, sweeps.RETRIEVAL)}."
     ]
     return " ".join(sentences) + "\n"
 
@@ -179,12 +180,18 @@ def _range(by_layer: dict[int, float]) -> str:
 
 def _above(columns: dict[int, dict], key: str) -> str:
     """The layers where the whole interval of a difference is above zero."""
-    above = [layer for layer, column in columns.items() if column["ci95"][key][0] > 0]
-    if len(above) == len(columns) > 2:
+    return _named([layer for layer, column in columns.items() if column["ci95"][key][0] > 0], len(columns))
+
+
+def _below(columns: dict[int, dict], key: str) -> str:
+    """The layers where the whole interval of a difference is below zero."""
+    return _named([layer for layer, column in columns.items() if column["ci95"][key][1] < 0], len(columns))
+
+
+def _named(layers: Sequence[int], of: int) -> str:
+    if len(layers) == of > 2:
         return "at every layer"
-    if not above:
-        return "at none of them"
-    return f"at {_layers(above)}"
+    return f"at {_layers(layers)}" if layers else "at none of them"
 
 
 def headline(runs: Sequence[RunResults]) -> str:
@@ -219,7 +226,8 @@ def _by_depth(run: RunResults) -> str:
     return (
         f"the best of K unrelated texts scores {against_layer('corrected', 'unrelated_text_cen_bestofK_mean')}; eight "
         f"paraphrases minus eight unrelated texts, {against_layer('corrected', sweeps.MEANING)}; the tail reader minus "
-        f"looking up, {against_layer('reader', sweeps.RETRIEVAL)}, above zero {_above(readers, sweeps.RETRIEVAL)}"
+        f"looking up, {against_layer('reader', sweeps.RETRIEVAL)}, above zero {_above(readers, sweeps.RETRIEVAL)}, below "
+        f"it {_below(readers, sweeps.RETRIEVAL)}"
     )
 
 

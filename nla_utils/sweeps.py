@@ -36,6 +36,7 @@ READER_ROWS = (
 LEAST_LAYERS = 2
 # Between two names at the ends of curves, as a share of the axis.
 LEAST_GAP = 0.04
+READER_WIDTH = 2.5
 DOTTED_TWICE = (0, (5, 1, 1, 1, 1, 1))
 # (label, protocol, results file, key, line). What text can reach needs no AV, nor does the reader need training.
 TEXT_CURVES = (
@@ -190,14 +191,14 @@ def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:
     for label, protocol, name, key, line in TEXT_CURVES:
         x, y, low, high = _series(depth.texts, protocol, name, key)
         color = NULL_GREY if label.startswith("unrelated") else shade
-        ax.plot(x, y, linestyle=line, color=color, label=label)
+        ax.plot(x, y, linestyle=line, linewidth=READER_WIDTH if protocol == "reader" else None, color=color, label=label)
         ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         ends[label] = (y[-1], color)
     for label, y in _apart({label: y for label, (y, _) in ends.items()}, LEAST_GAP * np.ptp(ax.get_ylim())).items():
         ax.annotate(label, (x[-1], y), (8, 0), textcoords="offset points", fontsize=7, va="center", color=ends[label][1])
     label, protocol, name, key = AV_CURVE
     x, y, low, high = _series(depth.evaluated, protocol, name, key)
-    ax.errorbar(x, y, [y - low, high - y], fmt="o-", color="black", markersize=4, linewidth=0.8, label=label)
+    ax.errorbar(x, y, [y - low, high - y], fmt="o", color="black", markersize=4, label=label)
     ax.annotate(label, (x[-1], y[-1]), (5, 5), textcoords="offset points", fontsize=7)
 
 

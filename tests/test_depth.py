@@ -141,6 +141,8 @@ def test_one_run_and_a_record_make_the_figure_the_table_and_the_words(beside_a_r
 def test_layers_above_zero_are_named(lowest, words):
     columns = {layer: {"ci95": {"x": [low, 2]}} for layer, low in lowest.items()}
     assert paper_text._above(columns, "x") == words
+    mirrored = {layer: {"ci95": {"x": [-2, -low]}} for layer, low in lowest.items()}
+    assert paper_text._below(mirrored, "x") == words
 
 
 def test_an_av_stands_at_the_layers_where_it_was_trained(beside_a_run):
