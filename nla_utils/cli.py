@@ -81,7 +81,8 @@ def _finish(folder, adopt: bool) -> None:
     from nla_utils.reproduce import adopt as adopt_run
 
     typer.echo(f"\n{folder.backbone}")
-    typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
+    if folder.file("executed").exists():
+        typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
     typer.echo(f"  results (JSON)      {_show(folder.file('results'))}")
     if folder.file("report").exists():
         typer.echo(f"  tables and figures  {_show(folder.file('report'))}")

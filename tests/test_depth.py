@@ -101,6 +101,7 @@ def test_the_command_keeps_its_record_beside_the_runs_of_any_seed(tiny_folders, 
                str(tmp_path / "runs"), "--device", "cpu", "--dtype", "float32", "--seed", "2"]  # fmt: skip
     done = CliRunner().invoke(app, [*command, "--layers", "1,3", "--adopt"])
     assert done.exit_code == 0, done.output
+    assert "results (JSON)" in done.output and "executed notebooks" not in done.output, "no notebook was run"
     record = json.loads((tmp_path / "kept" / "tiny-llama" / "smoke" / "depth.json").read_text())
     assert list(record["layers"]) == ["1", "3"] and record["identity"]["seed"] == 2
     refused = CliRunner().invoke(app, [*command, "--layers", "4"])
