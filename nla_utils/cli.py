@@ -141,7 +141,7 @@ def depth(
     sequences: Sequences = None,
     adopt: Annotated[bool, typer.Option("--adopt", help=ADOPT_HELP)] = False,
 ) -> None:
-    """Measure what text can reach at each layer, with no verbalizer: all layers in the time of a few."""
+    """Measure what text can reach at each layer, the tail reader's among it: nothing is trained."""
     from nla_utils.backbone import BackboneError
     from nla_utils.depth import reach_of_text
     from nla_utils.results import DEPTH, write_results

@@ -48,10 +48,11 @@ def reach_of_text(
     columns, parents = {}, {}
     for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
         (targets, folder), standing = at[layer], dataclasses.replace(backbone, layer=layer)
+        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts)
         found = {
             "paper": _published_replay(standing, targets),
-            "corrected": _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts),
-            "reader": _read(standing, load_reader(standing, folder), targets),
+            "corrected": corrected,
+            "reader": _read(standing, load_reader(standing, folder), targets, corrected),
         }
         columns[str(layer)] = {name: column.to_json() for name, column in found.items()}
         parents[f"targets of layer {layer}"] = targets.sha256
@@ -93,8 +94,11 @@ def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
     return column
 
 
-def _read(backbone: Backbone, reader: TailReader, targets: Targets) -> Column:
-    """The reader's greedy texts in the key names of notebook 04, with the two that it is compared with."""
+def _read(backbone: Backbone, reader: TailReader, targets: Targets, texts_column: Column) -> Column:
+    """The reader's greedy texts in the key names of notebook 04, with the two that it is compared with.
+
+    Retrieval is that of ``texts_column``, the layer's own.
+    """
     rows, mu = targets.held_out, targets.mu
     v, sources = targets.v[rows], targets.sequences(rows)
     texts = read_greedy(reader, torch.from_numpy(v).to(backbone.device)).tolist()
@@ -103,7 +107,7 @@ def _read(backbone: Backbone, reader: TailReader, targets: Targets) -> Column:
     column = Column("corrected", len(v))
     column.add("adapter_cen_greedy_mean", greedy)
     column.add("shuffled_v_cen_greedy_mean", (score_MM.sum(axis=1) - greedy) / (len(v) - 1))
-    column.add("nn_retrieval_cen_mean", fve_matrix(v, targets.v[targets.pool], mu).max(axis=1))
+    column.add("nn_retrieval_cen_mean", texts_column.per_target["nn_retrieval_cen_mean"])
     column.add("names_last_token", np.array([float(t[-1] == s[-1]) for t, s in zip(texts, sources)]))
     column.difference("adapter_cen_greedy_mean", "shuffled_v_cen_greedy_mean")
     column.difference("adapter_cen_greedy_mean", "nn_retrieval_cen_mean")

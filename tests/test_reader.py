@@ -1,7 +1,6 @@
-"""Streaming least squares, the tail reader, the probe."""
+"""The tail reader and the probe."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from nla_utils.beyond import seeds_table
 from nla_utils.layers import config_at, extract_layers, folder_at
-from nla_utils.linear import NormalEquations, sliding_gram, whitening
 from nla_utils.metrics import fve
 from nla_utils.noisy_channel import _log_probability, read_with_language_model
 from nla_utils.probe import fit_probe, nearest_tokens, probe_decode
@@ -36,28 +34,6 @@ from nla_utils.reader_sums import (
 )
 from nla_utils.replication import replicate, training_targets
 from nla_utils.targets import load_targets
-
-
-def test_streamed_least_squares_equals_the_whole_at_once():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(400, 6)) + 0.3, rng.normal(size=(400, 3)) - 0.2
-    y = y + x @ rng.normal(size=(6, 3))
-    equations = NormalEquations(6, 3)
-    for part in np.array_split(np.arange(400), 7):
-        equations.add(torch.from_numpy(x[part]).float(), torch.from_numpy(y[part]).float())
-    b, intercept = equations.solve(0.0)
-    expected = np.linalg.lstsq(np.c_[x, np.ones(400)], y, rcond=None)[0]
-    np.testing.assert_allclose(b, expected[:-1], atol=1e-4)
-    np.testing.assert_allclose(intercept, expected[-1], atol=1e-4)
-    residual = y - np.c_[x, np.ones(400)] @ expected
-    np.testing.assert_allclose(equations.residual_covariance(b, 0.0), residual.T @ residual / 400, atol=1e-4)
-
-
-def test_whitening_gives_unit_covariance():
-    a = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    covariance = a @ a.T + torch.eye(5, dtype=torch.float64)
-    w = whitening(covariance).double()
-    torch.testing.assert_close(w @ covariance @ w.T, torch.eye(5, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
 def test_tail_features_stand_backwards_and_are_padded_by_the_start_token():
@@ -269,20 +245,6 @@ def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
     parts = [(targets, train[:20]), (targets, train[20:])]
     one, two = (fit_probe(run.backbone, p, targets, validation, 4)[1] for p in (parts, [(targets, train)]))
     assert one == two
-
-
-@pytest.mark.parametrize("window", [1, 2, 5])
-def test_the_sliding_gram_is_the_gram(window):
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before, lengths = draw(3), (1, 2, 7, 4)
-    rows, ends = [], []
-    for length in lengths:
-        sequence = torch.cat([before.expand(window, -1), draw(length, 3)])
-        rows += [sequence[t + 1 : t + 1 + window].flip(0).flatten() for t in range(length)]
-        ends.append(len(rows) - 1)
-    x = torch.stack(rows)
-    found = sliding_gram(x[:, :3].T @ x, x[ends].T @ x[ends], len(lengths), before)
-    torch.testing.assert_close(found, x.T @ x)
 
 
 def test_a_short_readers_sums_are_part_of_a_long_ones(gemma_run):
