@@ -1,8 +1,8 @@
 """What text can reach at each layer of a backbone, with no AV: one set of sequences, one pass over each text.
 
 Replay, tail oracle, paraphrase, retrieval and the unrelated-text null need v and the texts alone, and the tail reader
-is solved for at all layers from one pass over the sequences. A layer of them costs a small part of what training and
-rolling out an AV there does, so they can be had for all layers.
+is solved for at all layers from one pass over the sequences, or from a few where memory is short. A layer of them costs
+a small part of what training and rolling out an AV there does, so they can be had for all layers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from nla_utils.evaluation import Column
 from nla_utils.layers import config_at, extract_layers, folder_at
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
-from nla_utils.reader import TailReader, fit_readers, load_reader, read_greedy
+from nla_utils.reader import TAIL_TOKENS, TailReader, fit_readers, load_reader, read_greedy
+from nla_utils.store import RunFolder
 from nla_utils.targets import Targets, load_targets, sequences_hash
+
+# Readers of as many layers as this many bytes hold are fitted from one pass: all of a small backbone's.
+FIT_BYTES = 4 * 2**30
 
 
 def reach_of_text(
@@ -36,18 +40,15 @@ def reach_of_text(
     alone, of the first M, μ their own mean. ``backbone`` stands at its own layer.
     """
     extract_layers(run, backbone, layers, sequences)
-    at = {}
-    for layer in layers:
-        config = config_at(run, backbone.layer, layer)
-        folder = folder_at(config, backbone, layer)
-        at[layer] = load_targets(config, folder), folder
-    fit_readers(run, backbone, at)
-    first, _ = at[layers[0]]
+    at_once = _layers_in(FIT_BYTES, backbone.d, run.sizes.n_targets)
+    for start in range(0, len(layers), at_once):
+        fit_readers(run, backbone, {layer: _at(run, backbone, layer) for layer in layers[start : start + at_once]})
+    first, _ = _at(run, backbone, layers[0])
     texts = _texts(run, backbone, first)
     h = {name: backbone.encode_layers(ids, True, layers) for name, ids in texts.items()}
     columns, parents = {}, {}
     for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
-        (targets, folder), standing = at[layer], dataclasses.replace(backbone, layer=layer)
+        (targets, folder), standing = _at(run, backbone, layer), dataclasses.replace(backbone, layer=layer)
         corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts)
         found = {
             "paper": _published_replay(standing, targets),
@@ -57,6 +58,18 @@ def reach_of_text(
         columns[str(layer)] = {name: column.to_json() for name, column in found.items()}
         parents[f"targets of layer {layer}"] = targets.sha256
     return {"K": run.sizes.n_rollouts, "sequences": sequences_hash(**first.texts), "layers": columns}, parents
+
+
+def _at(run: RunConfig, backbone: Backbone, layer: int) -> tuple[Targets, RunFolder]:
+    """A layer's targets, and the folder they are kept in."""
+    config = config_at(run, backbone.layer, layer)
+    folder = folder_at(config, backbone, layer)
+    return load_targets(config, folder), folder
+
+
+def _layers_in(room: int, d: int, n_targets: int) -> int:
+    """How many layers' targets (N, d) float32 and sums XᵀV (n · d, d) float64 are held in that many bytes."""
+    return max(1, room // (4 * n_targets * d + 8 * TAIL_TOKENS * d * d))
 
 
 def _texts(run: RunConfig, backbone: Backbone, targets: Targets) -> dict[str, list[list[int]]]:

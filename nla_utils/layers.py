@@ -78,11 +78,12 @@ def _extract_missing(
     layers, missing = list(folders), [x for x, folder in folders.items() if not folder.has(ARTEFACT)]
     if not missing:
         return
-    own, n, settings = backbone.layer, run.sizes.n_targets, target_settings(run)
+    own, n = backbone.layer, run.sizes.n_targets
     home = folder_at(run, backbone, own)
     require_disk(home.path, 2 * n * len(layers) * backbone.d * 4)
     # All the layers, missing or not: a sweep that was cut while some were kept already finds its chunks again.
-    plan = {**plan, **home.identity, "layer": layers, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    sampling = target_settings(run).record()
+    plan = {**plan, **home.identity, "layer": layers, "n": n, "sampling": sampling, "batch": SAMPLE_BATCH}
     chunks = ChunkStore(home.file("layers.chunks"), plan)
     starts = range(0, n, SAMPLE_BATCH)
     with Progress(total=n, desc=f"{'reading' if given else 'drawing'} targets, {len(layers)} layers", unit="seq") as bar:
@@ -90,11 +91,7 @@ def _extract_missing(
             size = min(SAMPLE_BATCH, n - first)
             # All the layers of all chunks are never in memory at once, so they are not joined as other chunks are.
             if chunks.get(c) is None:
-                if given is None:
-                    samples = draw_sequences(backbone, settings, size, derive_seed(run.seed, "targets", c))
-                    texts = {"ids": samples.ids, "lengths": samples.lengths}
-                else:
-                    texts = {name: x[first : first + size] for name, x in given.items()}
+                texts = _part(given, first, size) if given else _drawn(run, backbone, c, size)
                 chunks.put(c, {**texts, **_activations(backbone, texts, layers)})
             bar.update(size)
     for x in missing:
@@ -102,6 +99,16 @@ def _extract_missing(
         tensors = {k: np.concatenate([chunks.tensor(c, name) for c in range(len(starts))]) for k, name in names.items()}
         save_targets(config_at(run, own, x), folders[x], tensors)
     chunks.clear()
+
+
+def _part(given: dict[str, np.ndarray], first: int, size: int) -> dict[str, np.ndarray]:
+    return {name: x[first : first + size] for name, x in given.items()}
+
+
+def _drawn(run: RunConfig, backbone: Backbone, c: int, size: int) -> dict[str, np.ndarray]:
+    """Chunk ``c`` of the run's sequences."""
+    samples = draw_sequences(backbone, target_settings(run), size, derive_seed(run.seed, "targets", c))
+    return {"ids": samples.ids, "lengths": samples.lengths}
 
 
 def _activations(backbone: Backbone, texts: dict[str, np.ndarray], layers: Sequence[int]) -> dict[str, np.ndarray]:

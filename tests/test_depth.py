@@ -82,6 +82,21 @@ def test_texts_are_encoded_once_for_all_layers(tiny_run, tmp_path, monkeypatch):
     assert [p for p in passes if len(p) > 1] == [LAYERS] * 3, "replay, tails and paraphrases, each once"
 
 
+def test_readers_are_fitted_for_as_many_layers_at_once_as_there_is_room_for(reached, tmp_path, monkeypatch):
+    config, backbone, (record, _) = reached
+    n, d = config.sizes.n_targets, backbone.d
+    layer_bytes = 4 * n * d + 8 * 8 * d * d
+    monkeypatch.setattr(depth, "FIT_BYTES", 2 * layer_bytes)
+    passes, fit = [], depth.fit_readers
+    monkeypatch.setattr(depth, "fit_readers", lambda run, b, at: passes.append(list(at)) or fit(run, b, at))
+    found, _ = depth.reach_of_text(dataclasses.replace(config, out=str(tmp_path)), backbone, LAYERS)
+    assert passes == [[1, 2], [3]]
+    for layer, columns in record["layers"].items():
+        for key in ("adapter_cen_greedy_mean", "names_last_token"):
+            assert found["layers"][layer]["reader"][key] == pytest.approx(columns["reader"][key], abs=1e-6)
+    assert depth._layers_in(layer_bytes - 1, d, n) == 1, "one layer has to be held, whatever the room"
+
+
 def test_retrieval_is_the_null_with_the_whole_pool(reached):
     """Best of K is monotone in K and ends at the best of all."""
     _, _, (record, _) = reached
