@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 import papermill
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
@@ -140,8 +141,11 @@ def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str)
             papermill.execute_notebook(
                 ROOT / "notebooks" / f"{stage.notebook}.ipynb", out, parameters=parameters(config),
                 kernel_name="python3", progress_bar=False, cwd=ROOT,
-                extra_arguments=["--IPKernelApp.log_level=40"],
+                # A kernel that is stopped with its command says so at length, as an error.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )  # fmt: skip
+        except DeadKernelError:
+            raise NotebookFailed(f"{stage.notebook}: its process was ended from outside, as when memory runs out") from None
         except PapermillExecutionError as e:
             shutil.copy(out, failed)
             raise NotebookFailed(f"{stage.notebook}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
@@ -192,8 +196,10 @@ class Ticker:
         self.done.set()
         self.thread.join()
         del os.environ[MIRROR_VARIABLE]
-        state = "failed" if kind else "done"
-        print(f"{self._clear()}{self.label}: {state} in {self._elapsed()}", file=sys.stderr, flush=True)
+        end = f"failed in {self._elapsed()}" if kind else f"done in {self._elapsed()}"
+        if kind is KeyboardInterrupt:
+            end = f"stopped after {self._elapsed()}; the same command goes on from there"
+        print(f"{self._clear()}{self.label}: {end}", file=sys.stderr, flush=True)
 
     def _tick(self) -> None:
         while not self.done.wait(0.5 if self.live else 30):

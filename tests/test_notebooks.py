@@ -1,13 +1,19 @@
 """The six notebooks: kept clean, readable in shape, and run through papermill on tiny backbones."""
 
 import json
+import os
 import re
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import papermill
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -120,6 +126,24 @@ def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monke
     result = CliRunner().invoke(app, command)
     path.write_bytes(whole)
     assert result.exit_code == 2 and "truncated or altered" in result.output
+
+
+@pytest.mark.parametrize("end, status, says", [
+    (lambda command: command.send_signal(signal.SIGINT), 130, "01_extract_targets: stopped after"),
+    (lambda command: psutil.Process(command.pid).children()[0].kill(), 2, "01_extract_targets: its process was ended"),
+], ids=["Ctrl-C", "kernel killed"])  # fmt: skip
+def test_a_run_that_is_ended_says_so_without_a_traceback(tiny_folders, tmp_path, end, status, says):
+    chosen = ["--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *OPTIONS]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "nla_utils", "reproduce", *chosen], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "tiny-llama" / "smoke" / "targets.safetensors").exists():
+        assert command.poll() is None, command.communicate()[0]
+        time.sleep(0.1)
+    end(command)
+    said = command.communicate(timeout=60)[0]
+    assert command.returncode == status and says in said and "Traceback" not in said, said
 
 
 def test_several_backbones_in_one_call(tiny_folders, tmp_path):
