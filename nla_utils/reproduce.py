@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.progress import MIRROR_VARIABLE
-from nla_utils.results import DEPTH, committed_results, family_of, results_file
+from nla_utils.results import DEPTH, committed_results, family_of, find_runs, results_file
 from nla_utils.run import open_folder
 from nla_utils.sources import fetch_av, fetch_targets
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, read_json, require_disk
@@ -91,14 +91,24 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         present = [n for n in stage.artefacts if folder.has(n)]
         for name in present:
             folder.load(name)
-        if len(present) < len(stage.artefacts) and stage.number < stages[0].number:
+        if len(present) < len(stage.artefacts) and stage.number < stages[0].number and stages[0].results:
             raise ArtefactError(
                 f"{folder.path} lacks what {stage.notebook} makes; start with --from {stage.number:02d}"
             )
+    if not stages[0].results:
+        _require_results(folder)
+        return folder
     s = config.sizes
     d = read_model_width(config)
     require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
     return folder
+
+
+def _require_results(folder: RunFolder) -> None:
+    """Notebook 06 reads results alone: the run's own, or the repository's of the same name."""
+    known = find_runs([committed_results(), folder.path.parent.parent])
+    if not any((run.backbone, run.profile) == (folder.backbone, folder.path.name) for run in known):
+        raise ArtefactError(f"neither {folder.path} nor paper/results has all results of this run; start with --from 01")
 
 
 def read_model_width(config: RunConfig) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -84,6 +85,15 @@ def test_a_second_run_skips_what_is_whole(reproduced):
     assert result.exit_code == 0, result.output
     assert result.output.count("whole, skipped") == 5
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+
+
+def test_the_last_notebook_needs_results_alone(reproduced, tmp_path):
+    command, _, folder = reproduced
+    shutil.copytree(folder / "results", tmp_path / folder.parent.name / folder.name / "results")
+    again = [str(tmp_path) if word == str(folder.parent.parent) else word for word in command]
+    result = CliRunner().invoke(app, [*again, "--from", "6"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / folder.parent.name / folder.name / "report" / "section11.md").exists()
 
 
 def test_results_hold_both_protocols_in_the_authors_names(reproduced):
@@ -173,6 +183,7 @@ def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
     (["--set", "pool_size=5000"], "too few"),
     (["--from", "5", "--until", "2"], "choose 1 to 6"),
     (["--from", "3"], "lacks what 01_extract_targets makes"),
+    (["--from", "6"], "has all results of this run; start with --from 01"),
     (["--layer", "9"], "out of range"),
 ])  # fmt: skip
 def test_bad_input_is_refused_and_writes_nothing(tiny_folders, tmp_path, extra, message):
