@@ -143,8 +143,11 @@ def depth(found: sweeps.Depth) -> str:
             f"last token: {_range({layer: c['names_last_token'] for layer, c in readers.items()})}."
         ]
     sentences += [
-        f"The AV's best of K lies above that of as many unrelated texts {_above(evaluated, sweeps.GAP)}; the tail "
-        f"reader's greedy text above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}, below it "
+        f"{label}: {_range({layer: c[key] for layer, c in evaluated.items()})}, above zero {_above(evaluated, key)}."
+        for label, key in sweeps.AV_DIFFERENCES
+    ]
+    sentences += [
+        f"The tail reader's greedy text lies above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}, below it "
         f"{_below(readers, sweeps.RETRIEVAL)}."
     ]
     return " ".join(sentences) + "\n"

@@ -48,6 +48,12 @@ TEXT_CURVES = (
     ("unrelated texts, best-of-K", "corrected", "centered_eval", "unrelated_text_cen_bestofK_mean", "-"),
 )  # fmt: skip
 AV_CURVE = ("AV, best-of-K", "corrected", "centered_eval", "adapter_cen_bestofK_mean")
+# What of the AV's score is owed to v.
+AV_DIFFERENCES = (
+    ("AV − unrelated texts, best-of-K", GAP),
+    ("AV − AV of other targets, best-of-K", "adapter_cen_bestofK_mean_minus_shuffled_v_cen_bestofK_mean"),
+    ("AV − AV of other targets, greedy", "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean"),
+)
 # A column by protocol and results file.
 Columns = Callable[[str, str], dict]
 
@@ -159,10 +165,9 @@ def depth_table(depth: Depth) -> pd.DataFrame:
         row |= {text: with_interval(columns(p, file), k) for text, p, file, k, _ in TEXT_CURVES}
         row["paraphrase − unrelated, best of 8"] = with_interval(of_pool, MEANING)
         row["reader − NN-retrieval"] = with_interval(columns("reader", "centered_eval"), RETRIEVAL)
-        row[label] = "–"
         if layer in depth.runs:
             of_av = depth.evaluated[layer](protocol, name)
-            row |= {label: with_interval(of_av, key), "AV − unrelated, best-of-K": with_interval(of_av, GAP)}
+            row |= {heading: with_interval(of_av, k) for heading, k in ((label, key), *AV_DIFFERENCES)}
         rows.append(row)
     return pd.DataFrame(rows).set_index("layer").fillna("–")
 
