@@ -108,7 +108,9 @@ def _require_results(folder: RunFolder) -> None:
     """Notebook 06 reads results alone: the run's own, or the repository's of the same name."""
     known = find_runs([committed_results(), folder.path.parent.parent])
     if not any((run.backbone, run.profile) == (folder.backbone, folder.path.name) for run in known):
-        raise ArtefactError(f"neither {folder.path} nor paper/results has all results of this run; start with --from 01")
+        raise ArtefactError(
+            f"neither {folder.path} nor paper/results has all results of this run; start with --from 01"
+        )
 
 
 def read_model_width(config: RunConfig) -> int:
@@ -155,7 +157,8 @@ def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str)
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )  # fmt: skip
         except DeadKernelError:
-            raise NotebookFailed(f"{stage.notebook}: its process was ended from outside, as when memory runs out") from None
+            ended = "its process was ended from outside, as when memory runs out"
+            raise NotebookFailed(f"{stage.notebook}: {ended}") from None
         except PapermillExecutionError as e:
             shutil.copy(out, failed)
             raise NotebookFailed(f"{stage.notebook}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
