@@ -83,7 +83,8 @@ def _finish(folder, adopt: bool) -> None:
     typer.echo(f"\n{folder.backbone}")
     if folder.file("executed").exists():
         typer.echo(f"  executed notebooks  {_show(folder.file('executed'))}")
-    typer.echo(f"  results (JSON)      {_show(folder.file('results'))}")
+    if folder.file("results").exists():
+        typer.echo(f"  results (JSON)      {_show(folder.file('results'))}")
     if folder.file("report").exists():
         typer.echo(f"  tables and figures  {_show(folder.file('report'))}")
         typer.echo(f"  paper section       {_show(folder.file('report/section11.md'))}")
