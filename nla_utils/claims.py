@@ -14,7 +14,13 @@ import pandas as pd
 
 from nla_utils import metrics
 from nla_utils.published import TITLES, k_curve, look_up, published
-from nla_utils.results import RunResults
+from nla_utils.results import (
+    BEST_MINUS_OTHERS,
+    BEST_MINUS_UNRELATED,
+    GREEDY_MINUS_OTHERS,
+    GREEDY_MINUS_RETRIEVAL,
+    RunResults,
+)
 
 STANDS, FALLS, UNDECIDED, UNMEASURED = "stands", "falls", "not decided at this n", "–"
 
@@ -99,24 +105,21 @@ CLAIMS: tuple[Claim, ...] = (
           "a neighbour of v does not help to choose", low=0,
           stated=_difference("rerank.nn_anchor.cen", "k_curve.greedy.cen")),
     Claim("retrieval_beats_greedy", "§11, open problem", "Looking up the nearest stored text beats greedy.",
-          "greedy − NN-retrieval", "centered_eval", "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean",
+          "greedy − NN-retrieval", "centered_eval", GREEDY_MINUS_RETRIEVAL,
           "the AV says less about v than a stored text does: the open problem",
           "the AV's greedy text is closer than anything stored", high=0,
           stated=_difference("centred_eval.greedy.cen", "centred_eval.nn_retrieval.cen")),
     Claim("greedy_beats_other_greedy", "control", "Greedy text fits its own target better than other targets.",
-          "greedy − greedy of others", "centered_eval",
-          "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean",
+          "greedy − greedy of others", "centered_eval", GREEDY_MINUS_OTHERS,
           "greedy text depends on v", "greedy text is one text for everybody, as far as the score can tell", low=0),
     Claim("greedy_beats_probe", "control", "Greedy text beats a linear probe's guess of the last tokens.",
           "greedy − probe decode", "centered_eval", "adapter_cen_greedy_minus_probe_decode",
           "the AV adds to what ridge regression reads", "ridge regression reads more of v than the AV writes", low=0),
     Claim("best_of_k_beats_unrelated", "control", "The best of K rollouts beats the best of K unrelated texts.",
-          "best-of-K − unrelated best-of-K", "centered_eval",
-          "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean",
+          "best-of-K − unrelated best-of-K", "centered_eval", BEST_MINUS_UNRELATED,
           "rollouts are worth more than as many texts drawn blindly", "best-of-K is what selection alone gives", low=0),
     Claim("best_of_k_beats_others", "control", "The best of K rollouts beats the best of K of other targets' rollouts.",
-          "best-of-K − others' best-of-K", "centered_eval",
-          "adapter_cen_bestofK_mean_minus_shuffled_v_cen_bestofK_mean",
+          "best-of-K − others' best-of-K", "centered_eval", BEST_MINUS_OTHERS,
           "the rollouts depend on v", "rollouts made for another target do as well", low=0),
     Claim("best_of_8_beats_paraphrase", "control", "At equal K, rollouts beat paraphrases.",
           "best-of-8 − paraphrase best-of-8", "centered_eval", "adapter_cen_bestof8_minus_paraphrase_bestof8",
@@ -142,15 +145,15 @@ def _reader_claim(name: str, sentence: str, quantity: str, key: str, low: float 
 # Claims about the tail reader; judged in its own column of the results, under the corrected protocol.
 READER_CLAIMS: tuple[Claim, ...] = (
     _reader_claim("reader_beats_retrieval", "Greedy text beats the nearest of the pool's texts.",
-                  "greedy − NN-retrieval", "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"),
+                  "greedy − NN-retrieval", GREEDY_MINUS_RETRIEVAL),
     _reader_claim("reader_beats_av", "Greedy text beats the AV's greedy text.", "reader − AV, greedy",
                   "reader_minus_av_cen_greedy"),
     _reader_claim("reader_beats_probe", "Greedy text beats a linear probe's guess.", "greedy − probe decode",
                   "adapter_cen_greedy_minus_probe_decode"),
     _reader_claim("reader_beats_other", "Greedy text fits its own target better than other targets.",
-                  "greedy − greedy of others", "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean"),
+                  "greedy − greedy of others", GREEDY_MINUS_OTHERS),
     _reader_claim("reader_best_beats_unrelated", "The best of K draws beats the best of K unrelated texts.",
-                  "best-of-K − unrelated best-of-K", "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean"),
+                  "best-of-K − unrelated best-of-K", BEST_MINUS_UNRELATED),
     _reader_claim("reader_best_beats_av", "The best of K draws beats the AV's best of K.", "reader − AV, best-of-K",
                   "reader_minus_av_cen_bestofK"),
     _reader_claim("reader_best_beats_tail_4", "The best of K draws beats the source's own last 4 tokens.",

@@ -8,7 +8,14 @@ from typing import Iterable, Optional, Sequence
 from nla_utils import claims, sweeps, tables
 from nla_utils.beyond import ablation_record, seeds_record
 from nla_utils.published import SECTION_11, TITLES
-from nla_utils.results import RunResults, largest_runs
+from nla_utils.results import (
+    BEST_MINUS_OTHERS,
+    BEST_MINUS_UNRELATED,
+    GREEDY_MINUS_OTHERS,
+    GREEDY_MINUS_RETRIEVAL,
+    RunResults,
+    largest_runs,
+)
 
 
 def introduction(runs: Sequence[RunResults]) -> str:
@@ -40,19 +47,17 @@ def reading(run: RunResults) -> str:
     evaluation, ceiling = run.column("centered_eval", "corrected"), run.column("oracle_ceiling", "corrected")
     paper = run.column("oracle_ceiling", "paper")
     show = tables.with_interval
-    greedy = "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean"
-    best = "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean"
-    other = "adapter_cen_bestofK_mean_minus_shuffled_v_cen_bestofK_mean"
-    retrieval = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
+
+    def judged(key: str) -> str:
+        return f"{show(evaluation, key)}: {_verdict(evaluation, key)}"
+
     return (
         f"Replay is {show(ceiling, 'replay_cen_fve_mean')} centred under the corrected protocol and "
         f"{show(paper, 'replay_cen_fve_mean')} under the paper's. "
-        f"Held out, greedy minus the greedy text of other targets is {show(evaluation, greedy)}: "
-        f"{_verdict(evaluation, greedy)}. "
-        f"Best-of-{evaluation['K']} minus the best of as many unrelated texts is {show(evaluation, best)}: "
-        f"{_verdict(evaluation, best)}; minus the best of another target's rollouts {show(evaluation, other)}: "
-        f"{_verdict(evaluation, other)}. Greedy minus NN-retrieval is {show(evaluation, retrieval)}: "
-        f"{_verdict(evaluation, retrieval)}. n = {evaluation['n']} targets.\n"
+        f"Held out, greedy minus the greedy text of other targets is {judged(GREEDY_MINUS_OTHERS)}. "
+        f"Best-of-{evaluation['K']} minus the best of as many unrelated texts is {judged(BEST_MINUS_UNRELATED)}; "
+        f"minus the best of another target's rollouts {judged(BEST_MINUS_OTHERS)}. "
+        f"Greedy minus NN-retrieval is {judged(GREEDY_MINUS_RETRIEVAL)}. n = {evaluation['n']} targets.\n"
     )
 
 
@@ -67,7 +72,7 @@ def beyond(run: RunResults) -> str:
     """What the tail reader reaches on this run, in sentences whose verbs follow from the intervals."""
     own, av = run.data["centered_eval"]["reader"]["corrected"], run.column("centered_eval", "corrected")
     show, pool = tables.with_interval, run.data["targets"]["sizes"]["pool"]
-    greedy, retrieval = "adapter_cen_greedy_mean", "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
+    greedy, retrieval = "adapter_cen_greedy_mean", GREEDY_MINUS_RETRIEVAL
     best, guided = "bestofK_minus_tail_oracle_4", "guided_minus_tail_oracle_8"
     top1, chance = own["greedy_identification_top1"], own["identification_chance_top1"]
     texts = run.data["centered_eval"]["meaning"]
@@ -147,8 +152,8 @@ def depth(found: sweeps.Depth) -> str:
         for label, key in sweeps.AV_DIFFERENCES
     ]
     sentences += [
-        f"The tail reader's greedy text lies above NN-retrieval {_above(readers, sweeps.RETRIEVAL)}, below it "
-        f"{_below(readers, sweeps.RETRIEVAL)}."
+        f"The tail reader's greedy text lies above NN-retrieval {_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it "
+        f"{_below(readers, GREEDY_MINUS_RETRIEVAL)}."
     ]
     return " ".join(sentences) + "\n"
 
@@ -229,8 +234,8 @@ def _by_depth(run: RunResults) -> str:
     return (
         f"the best of K unrelated texts scores {against_layer('corrected', 'unrelated_text_cen_bestofK_mean')}; eight "
         f"paraphrases minus eight unrelated texts, {against_layer('corrected', sweeps.MEANING)}; the tail reader minus "
-        f"looking up, {against_layer('reader', sweeps.RETRIEVAL)}, above zero {_above(readers, sweeps.RETRIEVAL)}, below "
-        f"it {_below(readers, sweeps.RETRIEVAL)}"
+        f"looking up, {against_layer('reader', GREEDY_MINUS_RETRIEVAL)}, above zero "
+        f"{_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it {_below(readers, GREEDY_MINUS_RETRIEVAL)}"
     )
 
 
@@ -248,17 +253,18 @@ def _tally(run: RunResults) -> str:
 
 def _controls(run: RunResults) -> str:
     column = run.column("centered_eval", "corrected")
-    keys = ("adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean",
-            "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean")  # fmt: skip
-    return ", ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(column[k], *column["ci95"][k]) for k in keys)
+    return ", ".join(_signed(column, key) for key in (GREEDY_MINUS_OTHERS, BEST_MINUS_UNRELATED))
+
+
+def _signed(column: dict, key: str) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(column[key], *column["ci95"][key])
 
 
 def _beyond(run: RunResults) -> str:
     own = run.data["centered_eval"]["reader"]["corrected"]
-    key = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
     return (
         f"{tables.number(own['adapter_cen_greedy_mean'])} against {tables.number(own['nn_retrieval_cen_mean'])}, "
-        "{:+.3f} [{:+.3f}, {:+.3f}]".format(own[key], *own["ci95"][key]) + _with_more(ablation_record(run))
+        f"{_signed(own, GREEDY_MINUS_RETRIEVAL)}{_with_more(ablation_record(run))}"
     )
 
 

@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.progress import MIRROR_VARIABLE
-from nla_utils.results import DEPTH, committed_results, family_of, find_runs, results_file
+from nla_utils.results import DEPTH, committed_results, family_of, load_run, results_file
 from nla_utils.run import open_folder
 from nla_utils.sources import fetch_av, fetch_targets
 from nla_utils.store import ArtefactError, RunFolder, atomic_write, read_json, require_disk
@@ -28,7 +28,7 @@ from nla_utils.store import ArtefactError, RunFolder, atomic_write, read_json, r
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook, the artefacts and the results file that it leaves."""
+    """A notebook, the artefacts and the results file that it leaves. One that leaves none compares results alone."""
 
     notebook: str
     artefacts: tuple[str, ...]
@@ -87,30 +87,35 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         fetch_av(config.av)
     if config.released_targets is not None:
         fetch_targets(config.released_targets)
-    for stage in STAGES:
-        present = [n for n in stage.artefacts if folder.has(n)]
-        for name in present:
-            folder.load(name)
-        if len(present) < len(stage.artefacts) and stage.number < stages[0].number and stages[0].results:
-            raise ArtefactError(
-                f"{folder.path} lacks what {stage.notebook} makes; start with --from {stage.number:02d}"
-            )
-    if not stages[0].results:
+    if all(stage.results is None for stage in stages):
         _require_results(folder)
-        return folder
-    s = config.sizes
-    d = read_model_width(config)
-    require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
+    else:
+        _require_artefacts(folder, before=stages[0])
+        s = config.sizes
+        d = read_model_width(config)
+        require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
     return folder
 
 
 def _require_results(folder: RunFolder) -> None:
-    """Notebook 06 reads results alone: the run's own, or the repository's of the same name."""
-    known = find_runs([committed_results(), folder.path.parent.parent])
-    if not any((run.backbone, run.profile) == (folder.backbone, folder.path.name) for run in known):
+    """The run's own, or those that the repository keeps of a run of the same name."""
+    kept = committed_results() / folder.backbone / folder.path.name
+    if not any(load_run(place) for place in (folder.path, kept)):
         raise ArtefactError(
             f"neither {folder.path} nor paper/results has all results of this run; start with --from 01"
         )
+
+
+def _require_artefacts(folder: RunFolder, before: Stage) -> None:
+    """What there is loads, and what the stages before one leave is there."""
+    for stage in STAGES:
+        present = [name for name in stage.artefacts if folder.has(name)]
+        for name in present:
+            folder.load(name)
+        if len(present) < len(stage.artefacts) and stage.number < before.number:
+            raise ArtefactError(
+                f"{folder.path} lacks what {stage.notebook} makes; start with --from {stage.number:02d}"
+            )
 
 
 def read_model_width(config: RunConfig) -> int:
@@ -209,10 +214,14 @@ class Ticker:
         self.done.set()
         self.thread.join()
         del os.environ[MIRROR_VARIABLE]
-        end = f"failed in {self._elapsed()}" if kind else f"done in {self._elapsed()}"
+        print(f"{self._clear()}{self.label}: {self._ending(kind)}", file=sys.stderr, flush=True)
+
+    def _ending(self, kind) -> str:
+        if kind is None:
+            return f"done in {self._elapsed()}"
         if kind is KeyboardInterrupt:
-            end = f"stopped after {self._elapsed()}; the same command goes on from there"
-        print(f"{self._clear()}{self.label}: {end}", file=sys.stderr, flush=True)
+            return f"stopped after {self._elapsed()}; the same command goes on from there"
+        return f"failed in {self._elapsed()}"
 
     def _tick(self) -> None:
         while not self.done.wait(0.5 if self.live else 30):

@@ -15,6 +15,11 @@ NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval"
 DEPTH = "depth"
 # Results files that only some runs have.
 OPTIONAL = ("reader_ablation", "reader_seeds", DEPTH)
+# Keys of the differences that several tables and sentences show.
+GREEDY_MINUS_RETRIEVAL = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
+GREEDY_MINUS_OTHERS = "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean"
+BEST_MINUS_UNRELATED = "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean"
+BEST_MINUS_OTHERS = "adapter_cen_bestofK_mean_minus_shuffled_v_cen_bestofK_mean"
 
 
 def results_file(folder: RunFolder, name: str) -> Path:

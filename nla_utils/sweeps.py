@@ -13,25 +13,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nla_utils.figures import NULL_GREY, colour, style
-from nla_utils.results import DEPTH, RunResults, optional_results
+from nla_utils.results import (
+    BEST_MINUS_OTHERS,
+    BEST_MINUS_UNRELATED,
+    DEPTH,
+    GREEDY_MINUS_OTHERS,
+    GREEDY_MINUS_RETRIEVAL,
+    RunResults,
+    optional_results,
+)
 from nla_utils.tables import number, over_seeds, with_interval
 
-GAP = "adapter_cen_bestofK_mean_minus_unrelated_text_cen_bestofK_mean"
-RETRIEVAL = "adapter_cen_greedy_mean_minus_nn_retrieval_cen_mean"
 MEANING = "paraphrase_bestof8_cen_fve_mean_minus_unrelated_text_bestof8_cen_fve_mean"
 # (label, results file, key), all under ``corrected``.
 SEED_ROWS = (
     ("paraphrase best-of-8", "oracle_ceiling", "paraphrase_bestof8_cen_fve_mean"),
     ("greedy", "centered_eval", "adapter_cen_greedy_mean"),
-    ("greedy − greedy of other targets", "centered_eval", "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean"),
+    ("greedy − greedy of other targets", "centered_eval", GREEDY_MINUS_OTHERS),
     ("best-of-K", "centered_eval", "adapter_cen_bestofK_mean"),
-    ("best-of-K − unrelated best-of-K", "centered_eval", GAP),
+    ("best-of-K − unrelated best-of-K", "centered_eval", BEST_MINUS_UNRELATED),
     ("slope per doubling", "rerank_eval", "slope_per_doubling_cen"),
     ("NN-retrieval", "centered_eval", "nn_retrieval_cen_mean"),
 )  # fmt: skip
 READER_ROWS = (
     ("tail reader, greedy", "adapter_cen_greedy_mean"),
-    ("tail reader, greedy − NN-retrieval", RETRIEVAL),
+    ("tail reader, greedy − NN-retrieval", GREEDY_MINUS_RETRIEVAL),
 )
 LEAST_LAYERS = 2
 # Between two names at the ends of curves, as a share of the axis.
@@ -50,9 +56,9 @@ TEXT_CURVES = (
 AV_CURVE = ("AV, best-of-K", "corrected", "centered_eval", "adapter_cen_bestofK_mean")
 # What of the AV's score is owed to v.
 AV_DIFFERENCES = (
-    ("AV − unrelated texts, best-of-K", GAP),
-    ("AV − AV of other targets, best-of-K", "adapter_cen_bestofK_mean_minus_shuffled_v_cen_bestofK_mean"),
-    ("AV − AV of other targets, greedy", "adapter_cen_greedy_mean_minus_shuffled_v_cen_greedy_mean"),
+    ("AV − unrelated texts, best-of-K", BEST_MINUS_UNRELATED),
+    ("AV − AV of other targets, best-of-K", BEST_MINUS_OTHERS),
+    ("AV − AV of other targets, greedy", GREEDY_MINUS_OTHERS),
 )
 # A column by protocol and results file.
 Columns = Callable[[str, str], dict]
@@ -164,7 +170,7 @@ def depth_table(depth: Depth) -> pd.DataFrame:
         row["raw floor"] = number(of_pool["random_floor_raw_fve_mean"])
         row |= {text: with_interval(columns(p, file), k) for text, p, file, k, _ in TEXT_CURVES}
         row["paraphrase − unrelated, best of 8"] = with_interval(of_pool, MEANING)
-        row["reader − NN-retrieval"] = with_interval(columns("reader", "centered_eval"), RETRIEVAL)
+        row["reader − NN-retrieval"] = with_interval(columns("reader", "centered_eval"), GREEDY_MINUS_RETRIEVAL)
         if layer in depth.runs:
             of_av = depth.evaluated[layer](protocol, name)
             row |= {heading: with_interval(of_av, k) for heading, k in ((label, key), *AV_DIFFERENCES)}

@@ -19,7 +19,7 @@ from nla_utils.metrics import fve
 from nla_utils.paper import build_paper
 from nla_utils.reader import load_reader
 from nla_utils.readings import read_rollouts
-from nla_utils.results import committed_results, find_runs, plain_runs
+from nla_utils.results import GREEDY_MINUS_RETRIEVAL, committed_results, find_runs, plain_runs
 from nla_utils.run import folder_of
 from nla_utils.targets import load_targets
 
@@ -69,7 +69,7 @@ def test_the_readers_numbers_are_those_of_notebook_04(reached):
         hits = [ids[-1] == s[-1] for ids, s in zip(rollouts["ids"][:, 0], sources)]
         assert found["names_last_token"] == np.mean(hits)
         gap = found["adapter_cen_greedy_mean"] - record["layers"][str(layer)]["corrected"]["nn_retrieval_cen_mean"]
-        assert found[sweeps.RETRIEVAL] == pytest.approx(gap)
+        assert found[GREEDY_MINUS_RETRIEVAL] == pytest.approx(gap)
 
 
 def test_texts_are_encoded_once_for_all_layers(tiny_run, tmp_path, monkeypatch):
