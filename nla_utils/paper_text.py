@@ -151,7 +151,9 @@ def depth(found: sweeps.Depth) -> str:
         f"{label}: {_range({layer: c[key] for layer, c in evaluated.items()})}, above zero {_above(evaluated, key)}."
         for label, key in sweeps.AV_DIFFERENCES
     ]
+    intervals = len(sweeps.AV_DIFFERENCES) * len(evaluated)
     sentences += [
+        f"Of these {intervals} intervals of 95 %, {0.05 * intervals:.2g} would miss zero by chance alone.",
         f"The tail reader's greedy text lies above NN-retrieval {_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it "
         f"{_below(readers, GREEDY_MINUS_RETRIEVAL)}."
     ]

@@ -147,6 +147,7 @@ def test_one_run_and_a_record_make_the_figure_the_table_and_the_words(beside_a_r
     assert list(table.index) == LAYERS and "AV, best-of-K" not in table, "the run is of another layer"
     text = section.read_text()
     assert "seed 5" in text and "depth.json" in text
+    assert "Of these 3 intervals of 95 %, 0.15 would miss zero" in text, "one layer with an AV, three differences"
     assert found.title in text
 
 
