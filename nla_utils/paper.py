@@ -188,7 +188,7 @@ def build_paper(
         written += [folder / f"{table.stem}.md", folder / f"{table.stem}.tex"]
     atomic_write(section, section_text(runs, section.parent, figure_folder, own).encode())
     if section == SECTION and runs:
-        atomic_write(README, readme_with(README.read_text(), shown).encode())
+        atomic_write(README, readme_with(README.read_text(), runs).encode())
     return [section, *written]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Iterable, Optional, Sequence
+from typing import Callable, Iterable, Optional, Sequence
 
 from nla_utils import claims, sweeps, tables
 from nla_utils.beyond import ablation_record, seeds_record
@@ -15,6 +15,7 @@ from nla_utils.results import (
     GREEDY_MINUS_RETRIEVAL,
     RunResults,
     largest_runs,
+    plain_runs,
 )
 
 
@@ -132,8 +133,7 @@ def depth(found: sweeps.Depth) -> str:
              for label, p, name, key, _ in sweeps.TEXT_CURVES}  # fmt: skip
     texts |= {"‖μ‖": {x: c["mu_norm"] for x, c in of_pool.items()},
               "the raw floor": {x: c["random_floor_raw_fve_mean"] for x, c in of_pool.items()}}  # fmt: skip
-    evaluated = {layer: run.column("centered_eval", "corrected") for layer, run in found.runs.items()}
-    readers = {layer: columns("reader", "centered_eval") for layer, columns in found.texts.items()}
+    evaluated, readers = _held_out(found.evaluated, "corrected"), _held_out(found.texts, "reader")
     sentences = [_sequences_of(found)]
     sentences += [f"{label[0].upper()}{label[1:]}: {_range(values)}." for label, values in texts.items()]
     sentences += [
@@ -153,11 +153,15 @@ def depth(found: sweeps.Depth) -> str:
     ]
     intervals = len(sweeps.AV_DIFFERENCES) * len(evaluated)
     sentences += [
-        f"Of these {intervals} intervals of 95 %, {0.05 * intervals:.2g} would miss zero by chance alone.",
+        f"Of these {intervals} intervals of 95 %, {intervals / 20:.2g} would miss zero by chance alone.",
         f"The tail reader's greedy text lies above NN-retrieval {_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it "
         f"{_below(readers, GREEDY_MINUS_RETRIEVAL)}."
     ]
     return " ".join(sentences) + "\n"
+
+
+def _held_out(by_layer: dict[int, sweeps.Columns], protocol: str) -> dict[int, dict]:
+    return {layer: columns(protocol, "centered_eval") for layer, columns in by_layer.items()}
 
 
 def _sequences_of(found: sweeps.Depth) -> str:
@@ -206,10 +210,10 @@ def _named(layers: Sequence[int], of: int) -> str:
 
 def headline(runs: Sequence[RunResults]) -> str:
     """The README's first sentences, from the largest run of each backbone."""
-    chosen = largest_runs(runs)
+    chosen = largest_runs(plain_runs(runs))
 
-    def each(show, shown: Sequence[RunResults] = chosen) -> str:
-        return "; ".join(f"{r.title}: {show(r)}" for r in shown)
+    def each(show: Callable, shown: Sequence = chosen) -> str:
+        return "; ".join(f"{one.title}: {show(one)}" for one in shown)
 
     lines = [
         "1. **The instrument.** The very same text, replayed as published → corrected, scores (centred): "
@@ -220,24 +224,26 @@ def headline(runs: Sequence[RunResults]) -> str:
         "4. **Beyond §11, the open problem.** Greedy text of a closed-form reader of v's last tokens against "
         f"looking up the nearest stored text, held out: {each(_beyond)}.",
     ]
-    by_depth = [r for r in chosen if sweeps.depth_record(r)]
+    by_depth = [found for found in sweeps.depths(runs) if found.record]
     if by_depth:
         lines.append(f"5. **Depth.** Against the extraction layer: {each(_by_depth, by_depth)}.")
     return "\n".join(lines) + "\n"
 
 
-def _by_depth(run: RunResults) -> str:
-    layers = {int(layer): columns for layer, columns in sweeps.depth_record(run)["layers"].items()}
+def _by_depth(found: sweeps.Depth) -> str:
+    of_pool, readers = _held_out(found.texts, "corrected"), _held_out(found.texts, "reader")
+    of_av = _held_out(found.evaluated, "corrected")
 
-    def against_layer(protocol: str, key: str) -> str:
-        return _range({layer: columns[protocol][key] for layer, columns in layers.items()})
+    def spread(columns: dict[int, dict], key: str) -> str:
+        return _range({layer: column[key] for layer, column in columns.items()})
 
-    readers = {layer: columns["reader"] for layer, columns in layers.items()}
     return (
-        f"the best of K unrelated texts scores {against_layer('corrected', 'unrelated_text_cen_bestofK_mean')}; eight "
-        f"paraphrases minus eight unrelated texts, {against_layer('corrected', sweeps.MEANING)}; the tail reader minus "
-        f"looking up, {against_layer('reader', GREEDY_MINUS_RETRIEVAL)}, above zero "
-        f"{_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it {_below(readers, GREEDY_MINUS_RETRIEVAL)}"
+        f"the best of K unrelated texts scores {spread(of_pool, 'unrelated_text_cen_bestofK_mean')}; eight paraphrases "
+        f"minus eight unrelated texts, {spread(of_pool, sweeps.MEANING)}; the AV's best of K minus the best of K unrelated "
+        f"texts, trained at {_layers(of_av)}, {spread(of_av, BEST_MINUS_UNRELATED)}, above zero "
+        f"{_above(of_av, BEST_MINUS_UNRELATED)}; the tail reader minus looking up, "
+        f"{spread(readers, GREEDY_MINUS_RETRIEVAL)}, above zero {_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it "
+        f"{_below(readers, GREEDY_MINUS_RETRIEVAL)}"
     )
 
 

@@ -12,7 +12,7 @@ from nla_utils import tables
 from nla_utils.config import ROOT
 from nla_utils.paper import README, all_tables, build_paper, readme_with, section_text
 from nla_utils.published import BACKBONES, k_curve, published
-from nla_utils.results import NAMES, committed_results, find_runs, plain_runs
+from nla_utils.results import NAMES, committed_results, find_runs
 
 RUNS = find_runs([committed_results()])
 
@@ -24,7 +24,7 @@ def test_both_offline_backbones_are_committed():
 def test_committed_section_and_tables_are_what_the_results_give():
     section = ROOT / "paper" / "section11.md"
     assert section.read_text() == section_text(RUNS, section.parent, ROOT / "figures")
-    assert README.read_text() == readme_with(README.read_text(), plain_runs(RUNS))
+    assert README.read_text() == readme_with(README.read_text(), RUNS)
     made = {t.stem: t for t in all_tables(RUNS)}
     for stem, table in made.items():
         assert (ROOT / "paper" / "tables" / f"{stem}.md").read_text() == tables.markdown(table.frame)
