@@ -147,6 +147,8 @@ def test_a_run_that_is_ended_says_so_without_a_traceback(tiny_folders, tmp_path,
     command = subprocess.Popen(
         [sys.executable, "-m", "nla_utils", "reproduce", *chosen], env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background jobs ignore Ctrl-C and hand that on to what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (tmp_path / "tiny-llama" / "smoke" / "targets.safetensors").exists():
         assert command.poll() is None, command.communicate()[0]
