@@ -73,14 +73,15 @@ def beyond(run: RunResults) -> str:
     """What the tail reader reaches on this run, in sentences whose verbs follow from the intervals."""
     own, av = run.data["centered_eval"]["reader"]["corrected"], run.column("centered_eval", "corrected")
     show, pool = tables.with_interval, run.data["targets"]["sizes"]["pool"]
-    greedy, retrieval = "adapter_cen_greedy_mean", GREEDY_MINUS_RETRIEVAL
+    greedy = "adapter_cen_greedy_mean"
     best, guided = "bestofK_minus_tail_oracle_4", "guided_minus_tail_oracle_8"
     top1, chance = own["greedy_identification_top1"], own["identification_chance_top1"]
     texts = run.data["centered_eval"]["meaning"]
     meaning, source, closer = texts["reader, greedy"], texts["source's own last 8"], "similarity_minus_similarity_other"
     sentences = [
         f"Held out, greedy: {show(own, greedy)} against {show(av, greedy)} of the paper's AV.",
-        f"Minus NN-retrieval from {pool} texts: {show(own, retrieval)}, {_verdict(own, retrieval)}.",
+        f"Minus NN-retrieval from {pool} texts: {show(own, GREEDY_MINUS_RETRIEVAL)}, "
+        f"{_verdict(own, GREEDY_MINUS_RETRIEVAL)}.",
         f"Best-of-{own['K']} minus the source's own last 4 tokens: {show(own, best)}, {_verdict(own, best)}.",
         f"Guided search, {own['guided_forward_tokens']} forward tokens a target, no more than the AV's "
         f"best-of-{av['K']} takes: {show(own, 'guided_cen_mean')}; minus the source's own last 8: {show(own, guided)}.",
@@ -138,17 +139,17 @@ def depth(found: sweeps.Depth) -> str:
     sentences += [f"{label[0].upper()}{label[1:]}: {_range(values)}." for label, values in texts.items()]
     sentences += [
         f"Eight paraphrases minus eight unrelated texts, what a text's meaning is worth at equal count: "
-        f"{_range({layer: c[sweeps.MEANING] for layer, c in of_pool.items()})}, above zero "
+        f"{_spread(of_pool, sweeps.MEANING)}, above zero "
         f"{_above(of_pool, sweeps.MEANING)}."
     ]
     if found.record:
         key = "tail_oracle_8_cen_fve_mean_minus_nn_retrieval_cen_mean"
         sentences += [
             f"The source's own last 8 tokens lie above NN-retrieval {_above(of_pool, key)}. The tail reader names the "
-            f"last token: {_range({layer: c['names_last_token'] for layer, c in readers.items()})}."
+            f"last token: {_spread(readers, 'names_last_token')}."
         ]
     sentences += [
-        f"{label}: {_range({layer: c[key] for layer, c in evaluated.items()})}, above zero {_above(evaluated, key)}."
+        f"{label}: {_spread(evaluated, key)}, above zero {_above(evaluated, key)}."
         for label, key in sweeps.AV_DIFFERENCES
     ]
     intervals = len(sweeps.AV_DIFFERENCES) * len(evaluated)
@@ -190,6 +191,10 @@ def _range(by_layer: dict[int, float]) -> str:
     digits = 1 if by_layer[high] > 10 else 3
     ends = [f"{tables.number(by_layer[x], digits)} at layer {x}" for x in (low, high)]
     return f"from {ends[0]} to {ends[1]}"
+
+
+def _spread(columns: dict[int, dict], key: str) -> str:
+    return _range({layer: column[key] for layer, column in columns.items()})
 
 
 def _above(columns: dict[int, dict], key: str) -> str:
@@ -234,15 +239,12 @@ def _by_depth(found: sweeps.Depth) -> str:
     of_pool, readers = _held_out(found.texts, "corrected"), _held_out(found.texts, "reader")
     of_av = _held_out(found.evaluated, "corrected")
 
-    def spread(columns: dict[int, dict], key: str) -> str:
-        return _range({layer: column[key] for layer, column in columns.items()})
-
     return (
-        f"the best of K unrelated texts scores {spread(of_pool, 'unrelated_text_cen_bestofK_mean')}; eight paraphrases "
-        f"minus eight unrelated texts, {spread(of_pool, sweeps.MEANING)}; the AV's best of K minus the best of K unrelated "
-        f"texts, trained at {_layers(of_av)}, {spread(of_av, BEST_MINUS_UNRELATED)}, above zero "
+        f"the best of K unrelated texts scores {_spread(of_pool, 'unrelated_text_cen_bestofK_mean')}; eight paraphrases "
+        f"minus eight unrelated texts, {_spread(of_pool, sweeps.MEANING)}; the AV's best of K minus the best of K unrelated "
+        f"texts, trained at {_layers(of_av)}, {_spread(of_av, BEST_MINUS_UNRELATED)}, above zero "
         f"{_above(of_av, BEST_MINUS_UNRELATED)}; the tail reader minus looking up, "
-        f"{spread(readers, GREEDY_MINUS_RETRIEVAL)}, above zero {_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it "
+        f"{_spread(readers, GREEDY_MINUS_RETRIEVAL)}, above zero {_above(readers, GREEDY_MINUS_RETRIEVAL)}, below it "
         f"{_below(readers, GREEDY_MINUS_RETRIEVAL)}"
     )
 
