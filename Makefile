@@ -6,18 +6,24 @@ NLA := $(VENV)/bin/nla
 
 env: $(VENV)/.installed
 
-# The environment of the lock file; made once, made again when the lock file changes.
+# The versions of the lock file; made once, made again when the lock file changes.
+LOCKED := $(VENV)/bin/pip install --quiet --constraint requirements.lock
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --requirement requirements.lock
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(LOCKED) setuptools
+	$(LOCKED) --no-build-isolation --editable ".[test]"
+	touch $@
+
+# Snakemake, which batches alone need.
+$(VENV)/.batch: $(VENV)/.installed
+	$(LOCKED) --no-build-isolation --editable ".[batch]"
 	touch $@
 
 reproduce: env
 	$(NLA) reproduce --backbone gemma3-270m --profile quick --adopt
 
-test: env
+test: env $(VENV)/.batch
 	$(VENV)/bin/python -m pytest -q
 
 bench: env
@@ -36,7 +42,7 @@ report: env
 BATCH ?= workflow/small.yaml
 CORES ?= 2
 
-batch: env
+batch: $(VENV)/.batch
 	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile $(BATCH) --cores $(CORES) --keep-going --rerun-incomplete
 
 clean:

@@ -8,9 +8,9 @@ import torch
 from clock import now
 from torch import nn
 
-from nla_utils.backbone import Backbone
-from nla_utils.head_loss import CHUNK_ROWS
-from nla_utils.products import head_product
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.cpu import head_product
+from nla_utils.lm.cross_entropy import CHUNK_ROWS
 
 
 @torch.inference_mode()

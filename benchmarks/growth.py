@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from nla_utils.artefacts import code_version, library_versions, read_json, write_json
 from nla_utils.config import ROOT, RunConfig
-from nla_utils.figures import style
+from nla_utils.paper.figures import style
+from nla_utils.paper.tables import markdown
 from nla_utils.progress import Progress
-from nla_utils.store import code_version, library_versions, read_json, write_json
-from nla_utils.tables import markdown
 
 BASE = {"N": 512, "K": 8, "M": 16, "d": 128, "L": 4, "V": 4096}
 GROWN = {"N": (512, 1024, 2048, 4096), "K": (8, 16, 32, 64), "M": (16, 32, 64, 128), "d": (128, 256, 512, 1024),
@@ -62,7 +62,7 @@ def one_run(sizes: dict[str, int]) -> dict[str, float]:
         )  # fmt: skip
         run = open_run(config)
         before = _peak()
-        seconds = sum(run_stages(config, run).values())
+        seconds = sum(run_stages(run).values())
         disk = sum(p.stat().st_size for p in run.folder.path.rglob("*") if p.is_file())
         return {"seconds": seconds, "peak_bytes": _peak() - before, "disk_bytes": disk}
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nla_utils.backbone import Backbone
-from nla_utils.paper_way import pad
-from nla_utils.verbalizer import ActivationVerbalizer
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import pad
+from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 BATCH = 16
 NEW_TOKENS = 64

@@ -20,19 +20,20 @@ import reference
 import torch
 from clock import now, peak_memory
 
-from nla_utils.backbone import Backbone
-from nla_utils.ceilings import continue_prompts, prompt_ids
+from nla_utils.artefacts import code_version, library_versions, write_json
 from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
-from nla_utils.loading import load_backbone
-from nla_utils.products import has_bfloat16
-from nla_utils.rollouts import paper_logprobs, roll_out
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.cpu import has_bfloat16
+from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.sampling import SAMPLE_BATCH, SamplingSettings
+from nla_utils.paper.tables import markdown
+from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run, open_run
-from nla_utils.sampling import SAMPLE_BATCH, SamplingSettings
-from nla_utils.store import code_version, library_versions, write_json
-from nla_utils.tables import markdown
-from nla_utils.targets import draw_chunk
-from nla_utils.training import pair_loss
-from nla_utils.verbalizer import ActivationVerbalizer
+from nla_utils.stages.ceilings import continue_prompts, prompt_ids
+from nla_utils.stages.rollouts import paper_logprobs, roll_out
+from nla_utils.stages.targets import draw_chunk
+from nla_utils.stages.training import pair_loss
+from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 ROUNDS = 5
 K = 16
@@ -138,7 +139,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
         reference.roll_out_and_score(library, av, v[:1], K)
         return len(h) * reference.NEW_TOKENS
 
-    prompts = [prompt_ids(backbone, backbone.decode_text(s), "corrected") for s in sequences[:32]]
+    prompts = [prompt_ids(backbone, backbone.decode_text(s), CORRECTED) for s in sequences[:32]]
 
     def ours_ceilings() -> int:
         repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]

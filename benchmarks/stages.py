@@ -9,16 +9,17 @@ from clock import now
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from nla_utils.ablation import make_ablation
-from nla_utils.ceilings import make_ceilings
-from nla_utils.config import RunConfig
-from nla_utils.evaluation import score_ceilings, score_rollouts
-from nla_utils.reader import fit_reader
-from nla_utils.readings import make_readings
-from nla_utils.rollouts import make_rollouts, rollout_set
+from nla_utils.protocol import PROTOCOLS
 from nla_utils.run import Run
-from nla_utils.targets import make_targets
-from nla_utils.training import train_av
+from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.k_curve import score_k_curve
+from nla_utils.scores.rollouts import score_rollouts
+from nla_utils.stages.ablation import make_ablation
+from nla_utils.stages.ceilings import make_ceilings
+from nla_utils.stages.probe import make_probe
+from nla_utils.stages.rollouts import make_rollouts
+from nla_utils.stages.targets import make_targets
+from nla_utils.stages.training import train_av
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -35,26 +36,26 @@ def random_backbone(folder: Path, config: PretrainedConfig) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def run_stages(config: RunConfig, run: Run) -> dict[str, float]:
+def run_stages(run: Run) -> dict[str, float]:
     """Seconds of each notebook's work, in order; everything is left in the run's folder."""
-    given, folder, seconds = (config, run.backbone), run.folder, {}
+    seconds = {}
 
-    def timed(stage: str, work, *args):
+    def timed(stage: str, work, *given):
         started = now(run.backbone.device)
-        result = work(*given, *args, folder)
+        result = work(*given)
         seconds[stage] = now(run.backbone.device) - started
         return result
 
-    targets = timed("01 targets", make_targets)
-    timed("02 training", train_av, targets)
-    timed("02 tail reader", fit_reader, targets)
-    ceilings = timed("03 ceilings", make_ceilings, targets)
-    timed("03 slip by slip", make_ablation, targets, ceilings)
-    rollouts = timed("04 rollouts", make_rollouts, targets)
-    readings = timed("04 readings", make_readings, targets)
+    targets = timed("01 targets", make_targets, run)
+    timed("02 training", train_av, run, targets)
+    ceilings = timed("03 ceilings", make_ceilings, run, targets)
+    timed("03 slip by slip", make_ablation, run, targets, ceilings)
+    rollouts = timed("04 rollouts", make_rollouts, run, targets)
+    probe = timed("04 probe", make_probe, run, targets)
     started = now(run.backbone.device)
-    for protocol in ("paper", "corrected"):
-        score_ceilings(targets, ceilings, protocol)
-        own = rollout_set(rollouts, targets, protocol)
-        score_rollouts(targets, own, ceilings, readings, protocol, "paraphrase_bestof8")
+    for protocol in PROTOCOLS:
+        score_ceilings(targets, ceilings, protocol).to_json()
+        own = rollouts.at(targets.eval_rows(protocol))
+        score_rollouts(targets, own, ceilings, probe, protocol, "paraphrase_bestof8").to_json()
+        score_k_curve(targets, rollouts, ceilings, protocol).to_json()
     return seconds | {"03 to 05 scores": now(run.backbone.device) - started}

@@ -1,7 +1,7 @@
 """Natural-language activation verbalization, §11, reproduced and audited.
 
-Importing the package loads neither torch nor a model: tables, figures and the paper section are
-made from JSON alone.
+Importing the package loads neither torch nor a model: tables, figures and the paper section are made from JSON alone.
+``from nla_utils import NLA`` loads what reading an activation needs.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -10,3 +10,11 @@ try:
     __version__ = version("nla-utils")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str):
+    if name == "NLA":
+        from nla_utils.extensions.release.api import NLA
+
+        return NLA
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """``python -m nla_utils``: the ``nla`` command."""
 
-from nla_utils.cli import app
+from nla_utils.runner.cli import app
 
 app()

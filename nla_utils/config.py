@@ -7,38 +7,15 @@ known one, so that a typo never silently runs the defaults.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional
 
+from nla_utils.errors import ConfigError, nearest
+
 ROOT = Path(__file__).resolve().parent.parent
-PROTOCOLS = ("paper", "corrected")
-
-
-class ConfigError(ValueError):
-    """A parameter of a run is unknown or out of range."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Sentence that names the closest known spellings of ``name``."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    if close:
-        return f"did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"known: {', '.join(known)}"
-
-
-def span_length(span: str) -> Optional[int]:
-    """How many tokens of the end a verbalizer writes: n for ``last:n``, ``None`` for ``full`` (the paper's)."""
-    kind, _, n = span.partition(":")
-    if span == "full":
-        return None
-    if kind == "last" and n.isdigit() and int(n) >= 1:
-        return int(n)
-    raise ConfigError(f"target_span is {span!r}; write 'full' (the paper's) or 'last:n', for example 'last:8'")
 
 
 def cache_dir() -> Path:
@@ -79,6 +56,9 @@ GRAD_CLIP = 1.0
 VALIDATION_SHARE = 0.05
 N_PARAPHRASES = 8
 TAIL_LENGTHS = (1, 2, 4, 8, 16, 32)
+# Tokens of the end that a linear read of v is asked for, and how many of them are scored.
+TAIL_TOKENS = 8
+PROBE_LENGTHS = (1, 2, 4, 8)
 FLOOR_ROWS = 512
 
 
@@ -103,14 +83,10 @@ class RunConfig:
     pool_size: Optional[int] = None
     device: str = "auto"
     dtype: str = "bfloat16"
-    target_span: str = "full"
     av: Optional[str] = None
     released_targets: Optional[str] = None
 
     def __post_init__(self) -> None:
-        span_length(self.target_span)
-        if self.av is not None and self.target_span != "full":
-            raise ConfigError(f"target_span is {self.target_span!r}, but a released AV ({self.av}) brings its own")
         if self.profile not in PROFILES:
             raise ConfigError(f"unknown profile {self.profile!r}: {nearest(self.profile, PROFILES)}")
         if self.dtype not in ("bfloat16", "float32", "float16"):
@@ -124,19 +100,12 @@ class RunConfig:
         return dataclasses.replace(PROFILES[self.profile], **overrides)
 
     @property
-    def text_length(self) -> int:
-        """Tokens that the AV writes at most."""
-        return min(self.sizes.max_new_tokens, span_length(self.target_span) or self.sizes.max_new_tokens)
-
-    @property
     def folder_name(self) -> str:
         """``quick``, or ``quick-layer9-seed2``: whatever differs from the profile is in the name."""
         parts = [self.profile]
         for name in ("layer", *SIZES):
             if getattr(self, name) is not None:
                 parts.append(f"{name}{getattr(self, name)}")
-        if self.target_span != "full":
-            parts.append(self.target_span.replace(":", ""))
         for kind, source in (("av", self.av), ("targets", self.released_targets)):
             if source is not None:
                 parts.append(f"{kind}-" + source.split("@")[0].rstrip("/").split("/")[-1])
@@ -146,31 +115,23 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """Build from plain values; raises ``ConfigError`` on a key that is no parameter."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown parameter {key!r}: {nearest(key, known)}")
-        return cls(**values)
+        """A configuration from a mapping; raises ``ConfigError`` on a key that is no parameter."""
+        return _build(cls, values, "unknown parameter")
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> "RunConfig":
-        """Build from a notebook's globals right after its parameters cell.
+        """A configuration from a notebook's globals right after its parameters cell.
 
         Papermill only warns about a parameter that the notebook does not have; every public plain
         value in the namespace is taken for a parameter here, so an unknown one is an error.
         """
         plain = (str, int, float, bool, type(None))
-        values = {
-            k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)
-        }
+        values = {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)}
         try:
             return cls.from_mapping(values)
         except ConfigError as error:
-            raise ConfigError(
-                f"{error} (every plain variable is taken for a parameter here: if you defined it "
-                f"yourself, restart the kernel)"
-            ) from None
+            hint = "every plain variable is taken for a parameter here: if you defined it yourself, restart the kernel"
+            raise ConfigError(f"{error} ({hint})") from None
 
 
 def check_sizes(s: Profile) -> None:
@@ -219,8 +180,7 @@ def size_overrides(pairs: Iterable[str]) -> dict[str, int]:
 class AVConfig:
     """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused.
 
-    ``target_span`` is ours: which part of the source the AV was trained to write, ``full`` as in every
-    published checkpoint, or ``last:n``.
+    ``target_span`` is ours: what the AV was trained to write, ``full`` as every published one, or ``last:n``.
     """
 
     backbone_id: str
@@ -244,7 +204,6 @@ class AVConfig:
     h_max: float = 0.0
 
     def __post_init__(self) -> None:
-        span_length(self.target_span)
         supported = {"prefix_mode": "static", "num_inject_slots": 1, "pool": "last"}
         for name, value in supported.items():
             if getattr(self, name) != value:
@@ -253,9 +212,12 @@ class AVConfig:
     @classmethod
     def from_json(cls, path: Path) -> "AVConfig":
         """Read a ``config.json``; raises ``ConfigError`` on keys that no release has."""
-        values = json.loads(Path(path).read_text())
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"{path}: unknown key {key!r}: {nearest(key, known)}")
-        return cls(**values)
+        return _build(cls, json.loads(Path(path).read_text(encoding="utf-8")), f"{path}: unknown key")
+
+
+def _build(kind: type, values: Mapping[str, Any], complaint: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{complaint} {key!r}: {nearest(key, known)}")
+    return kind(**values)

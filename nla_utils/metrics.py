@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Optional, Sequence
 
 import numpy as np
@@ -122,8 +123,13 @@ def bootstrap_means(values_M: Array, resamples: int = N_RESAMPLES, seed: int = B
     """
     values_M = np.asarray(values_M, dtype=np.float64)
     m = len(values_M)
-    counts_RM = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=resamples)
-    return counts_RM @ values_M / m
+    return _resample_counts(m, resamples, seed) @ values_M / m
+
+
+@functools.lru_cache(maxsize=4)
+def _resample_counts(m: int, resamples: int, seed: int) -> Array:
+    """How often each of m targets is in each resample (resamples, m)."""
+    return np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=resamples)
 
 
 def ci95(values_M: Array) -> list[float]:
@@ -136,7 +142,7 @@ def ci95(values_M: Array) -> list[float]:
 
 
 def identification(h_Md: Array, v_Md: Array, mu: Optional[Array] = None) -> tuple[Array, Array]:
-    """Does h_i rank v_i first among the M targets? (top-1 hits (M,), reciprocal ranks (M,)).
+    """Whether h_i ranks v_i first among the M targets: (top-1 hits (M,), reciprocal ranks (M,)).
 
     Ties count against: a target that another one equals is not identified.
     """

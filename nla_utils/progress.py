@@ -23,5 +23,5 @@ class Progress(tqdm):
     def display(self, msg=None, pos=None):
         mirror = os.environ.get(MIRROR_VARIABLE)
         if mirror:
-            Path(mirror).write_text(str(self))
+            Path(mirror).write_text(str(self), encoding="utf-8")
         return super().display(msg, pos)

@@ -1,44 +1,76 @@
-"""Opening a run: what every notebook does first."""
+"""A run: its configuration, the folder it writes to, and the backbone. What every notebook opens first."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Mapping, Optional
 
-from nla_utils.backbone import Backbone, identity
-from nla_utils.config import RunConfig
-from nla_utils.loading import load_backbone, pick_device, pick_layer, special_ids
-from nla_utils.sources import fetch, resolve, weight_hash
-from nla_utils.store import RunFolder
+from transformers import AutoConfig, AutoTokenizer
+
+from nla_utils.artefacts import RunFolder, code_version, library_versions, write_json
+from nla_utils.config import Profile, RunConfig
+from nla_utils.lm.backbone import Backbone, identity
+from nla_utils.lm.loading import load_backbone, pick_device, pick_layer, special_ids
+from nla_utils.lm.registry import fetch, resolve, weight_hash
 
 
 @dataclass
 class Run:
-    """A configuration, the folder it writes to, and the backbone if one was loaded."""
+    """One run. ``backbone`` is ``None`` where the weights were not needed."""
 
     config: RunConfig
     folder: RunFolder
-    backbone: Backbone | None = None
+    backbone: Optional[Backbone] = None
+
+    @classmethod
+    def of(cls, config: RunConfig, backbone: Backbone) -> "Run":
+        """The run of a configuration with a backbone that is loaded."""
+        return cls(config, RunFolder.of(config, backbone.name, {**backbone.identity(), "seed": config.seed}), backbone)
+
+    @property
+    def sizes(self) -> Profile:
+        return self.config.sizes
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def at(self, layer: int) -> "Run":
+        """The run at another layer; at the layer this one was opened at it is this run's own folder."""
+        config = dataclasses.replace(self.config, layer=None if layer == self.backbone.layer else layer)
+        return Run.of(config, dataclasses.replace(self.backbone, layer=layer))
+
+    def write_results(self, name: str, values: Mapping, made_from: Mapping[str, str]) -> Path:
+        """Write ``results/{name}.json``: provenance first, then ``values``; returns the path."""
+        path, s = self.folder.file(f"results/{name}.json"), self.sizes
+        record = {
+            "name": name,
+            "profile": self.config.folder_name,
+            "identity": self.folder.identity,
+            "sizes": {"N": s.n_targets, "M": s.n_eval, "K": s.n_rollouts, "pool": s.pool_size, "epochs": s.epochs,
+                      "T": s.max_new_tokens},
+            "made_from": dict(made_from),
+            "code": code_version(),
+            "libraries": library_versions(),
+            **values,
+        }  # fmt: skip
+        write_json(path, record)
+        return path
 
 
-def open_run(config: RunConfig) -> Run:
-    """Load the run's backbone and open its folder; bad input raises before weights load."""
-    backbone = load_backbone(config)
-    return Run(config, folder_of(config, backbone), backbone)
+def open_run(config: RunConfig, weights: bool = True) -> Run:
+    """The run of a configuration; without ``weights`` only the backbone's configuration and tokenizer are read.
 
-
-def folder_of(config: RunConfig, backbone: Backbone) -> RunFolder:
-    """The folder of a run with a backbone that is loaded, standing at its layer."""
-    return RunFolder.of(config, backbone.name, {**backbone.identity(), "seed": config.seed})
-
-
-def open_folder(config: RunConfig) -> RunFolder:
-    """The run's folder with its live identity, without loading the model's weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
+    Raises ``ConfigError`` or ``SourceError`` for bad input before weights load, ``BackboneError`` where the model
+    fails the checks at load.
+    """
+    if weights:
+        return Run.of(config, load_backbone(config))
     spec = resolve(config.backbone)
-    source: Path = fetch(spec)
+    source = fetch(spec)
     layer = pick_layer(config.layer, spec, AutoConfig.from_pretrained(source).num_hidden_layers)
     special = special_ids(spec, AutoTokenizer.from_pretrained(source))
-    live = identity(spec, weight_hash(source), layer, special, config.dtype, pick_device(config.device))
-    return RunFolder.of(config, spec.name, {**live, "seed": config.seed})
+    found = identity(spec, weight_hash(source), layer, special, config.dtype, pick_device(config.device))
+    return Run(config, RunFolder.of(config, spec.name, {**found, "seed": config.seed}))

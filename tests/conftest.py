@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,8 +22,8 @@ from transformers import (  # noqa: E402
 )
 
 from nla_utils.config import RunConfig  # noqa: E402
-from nla_utils.run import open_run  # noqa: E402
-from nla_utils.targets import make_targets  # noqa: E402
+from nla_utils.run import Run, open_run  # noqa: E402
+from nla_utils.stages.targets import make_targets  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus.txt"
 SHAPE = dict(
@@ -88,12 +89,17 @@ def tiny_config(folder: Path, out: Path, **changes) -> RunConfig:
     return RunConfig(**(values | changes))
 
 
+def with_out(run: Run, out: Path, **changes) -> Run:
+    """The run with another output folder, and other changes of its configuration."""
+    return Run.of(dataclasses.replace(run.config, out=str(out), **changes), run.backbone)
+
+
 @pytest.fixture(scope="session", params=sorted(TINY))
 def tiny_run(request, tiny_folders, tmp_path_factory):
     """An opened run with its targets, for each tiny backbone."""
     config = tiny_config(tiny_folders[request.param], tmp_path_factory.mktemp(f"run-{request.param}"))
     run = open_run(config)
-    return run, make_targets(config, run.backbone, run.folder)
+    return run, make_targets(run)
 
 
 @pytest.fixture(scope="session")
@@ -101,29 +107,56 @@ def gemma_run(tiny_folders, tmp_path_factory):
     """The tiny Gemma-2: left padding, scaled embeddings, soft-capped logits."""
     config = tiny_config(tiny_folders["tiny-gemma2"], tmp_path_factory.mktemp("gemma"))
     run = open_run(config)
-    return run, make_targets(config, run.backbone, run.folder)
+    return run, make_targets(run)
 
 
 @pytest.fixture(scope="session")
 def scored_run(tiny_run):
     """A run taken through training, ceilings and rollouts."""
-    from nla_utils.ceilings import make_ceilings
-    from nla_utils.rollouts import make_rollouts
-    from nla_utils.training import train_av
+    from nla_utils.stages.ceilings import make_ceilings
+    from nla_utils.stages.rollouts import make_rollouts
+    from nla_utils.stages.training import train_av
 
     run, targets = tiny_run
-    train_av(run.config, run.backbone, targets, run.folder)
-    ceilings = make_ceilings(run.config, run.backbone, targets, run.folder)
-    rollouts = make_rollouts(run.config, run.backbone, targets, run.folder)
+    train_av(run, targets)
+    ceilings = make_ceilings(run, targets)
+    rollouts = make_rollouts(run, targets)
     return run, targets, ceilings, rollouts
 
 
 @pytest.fixture(scope="session")
-def readings(scored_run):
-    """What the reader and the probe write for the targets of ``scored_run``."""
-    from nla_utils.reader import fit_reader
-    from nla_utils.readings import make_readings
+def probe(scored_run):
+    """The probe's texts of the targets of ``scored_run``."""
+    from nla_utils.stages.probe import make_probe
 
     run, targets, *_ = scored_run
-    fit_reader(run.config, run.backbone, targets, run.folder)
-    return make_readings(run.config, run.backbone, targets, run.folder)
+    return make_probe(run, targets)
+
+
+@pytest.fixture(scope="session")
+def readings(scored_run):
+    """What the reader writes for the targets of ``scored_run``."""
+    from nla_utils.extensions.tail_reader.reader import fit_reader
+    from nla_utils.extensions.tail_reader.rollouts import make_reader_rollouts
+
+    run, targets, *_ = scored_run
+    fit_reader(run, targets)
+    return make_reader_rollouts(run, targets)
+
+
+@pytest.fixture(scope="session")
+def reproduced_tiny(tiny_folders, tmp_path_factory):
+    """By name, (the command's words, what it said, the folder) of a smoke run of a tiny backbone with everything that
+    it can leave; each made once."""
+    import golden
+
+    made = {}
+
+    def reproduced(name: str) -> tuple[list[str], str, Path]:
+        if name not in made:
+            backbone, out = tiny_folders[name], tmp_path_factory.mktemp(f"reproduced-{name}")
+            folder, said = golden.leave(backbone, out)
+            made[name] = golden.reproduce_command(backbone, out), said, folder
+        return made[name]
+
+    return reproduced

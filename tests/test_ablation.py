@@ -1,33 +1,71 @@
 """Slip by slip: the ends are the two protocols, and each correction moves only what it may."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from nla_utils.ablation import SLIPS, alone, in_order, make_ablation, score_ablation
-from nla_utils.evaluation import score_ceilings, score_rollouts
-from nla_utils.rollouts import rollout_set
+from nla_utils.errors import ConfigError
+from nla_utils.paper.audit import MOVES
+from nla_utils.protocol import ABLATED, CORRECTED, FIELD_OF, PAPER, SLIPS, Protocol, ablation_steps, encoding_key
+from nla_utils.scores.ablation import score_ablation
+from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.rollouts import score_rollouts
+from nla_utils.stages import ablation as ablation_module
+from nla_utils.stages.ablation import make_ablation
 
 
 @pytest.fixture(scope="module")
 def steps(scored_run):
     run, targets, ceilings, rollouts = scored_run
-    ablation = make_ablation(run.config, run.backbone, targets, ceilings, run.folder)
-    return score_ablation(targets, ablation, rollouts)
+    return score_ablation(targets, make_ablation(run, targets, ceilings), rollouts)
+
+
+def test_a_protocol_has_a_field_for_each_slip_and_the_audit_a_row():
+    fields = {f.name for f in dataclasses.fields(Protocol)} - {"name"}
+    assert sorted(FIELD_OF.values()) == sorted(fields)
+    assert list(MOVES) == list(SLIPS)
+    for name in fields:
+        assert getattr(PAPER, name) != getattr(CORRECTED, name)
+
+
+def test_fixing_every_slip_gives_the_corrected_protocol():
+    fixed = PAPER.fix(*FIELD_OF)
+    assert dataclasses.replace(fixed, name="corrected") == CORRECTED
+    assert PAPER.fix("bos").bos and not PAPER.bos and PAPER.fix("bos").last_index == PAPER.last_index
+    with pytest.raises(ConfigError, match="did you mean 'left_pad'"):
+        PAPER.fix("leftpad")
 
 
 def test_every_slip_is_corrected_once_in_order_and_once_alone():
-    assert list(in_order()) == list(alone()) == ["paper", *SLIPS]
-    assert in_order()[SLIPS[-1]] == set(SLIPS)
-    assert all(fixed == {slip} for slip, fixed in alone().items() if slip != "paper")
+    in_order, alone = (ablation_steps()[way] for way in ("in_order", "alone"))
+    assert list(in_order) == list(alone) == ["paper", *ABLATED]
+    assert all(in_order[ABLATED[-1]].has_fixed(slip) for slip in ABLATED)
+    for slip in ABLATED:
+        assert [s for s in FIELD_OF if alone[slip].has_fixed(s)] == [slip]
+    assert encoding_key(PAPER) == "paper" and encoding_key(CORRECTED) == "left_pad+bos+eos_text+pad_generate+in_sample"
 
 
-@pytest.mark.parametrize("end", ["paper", "corrected"])
-def test_the_ends_are_the_two_protocols(steps, scored_run, readings, end):
+def test_what_notebook_03_has_encoded_is_not_encoded_again(scored_run, tmp_path, monkeypatch):
+    """Taken from the ceilings or encoded anew, the arrays are the same."""
+    run, targets, ceilings, _ = scored_run
+    taken = make_ablation(run, targets, ceilings)
+    apart = dataclasses.replace(run, folder=dataclasses.replace(run.folder, path=tmp_path / "apart"))
+    monkeypatch.setattr(ablation_module, "_known", lambda _: {})
+    anew = make_ablation(apart, targets, ceilings)
+    for ours, theirs in ((taken.replay, anew.replay), (taken.paraphrase, anew.paraphrase)):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+
+
+@pytest.mark.parametrize("end", [PAPER, CORRECTED], ids=lambda p: p.name)
+def test_the_ends_are_the_two_protocols(steps, scored_run, probe, end):
     _, targets, ceilings, rollouts = scored_run
-    step = steps["in_order"]["paper" if end == "paper" else SLIPS[-1]]
+    step = steps["in_order"]["paper" if end == PAPER else ABLATED[-1]]
     scale = score_ceilings(targets, ceilings, end).values
-    chosen = rollout_set(rollouts, targets, end)
-    column = score_rollouts(targets, chosen, ceilings, readings, end, "paraphrase_bestof8").values
+    chosen = rollouts.at(targets.eval_rows(end))
+    column = score_rollouts(targets, chosen, ceilings, probe, end, "paraphrase_bestof8").values
     expected = {
         "replay": scale["replay_cen_fve_mean"],
         "paraphrase_bestof8": scale["paraphrase_bestof8_cen_fve_mean"],
@@ -35,7 +73,7 @@ def test_the_ends_are_the_two_protocols(steps, scored_run, readings, end):
         "greedy": column["adapter_cen_greedy_mean"],
         "bestofK": column["adapter_cen_bestofK_mean"],
         "rho_greedy": column["rho_cen_greedy"],
-        "rho_bestofK": column["rho_cen_bestofK" if end == "paper" else "rho_cen_bestof8"],
+        "rho_bestofK": column["rho_cen_bestofK" if end == PAPER else "rho_cen_bestof8"],
     }
     for key, value in expected.items():
         assert step[key] == pytest.approx(value, abs=2e-5), key

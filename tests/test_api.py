@@ -7,15 +7,14 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from nla_utils import bundle as bundles
-from nla_utils.api import METHODS, NLA
-from nla_utils.bundle import write_bundle
-from nla_utils.cli import app
-from nla_utils.config import ConfigError
+from nla_utils import NLA
+from nla_utils.errors import ArtefactError, ConfigError
+from nla_utils.extensions.release import bundle as bundles
+from nla_utils.extensions.release.api import METHODS
+from nla_utils.extensions.release.bundle import write_bundle
 from nla_utils.metrics import fve
-from nla_utils.results import write_results
-from nla_utils.store import ArtefactError
-from nla_utils.targets import describe
+from nla_utils.runner.cli import app
+from nla_utils.stages.targets import describe
 
 TEXT = "the lighthouse keeper wound the clock and"
 
@@ -23,7 +22,7 @@ TEXT = "the lighthouse keeper wound the clock and"
 @pytest.fixture(scope="module")
 def nla(scored_run, readings):
     run, targets, *_ = scored_run
-    write_results(run.folder, run.config, "targets", describe(targets, run.backbone), {"targets": targets.sha256})
+    run.write_results("targets", describe(run, targets), {"targets": targets.sha256})
     return NLA(run.backbone, bundles.load_bundle(run.backbone, run.folder.path))
 
 
@@ -68,7 +67,7 @@ def test_bad_input_is_named(nla, call, message):
 def test_a_bundle_reads_like_the_run_it_was_packed_from(nla, scored_run, tmp_path, monkeypatch):
     run = scored_run[0]
     monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
-    files = write_bundle(run.config, run.backbone, run.folder, tmp_path / run.backbone.name)
+    files = write_bundle(run, tmp_path / run.backbone.name)
     assert all(f.stat().st_size < 5e6 for f in files)
     shipped = NLA(run.backbone, bundles.load_bundle(run.backbone, None))
     v = nla.activation(TEXT)

@@ -14,15 +14,15 @@ from transformers import (
     Qwen2Config,
 )
 
-from nla_utils.backbone import BackboneError
-from nla_utils.ceilings import make_ceilings
-from nla_utils.config import ConfigError
-from nla_utils.evaluation import score_ceilings
-from nla_utils.reader import fit_reader, read_greedy
-from nla_utils.rollouts import make_rollouts
+from nla_utils.errors import BackboneError, ConfigError
+from nla_utils.extensions.tail_reader.reader import fit_reader, read_greedy
+from nla_utils.protocol import CORRECTED
 from nla_utils.run import open_run
-from nla_utils.targets import make_targets
-from nla_utils.training import train_av
+from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.stages.ceilings import make_ceilings
+from nla_utils.stages.rollouts import make_rollouts
+from nla_utils.stages.targets import make_targets
+from nla_utils.stages.training import train_av
 
 PLAIN = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
 ARCHITECTURES = {
@@ -42,15 +42,15 @@ def test_the_chain_runs(name, shard, tmp_path):
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "30KB")
     config = tiny_config(folder, tmp_path, n_targets=40, n_eval=4, pool_size=24, n_rollouts=2)
     run = open_run(config)
-    targets = make_targets(config, run.backbone, run.folder)
-    train_av(config, run.backbone, targets, run.folder)
-    reader = fit_reader(config, run.backbone, targets, run.folder)
+    targets = make_targets(run)
+    train_av(run, targets)
+    reader = fit_reader(run, targets)
     assert read_greedy(reader, torch.from_numpy(targets.v[:2])).shape == (2, 8)
-    ceilings = make_ceilings(config, run.backbone, targets, run.folder)
-    replay = score_ceilings(targets, ceilings, "corrected").values["replay_cen_fve_mean"]
+    ceilings = make_ceilings(run, targets)
+    replay = score_ceilings(targets, ceilings, CORRECTED).values["replay_cen_fve_mean"]
     assert replay == pytest.approx(1.0, abs=1e-4)
-    rollouts = make_rollouts(config, run.backbone, targets, run.folder)
-    assert np.isfinite(rollouts.tensors["h_bos"]).all()
+    rollouts = make_rollouts(run, targets)
+    assert np.isfinite(rollouts.h_bos).all()
 
 
 def test_a_tokenizer_without_pad_is_padded_by_its_eos(tmp_path):
@@ -73,7 +73,7 @@ def test_a_head_with_a_bias_is_refused_by_name(tmp_path):
     config = tiny_config(folder, tmp_path)
     run = open_run(config)
     run.backbone.model = model.requires_grad_(False)
-    from nla_utils.checks import check_backbone
+    from nla_utils.lm.checks import check_backbone
 
     with pytest.raises(BackboneError, match="biased: .*"):
         check_backbone(run.backbone)

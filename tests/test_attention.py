@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nla_utils.attention import short_attention
+from nla_utils.lm.cpu import short_attention
 
 
 def inputs(heads=4, groups=2, rows=5, length=5, seed=0):

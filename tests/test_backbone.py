@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import build_backbone, build_tokenizer, tiny_config
 
-from nla_utils.backbone import BackboneError, check_finite
-from nla_utils.checks import check_backbone, check_frozen
-from nla_utils.config import ConfigError
-from nla_utils.loading import load_backbone
-from nla_utils.run import open_folder, open_run
+from nla_utils.errors import BackboneError, ConfigError
+from nla_utils.lm.backbone import check_finite
+from nla_utils.lm.checks import check_backbone, check_frozen
+from nla_utils.lm.loading import load_backbone
+from nla_utils.run import open_run
 
 
 def sequences(backbone, n=9, seed=0):
@@ -33,7 +33,7 @@ def test_encode_ignores_batch_and_order(tiny_run, monkeypatch):
     backbone = tiny_run[0].backbone
     rows = sequences(backbone, 12)
     whole = backbone.encode(rows, start=True)
-    monkeypatch.setitem(__import__("nla_utils.backbone", fromlist=["x"]).ENCODE_TOKENS, "cpu", 1)
+    monkeypatch.setitem(__import__("nla_utils.lm.backbone", fromlist=["x"]).ENCODE_TOKENS, "cpu", 1)
     np.testing.assert_allclose(backbone.encode(rows[::-1], start=True)[::-1], whole, rtol=1e-4, atol=1e-4)
 
 
@@ -92,13 +92,13 @@ def test_embedding_scale_outside_the_module_is_found(tiny_folders, tmp_path, mon
 
 def test_the_identity_is_the_same_with_and_without_the_model(tiny_folders, tmp_path):
     config = tiny_config(tiny_folders["tiny-gemma2"], tmp_path)
-    assert open_folder(config) == open_run(config).folder
+    assert open_run(config, weights=False).folder == open_run(config).folder
 
 
 @pytest.mark.parametrize("layer", [0, 4, -1, 99])
 def test_layer_out_of_range(tiny_folders, tmp_path, layer):
     with pytest.raises(ConfigError, match="choose 1 to 3"):
-        open_folder(tiny_config(tiny_folders["tiny-llama"], tmp_path, layer=layer))
+        open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path, layer=layer), weights=False)
 
 
 def test_default_layer_and_start_token_are_said_aloud(tiny_folders, tmp_path, capsys):

@@ -9,9 +9,12 @@ import time
 import pytest
 import yaml
 
-from nla_utils.batch import failures, runs_of, seconds
-from nla_utils.config import ROOT, ConfigError
-from nla_utils.sources import settled
+from nla_utils.config import ROOT
+from nla_utils.errors import ConfigError
+from nla_utils.lm.registry import settled
+
+sys.path.insert(0, str(ROOT / "workflow"))
+from batch import failures, runs_of, seconds  # noqa: E402
 
 BATCH = {
     "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "until": 6, "options": "",

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_utils import claims
-from nla_utils.claims import CLAIMS, FALLS, STANDS, UNDECIDED, judge, judge_published, verdict
-from nla_utils.evaluation import Column
-from nla_utils.published import BACKBONES, published_null
-from nla_utils.results import committed_results, find_runs
+from nla_utils.paper import claims
+from nla_utils.paper.claims import CLAIMS, FALLS, STANDS, UNDECIDED, judge, judge_published, verdict
+from nla_utils.paper.published import BACKBONES, published_null
+from nla_utils.paper.results import find_results
+from nla_utils.scores.column import Column
 
 ABOVE = next(c for c in CLAIMS if c.id == "greedy_beats_other_greedy")
 WITHIN = next(c for c in CLAIMS if c.id == "spearman_is_zero")
@@ -35,7 +35,7 @@ def test_a_planted_effect_is_found_and_none_is_not():
     found = {}
     for name, effect in (("planted", 0.03), ("none", 0.0)):
         column = Column("corrected", 100)
-        column.add(ABOVE.key, rng.normal(effect, 0.05, size=100))
+        column.add(ABOVE.row.cen, rng.normal(effect, 0.05, size=100))
         found[name] = judge(ABOVE, column.to_json())[1]
     assert found == {"planted": STANDS, "none": UNDECIDED}
 
@@ -51,12 +51,12 @@ def test_false_alarms_are_as_rare_as_the_interval_says():
 
 
 def test_every_claim_finds_its_quantity_in_every_committed_run():
-    for run in find_runs([committed_results()]):
+    for run in find_results():
         for claim in CLAIMS:
             # What training on a target is worth is asked once, under one encoding.
             both = claim.id != "held_out_equals_in_sample"
             for protocol in ("paper", "corrected") if both else ("corrected",):
-                assert claim.key in run.column(claim.file, protocol), (run.title, claim.id)
+                assert claim.row.cen in run.column(claim.row.file, protocol), (run.title, claim.id)
 
 
 def test_published_numbers_are_judged_where_they_suffice():

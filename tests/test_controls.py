@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import kstest, ttest_1samp
 
 from nla_utils import metrics
-from nla_utils.evaluation import shuffled_scores
-from nla_utils.metrics import fve, fve_matrix
+from nla_utils.metrics import fve
+from nla_utils.scores.column import Scorer
 
 M, K, D, POOL, SIMULATIONS = 40, 4, 24, 800, 400
 
@@ -19,13 +19,13 @@ def draw(rng, effect=0.0):
 
 
 def against_others(v, h, pool):
-    greedy, best = shuffled_scores(v, h, None)
+    greedy, best = Scorer(v, pool).others(h)
     score = fve(h, v[:, None])
     return score[:, 0] - greedy, score[:, 1:].max(axis=1) - best
 
 
 def against_unrelated(v, h, pool):
-    null = metrics.exact_k_curve(fve_matrix(v, pool), [1, K])
+    null = Scorer(v, pool).best_unrelated(pool, [1, K])
     score = fve(h, v[:, None])
     return score[:, 0] - null[:, 0], score[:, 1:].max(axis=1) - null[:, 1]
 

@@ -25,7 +25,7 @@ def hub():
 def ask(hub, cache, source, **environment):
     """(exit code, answer or message) of ``snapshot`` in a process of its own, as the endpoint is read at import."""
     program = (
-        "import sys, json; from nla_utils.hub import snapshot, SourceError\n"
+        "import sys, json; from nla_utils.lm.hub import snapshot; from nla_utils.errors import SourceError\n"
         "try:\n    folder = snapshot(sys.argv[1], ['*.json', '*.safetensors'])\n"
         "    print(json.dumps({p.name: p.stat().st_size for p in folder.iterdir()} | {'at': folder.name}))\n"
         "except SourceError as e:\n    print(e); sys.exit(3)"
@@ -117,9 +117,9 @@ def test_what_is_pushed_is_what_a_download_gives(hub, tmp_path):
         (release / name).parent.mkdir(parents=True, exist_ok=True)
         (release / name).write_bytes(data)
     program = (
-        "import sys, pathlib; from nla_utils.publish import Release, push; out = pathlib.Path(sys.argv[1])\n"
+        "import sys, pathlib; from nla_utils.extensions.release.publish import Release, push; out = pathlib.Path(sys.argv[1])\n"
         "print(*push(Release(out / 'av', out / 'targets'), 'org/av', 'org/av-targets'), sep='\\n')\n"
-        "from nla_utils.hub import snapshot\n"
+        "from nla_utils.lm.hub import snapshot\n"
         "folder = snapshot('org/av', ['*']); assert (folder / 'eval' / 'centered_eval.json').read_bytes() == b'[1]'"
     )
     done = in_a_process(hub, tmp_path / "cache", program, str(release), HF_TOKEN="hf_test")

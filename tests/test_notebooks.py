@@ -1,5 +1,6 @@
-"""The six notebooks: kept clean, readable in shape, and run through papermill on tiny backbones."""
+"""The notebooks: kept clean, readable in shape, and run through papermill on tiny backbones."""
 
+import ast
 import json
 import os
 import re
@@ -18,13 +19,13 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from nla_utils.cli import app
+from nla_utils.artefacts import RunFolder
 from nla_utils.config import ROOT
-from nla_utils.publish import make_release
-from nla_utils.reproduce import STAGES
-from nla_utils.store import RunFolder
+from nla_utils.extensions.release.publish import make_release
+from nla_utils.runner.cli import app
+from nla_utils.runner.notebooks import ALL_STAGES
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [ROOT / "notebooks" / f"{stage.notebook}.ipynb" for stage in ALL_STAGES]
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 
 
@@ -32,19 +33,30 @@ def code(notebook):
     return [c for c in notebook.cells if c.cell_type == "code"]
 
 
-def test_there_are_six():
-    assert [n.stem for n in NOTEBOOKS] == [s.notebook for s in STAGES]
+def test_there_are_six_and_two_beside_them():
+    kept = (ROOT / "notebooks").glob("0*.ipynb"), (ROOT / "notebooks" / "extensions").glob("0*.ipynb")
+    assert [len(list(found)) for found in kept] == [6, 2] and all(n.exists() for n in NOTEBOOKS)
+    assert [n.stem[:2] for n in NOTEBOOKS[:6]] == [f"0{i}" for i in range(1, 7)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_kept_without_outputs_and_short(path):
+def test_kept_without_outputs_and_readable(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert all(not c.outputs and c.execution_count is None for c in code(notebook))
-    lengths = [c.source.count("\n") + 1 for c in code(notebook)]
-    assert max(lengths) <= 30 and statistics.median(lengths) <= 8
+    prose = sum(c.cell_type == "markdown" for c in notebook.cells)
+    assert prose >= 1.5 * len(code(notebook)), "more prose than code"
+    for cell in code(notebook):
+        lines = cell.source.split("\n")
+        tagged = "parameters" in cell.metadata.get("tags", [])
+        assert len(lines) <= (15 if tagged else 12) and max(map(len, lines)) <= 100, cell.source
+    assert statistics.median(c.source.count("\n") + 1 for c in code(notebook)) <= 8
     assert "def " not in "".join(c.source for c in code(notebook))
-    assert sum(c.cell_type == "markdown" for c in notebook.cells) >= len(lengths) / 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:6], ids=lambda p: p.stem)
+def test_section_11_needs_no_extension(path):
+    assert "extensions" not in "".join(c.source for c in code(nbformat.read(path, 4)))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -52,45 +64,71 @@ def test_parameters_are_one_cell_with_help(path):
     tagged = [c for c in code(nbformat.read(path, 4)) if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     inspected = papermill.inspect_notebook(str(path))
-    assert {"backbone", "profile", "seed", "out", "layer", "n_rollouts"} <= set(inspected)
+    assert {"backbone", "profile", "seed", "out", "n_eval"} <= set(inspected)
     assert all(p["help"] for p in inspected.values())
 
 
-@pytest.fixture(scope="module", params=["tiny-gemma2", "tiny-qwen2"])
-def reproduced(request, tiny_folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp(f"out-{request.param}")
-    command = ["reproduce", "--backbone", str(tiny_folders[request.param]), "--out", str(out), *OPTIONS]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    return command, result, out / request.param / "smoke"
+@pytest.fixture(params=["tiny-gemma2", "tiny-qwen2"])
+def reproduced(request, reproduced_tiny):
+    return reproduced_tiny(request.param)
 
 
-def test_all_six_run(reproduced):
-    _, result, folder = reproduced
-    for stage in STAGES:
-        notebook = nbformat.read(folder / "executed" / f"{stage.notebook}.ipynb", 4)
+def test_all_run(reproduced):
+    _, said, folder = reproduced
+    for stage in ALL_STAGES:
+        notebook = nbformat.read(folder / "executed" / f"{stage.name}.ipynb", 4)
         assert all(c.execution_count for c in code(notebook) if c.source.strip())
         assert not any(o.output_type == "error" for c in code(notebook) for o in c.outputs)
         assert str(ROOT) not in json.dumps(notebook)
     for word in ("executed notebooks", "tables and figures", "paper section"):
-        assert word in result.output
+        assert word in said
     assert (folder / "report" / "section11.md").exists()
     assert (folder / "report" / "figures" / "fig1_k_curves.pdf").stat().st_size > 1000
 
 
-def test_a_second_run_skips_what_is_whole(reproduced):
+def test_what_is_shown_by_hand_is_what_the_helpers_give(reproduced):
+    """The score, ρ and the K-curve that notebooks 04 and 05 take apart, against the results files."""
+    folder = reproduced[2]
+
+    def shown(notebook, word):
+        cells = code(nbformat.read(folder / "executed" / f"{notebook}.ipynb", 4))
+        (cell,) = (c for c in cells if word in c.source)
+        return ast.literal_eval(re.sub(r"np\.float64\(([^)]*)\)", r"\1", cell.outputs[-1]["data"]["text/plain"]))
+
+    by_hand, helper = shown("04_centred_eval", "a @ b"), shown("04_centred_eval", "fve(h, v).item()")
+    assert by_hand["½(1 + cos)"] == pytest.approx(helper["centred"], abs=1e-9)
+    assert shown("04_centred_eval", "raw = h @ v")["½(1 + cos)"] == pytest.approx(helper["raw"], abs=1e-9)
+    results = json.loads((folder / "results" / "centered_eval.json").read_text())["protocols"]["corrected"]
+    assert shown("04_centred_eval", '"over one"')["over one"] == pytest.approx(results["rho_cen_greedy"], abs=1e-6)
+    pair = shown("05_k_curve", "combinations(")
+    assert pair["mean over all pairs"] == pytest.approx(pair["closed form"], abs=1e-9)
+    curve = json.loads((folder / "results" / "rerank_eval.json").read_text())["protocols"]["corrected"]
+    slopes = shown("05_k_curve", "slope_per_doubling(ks")
+    assert slopes["rollouts"]["slope"] == pytest.approx(curve["slope_per_doubling_cen"], abs=1e-4)
+    assert slopes["unrelated"]["slope"] == pytest.approx(curve["slope_per_doubling_unrelated_text_cen"], abs=1e-4)
+
+
+def test_a_second_run_skips_what_is_cached(reproduced):
     command, _, folder = reproduced
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
-    result = CliRunner().invoke(app, [*command, "--until", "05"])
+    result = CliRunner().invoke(app, [*command[:-2], "--until", "05"])
     assert result.exit_code == 0, result.output
-    assert result.output.count("whole, skipped") == 5
+    assert result.output.count("cached, skipped") == 5
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+
+
+def test_an_extension_runs_by_name_or_number(reproduced):
+    command, _, folder = reproduced
+    (folder / "executed" / "07_tail_reader.ipynb").unlink()
+    result = CliRunner().invoke(app, [*command[:-2], "--from", "7", "--until", "7"])
+    assert result.exit_code == 0, result.output
+    assert (folder / "executed" / "07_tail_reader.ipynb").exists() and "01_" not in result.output
 
 
 def test_the_last_notebook_needs_results_alone(reproduced, tmp_path):
     command, _, folder = reproduced
     shutil.copytree(folder / "results", tmp_path / folder.parent.name / folder.name / "results")
-    again = [str(tmp_path) if word == str(folder.parent.parent) else word for word in command]
+    again = [str(tmp_path) if word == str(folder.parent.parent) else word for word in command[:-2]]
     result = CliRunner().invoke(app, [*again, "--from", "6"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / folder.parent.name / folder.name / "report" / "section11.md").exists()
@@ -132,7 +170,7 @@ def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monke
     path = folder / "targets.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    monkeypatch.setattr("nla_utils.reproduce.run_notebook", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("nla_utils.runner.notebooks.run_notebook", lambda *_: pytest.fail("work began"))
     result = CliRunner().invoke(app, command)
     path.write_bytes(whole)
     assert result.exit_code == 2 and "truncated or altered" in result.output
@@ -173,7 +211,7 @@ def test_several_backbones_in_one_call(tiny_folders, tmp_path):
 def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
     command, _, folder = reproduced
     before = {p: p.stat().st_mtime_ns for p in folder.parent.rglob("*") if p.is_file()}
-    assert CliRunner().invoke(app, [*command, *extra]).exit_code == 2
+    assert CliRunner().invoke(app, [*command[:-2], *extra]).exit_code == 2
     assert before == {p: p.stat().st_mtime_ns for p in folder.parent.rglob("*") if p.is_file()}
 
 
@@ -183,8 +221,9 @@ def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
     (["--set", "n_rollouts=0"], "n_rollouts is 0"),
     (["--set", "rollouts=3"], "did you mean 'n_rollouts'"),
     (["--set", "pool_size=5000"], "too few"),
-    (["--from", "5", "--until", "2"], "choose 1 to 6"),
+    (["--from", "5", "--until", "2"], "choose 1 to 8"),
     (["--from", "3"], "lacks what 01_extract_targets makes"),
+    (["--with", "tail_reader"], "did you mean 'tail-reader'"),
     (["--from", "6"], "has all results of this run; start with --from 01"),
     (["--layer", "9"], "out of range"),
 ])  # fmt: skip

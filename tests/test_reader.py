@@ -5,13 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import with_out
 
-from nla_utils.beyond import seeds_table
-from nla_utils.layers import config_at, extract_layers, folder_at
-from nla_utils.metrics import fve
-from nla_utils.noisy_channel import _log_probability, read_with_language_model
-from nla_utils.probe import fit_probe, nearest_tokens, probe_decode
-from nla_utils.reader import (
+from nla_utils.config import PROBE_LENGTHS
+from nla_utils.extensions.depth.layers import extract_layers
+from nla_utils.extensions.tail_reader.ablation import _log_probability, ablate_reader, read_with_language_model
+from nla_utils.extensions.tail_reader.reader import (
     TailReader,
     fit_reader,
     fit_readers,
@@ -19,21 +18,20 @@ from nla_utils.reader import (
     load_reader,
     read_greedy,
     read_tails,
-    reader_split,
     solve_reader,
 )
-from nla_utils.reader_ablation import ablate_reader
-from nla_utils.reader_sums import (
+from nla_utils.extensions.tail_reader.seeds import replicate, training_targets, with_seed
+from nla_utils.extensions.tail_reader.sums import (
     add_rows,
-    embedding_table,
     empty_sums,
     every_position,
     leading,
     sums_at_layers,
-    tail_features,
 )
-from nla_utils.replication import replicate, training_targets
-from nla_utils.targets import load_targets
+from nla_utils.extensions.tail_reader.tables import seeds_table
+from nla_utils.metrics import fve
+from nla_utils.stages.probe import fit_probe, fit_split, make_probe, nearest_tokens, tail_features
+from nla_utils.stages.targets import load_targets
 
 
 def test_tail_features_stand_backwards_and_are_padded_by_the_start_token():
@@ -103,42 +101,39 @@ def test_every_position_is_the_activation_of_the_prefix(tiny_run):
 
 def test_held_out_targets_are_in_no_part_of_the_reader(tiny_run):
     run, targets = tiny_run
-    train, validation = reader_split(run.config, targets)
+    train, validation = fit_split(run, targets)
     assert not set(train) & set(validation)
     assert not (set(train) | set(validation)) & set(targets.held_out)
 
 
 def test_fitted_reader_is_kept_and_reads_the_same(tiny_run, tmp_path):
     run, targets = tiny_run
-    fitted = fit_reader(run.config, run.backbone, targets, run.folder)
+    fitted = fit_reader(run, targets)
     v = torch.from_numpy(targets.v[targets.held_out])
     text = read_greedy(fitted, v)
     assert text.shape == (len(v), fitted.n)
-    assert torch.equal(text, read_greedy(load_reader(run.backbone, run.folder), v))
+    assert torch.equal(text, read_greedy(load_reader(run), v))
     ends = torch.isin(text[:, :-1], torch.tensor(run.backbone.eos_ids))
     assert not ends.any(), "EOS stands before the end"
 
 
 def test_readers_of_several_layers_are_those_of_each_alone(tiny_run, tmp_path):
-    run, _ = tiny_run
-    config = dataclasses.replace(run.config, out=str(tmp_path))
-    extract_layers(config, run.backbone, [1, 3])
-    at, alone = {}, {}
-    for layer in (1, 3):
-        own, backbone = config_at(config, run.backbone.layer, layer), dataclasses.replace(run.backbone, layer=layer)
-        folder = folder_at(own, run.backbone, layer)
-        at[layer] = targets, _ = load_targets(own, folder), folder
-        apart = dataclasses.replace(folder, path=tmp_path / "alone" / folder.path.name)
-        apart.save("targets", folder.load("targets").tensors)
-        fit_reader(own, backbone, targets, apart)
-        alone[layer] = apart.load("reader")
-    fit_readers(config, run.backbone, at)
-    for layer, (_, folder) in at.items():
-        together = folder.load("reader")
-        scores = [[t["fve_nrm_cen"] for t in a.sidecar["trials"]] for a in (together, alone[layer])]
+    run = with_out(tiny_run[0], tmp_path)
+    extract_layers(run, [1, 3])
+    at = [(own, load_targets(own)) for own in map(run.at, (1, 3))]
+    alone = []
+    for own, targets in at:
+        apart = dataclasses.replace(own, folder=dataclasses.replace(own.folder, path=tmp_path / f"{own.backbone.layer}"))
+        apart.folder.save("targets", own.folder.load("targets").tensors)
+        fit_reader(apart, targets)
+        alone.append(apart.folder.load("reader"))
+    fit_readers(at)
+    for (own, _), apart in zip(at, alone):
+        together = own.folder.load("reader")
+        scores = [[t["fve_nrm_cen"] for t in a.sidecar["trials"]] for a in (together, apart)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-        assert together.sidecar["train_positions"] == alone[layer].sidecar["train_positions"]
-        for name, expected in alone[layer].tensors.items():
+        assert together.sidecar["train_positions"] == apart.sidecar["train_positions"]
+        for name, expected in apart.tensors.items():
             np.testing.assert_allclose(together.tensors[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -147,7 +142,7 @@ def test_chunks_of_the_fit_do_not_matter(gemma_run, monkeypatch):
     rows = np.arange(30)
     solved = []
     for size in (16384, 60):
-        monkeypatch.setattr("nla_utils.reader_sums.FIT_TOKENS", size)
+        monkeypatch.setattr("nla_utils.extensions.tail_reader.sums.FIT_TOKENS", size)
         solved.append(solve_reader(run.backbone, accumulate(run.backbone, targets, rows, 2), 1e-2))
     for name in solved[0]:
         np.testing.assert_allclose(solved[0][name], solved[1][name], rtol=1e-2, atol=1e-2, err_msg=name)
@@ -164,10 +159,10 @@ def test_nearest_tokens_is_the_largest_centred_cosine():
 
 def test_probe_writes_as_many_tokens_as_the_reader(tiny_run):
     run, targets = tiny_run
-    ids, record = probe_decode(run.config, run.backbone, targets, targets.held_out)
-    assert ids.shape == (len(targets.held_out), 8)
-    assert ids.min() >= 0 and ids.max() < len(embedding_table(run.backbone))
-    assert len(record["trials"]) > 1
+    probe = make_probe(run, targets)
+    assert probe.ids.shape == (2 * len(targets.held_out), 8) and probe.h_bos.shape[1] == len(PROBE_LENGTHS)
+    assert probe.ids.min() >= 0 and probe.ids.max() < len(run.backbone.embedding_table())
+    assert len(run.folder.load("probe").sidecar["trials"]) > 1
 
 
 @pytest.mark.parametrize("noise", [0.05, 3.0])
@@ -187,7 +182,7 @@ def test_logp_is_the_mean_over_tokens_of_what_was_drawn(noise):
 def test_language_model_prior_of_weight_zero_finds_the_likeliest_tail_by_the_channel_alone(tiny_run):
     """With a beam, the channel's score of the text found is at least that of the greedy one."""
     run, targets = tiny_run
-    reader = fit_reader(run.config, run.backbone, targets, run.folder)
+    reader = fit_reader(run, targets)
     flat = dataclasses.replace(reader, log_prior_V=torch.zeros_like(reader.log_prior_V))
     v = torch.from_numpy(targets.v[targets.held_out])
 
@@ -204,7 +199,7 @@ def test_language_model_prior_of_weight_zero_finds_the_likeliest_tail_by_the_cha
 
 def test_a_heavy_language_prior_gives_likelier_text(tiny_run):
     run, targets = tiny_run
-    reader = fit_reader(run.config, run.backbone, targets, run.folder)
+    reader = fit_reader(run, targets)
     v = torch.from_numpy(targets.v[targets.held_out])
     texts = [read_with_language_model(reader, run.backbone, v, w) for w in (0.0, 50.0)]
     light, heavy = (_log_probability(run.backbone, t).mean() for t in texts)
@@ -213,15 +208,15 @@ def test_a_heavy_language_prior_gives_likelier_text(tiny_run):
 
 def test_ablation_names_every_variant_and_its_difference(tiny_run):
     run, targets = tiny_run
-    fit_reader(run.config, run.backbone, targets, run.folder)
-    more = [training_targets(dataclasses.replace(run.config, seed=2), run.backbone)]
-    record = ablate_reader(run.config, run.backbone, targets, run.folder, more)
+    fit_reader(run, targets)
+    more = [training_targets(with_seed(run, 2))]
+    record = ablate_reader(run, targets, more)
     names = [r["variant"] for r in record["rows"]]
     assert len(set(names)) == len(names) > 8
     assert record["rows"][0]["minus_baseline"] == 0
     for row in record["rows"]:
         assert row["minus_baseline"] == pytest.approx(row["mean"] - record["rows"][0]["mean"])
-    train = len(reader_split(run.config, targets)[0])
+    train = len(fit_split(run, targets)[0])
     assert [s["train_rows"] for s in record["scaling"]] == [train // 8, train // 4, train // 2, train, 2 * train]
     nearest = [s["retrieval"]["mean"] for s in record["scaling"]]
     assert nearest == sorted(nearest), "more texts to look up in cannot be worse"
@@ -229,7 +224,7 @@ def test_ablation_names_every_variant_and_its_difference(tiny_run):
 
 def test_a_reader_grown_part_by_part_is_the_one_fitted_at_once(gemma_run):
     run, targets = gemma_run
-    train, _ = reader_split(run.config, targets)
+    train, _ = fit_split(run, targets)
     sums = empty_sums(run.backbone, targets, train, 2)
     for part in (train[:20], train[20:]):
         add_rows(sums, run.backbone, targets, part)
@@ -241,7 +236,7 @@ def test_a_reader_grown_part_by_part_is_the_one_fitted_at_once(gemma_run):
 
 def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
     run, targets = gemma_run
-    train, validation = reader_split(run.config, targets)
+    train, validation = fit_split(run, targets)
     parts = [(targets, train[:20]), (targets, train[20:])]
     one, two = (fit_probe(run.backbone, p, targets, validation, 4)[1] for p in (parts, [(targets, train)]))
     assert one == two
@@ -249,7 +244,7 @@ def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
 
 def test_a_short_readers_sums_are_part_of_a_long_ones(gemma_run):
     run, targets = gemma_run
-    train, _ = reader_split(run.config, targets)
+    train, _ = fit_split(run, targets)
     part = solve_reader(run.backbone, leading(accumulate(run.backbone, targets, train, 4), 2), 1e-2)
     own = solve_reader(run.backbone, accumulate(run.backbone, targets, train, 2), 1e-2)
     for name in own:
@@ -258,14 +253,14 @@ def test_a_short_readers_sums_are_part_of_a_long_ones(gemma_run):
 
 def test_seeds_are_repeated_from_targets_on_and_share_nothing(tiny_run):
     run, targets = tiny_run
-    record, made_from = replicate(run.config, run.backbone, [1, 2])
+    record, made_from = replicate(run, [1, 2])
     assert made_from["targets of seed 1"] == targets.sha256 != made_from["targets of seed 2"]
     first, second = record["seeds"]["1"], record["seeds"]["2"]
     assert first["greedy"] != second["greedy"]
     mean, sd = (first["greedy"] + second["greedy"]) / 2, abs(first["greedy"] - second["greedy"]) / 2**0.5
     assert seeds_table(record).loc["greedy", "over seeds, mean ± sd"] == f"{mean:.3f} ± {sd:.3f}"
     v = torch.from_numpy(targets.v[targets.held_out])
-    h = run.backbone.encode(read_greedy(load_reader(run.backbone, run.folder), v).tolist(), start=True)
+    h = run.backbone.encode(read_greedy(load_reader(run), v).tolist(), start=True)
     assert first["greedy"] == pytest.approx(fve(h, v.numpy(), targets.mu).mean(), abs=1e-5)
     assert first["bestofK_minus_tail_oracle_4"] == pytest.approx(first["bestofK"] - first["tail_oracle_4"])
     assert set(seeds_table(record).columns) == {"seed 1", "seed 2", "over seeds, mean ± sd"}

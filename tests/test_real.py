@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from nla_utils.api import NLA
-from nla_utils.cli import app
-from nla_utils.sources import REGISTRY, fetch, weight_hash
+from nla_utils import NLA
+from nla_utils.lm.registry import REGISTRY, fetch, weight_hash
+from nla_utils.runner.cli import app
 
 pytestmark = pytest.mark.real
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("real")
-    result = CliRunner().invoke(app, ["reproduce", "--profile", "smoke", "--out", str(out), "--device", "cpu"])
+    result = CliRunner().invoke(app, ["reproduce", "--with", "tail-reader", "--profile", "smoke", "--out", str(out), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     folder = out / "gemma3-270m" / "smoke" / "results"
     return {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
@@ -45,7 +45,7 @@ def test_gemma_scale_moves_the_papers_log_probabilities(results):
 
 
 def test_the_tail_reader_beats_every_control_even_from_a_few_sequences(results):
-    own, av = results["centered_eval"]["reader"]["corrected"], results["centered_eval"]["protocols"]["corrected"]
+    own, av = results["tail_reader"]["reader"]["corrected"], results["centered_eval"]["protocols"]["corrected"]
     assert own["adapter_cen_greedy_mean"] > own["shuffled_v_cen_greedy_mean"] + 0.05
     assert own["adapter_cen_greedy_mean"] > av["adapter_cen_greedy_mean"] + 0.05
     assert own["guided_cen_mean"] >= own["adapter_cen_bestofK_mean"]

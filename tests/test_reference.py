@@ -8,9 +8,9 @@ import torch
 from scipy.stats import chi2_contingency
 
 from nla_utils.config import ROOT
-from nla_utils.sampling import SamplingSettings, sample
-from nla_utils.training import pair_loss
-from nla_utils.verbalizer import ActivationVerbalizer
+from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.stages.training import pair_loss
+from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import reference  # noqa: E402

@@ -5,20 +5,20 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from nla_utils import rollouts as rollouts_module
-from nla_utils.ceilings import make_ceilings
-from nla_utils.rollouts import make_rollouts, rollout_set
+from nla_utils.errors import ArtefactError
+from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.run import open_run
-from nla_utils.sampling import SamplingSettings, sample
-from nla_utils.store import ArtefactError
-from nla_utils.targets import make_targets
-from nla_utils.training import load_av, train_av
+from nla_utils.stages import rollouts as rollouts_module
+from nla_utils.stages.ceilings import make_ceilings
+from nla_utils.stages.rollouts import make_rollouts
+from nla_utils.stages.targets import make_targets
+from nla_utils.stages.training import load_av, train_av
 
 
 def test_column_zero_is_greedy_and_the_others_are_not(scored_run):
-    run, targets, _, artefact = scored_run
-    chosen = rollout_set(artefact, targets, "corrected")
-    av = load_av(run.config, run.backbone, run.folder)
+    run, targets, _, rollouts = scored_run
+    chosen = rollouts.at(targets.held_out)
+    av = load_av(run)
     with torch.inference_mode():
         prompt = av(torch.from_numpy(targets.v[chosen.rows]), run.backbone.dtype)
     greedy = sample(run.backbone, prompt, SamplingSettings(24, temperature=0.0), seed=0)
@@ -28,8 +28,8 @@ def test_column_zero_is_greedy_and_the_others_are_not(scored_run):
 
 def test_h_is_read_without_the_prefix(scored_run):
     """Behind the prefix, h would hold v itself."""
-    run, targets, _, artefact = scored_run
-    chosen = rollout_set(artefact, targets, "corrected")
+    run, targets, _, rollouts = scored_run
+    chosen = rollouts.at(targets.held_out)
     h = run.backbone.encode([chosen.sequence(0, 1)], start=True)[0]
     np.testing.assert_allclose(chosen.h_bos[0, 1], h, rtol=1e-3, atol=1e-3)
 
@@ -39,8 +39,8 @@ def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkey
     files = []
     for name in ("whole", "cut"):
         run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path / name))
-        targets = make_targets(run.config, run.backbone, run.folder)
-        train_av(run.config, run.backbone, targets, run.folder)
+        targets = make_targets(run)
+        train_av(run, targets)
         if name == "cut":
             roll, calls = rollouts_module.roll_out, []
 
@@ -52,9 +52,9 @@ def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkey
 
             monkeypatch.setattr(rollouts_module, "roll_out", killed_in_the_third_chunk)
             with pytest.raises(KeyboardInterrupt):
-                make_rollouts(run.config, run.backbone, targets, run.folder)
+                make_rollouts(run, targets)
             assert not run.folder.has("rollouts")
-        make_rollouts(run.config, run.backbone, targets, run.folder)
+        make_rollouts(run, targets)
         files.append(run.folder.file("rollouts.safetensors").read_bytes())
     assert len(calls) == 5, "a finished chunk was rolled out again"
     assert files[0] == files[1]
@@ -62,8 +62,8 @@ def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkey
 
 def test_rollouts_and_ceilings_of_other_targets_are_refused(tiny_folders, tmp_path):
     run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path))
-    targets = make_targets(run.config, run.backbone, run.folder)
-    make_ceilings(run.config, run.backbone, targets, run.folder)
+    targets = make_targets(run)
+    make_ceilings(run, targets)
     run.folder.save("targets", {"ids": targets.ids, "lengths": targets.lengths, "v": targets.v + 1})
     with pytest.raises(ArtefactError, match="was made from targets"):
         run.folder.load("ceilings")
@@ -71,6 +71,6 @@ def test_rollouts_and_ceilings_of_other_targets_are_refused(tiny_folders, tmp_pa
 
 def test_rollouts_need_a_trained_av(tiny_folders, tmp_path):
     run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path))
-    targets = make_targets(run.config, run.backbone, run.folder)
+    targets = make_targets(run)
     with pytest.raises(ArtefactError, match="best_av.safetensors is missing"):
-        make_rollouts(run.config, run.backbone, targets, run.folder)
+        make_rollouts(run, targets)

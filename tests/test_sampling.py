@@ -6,8 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from nla_utils.paper_way import pad
-from nla_utils.sampling import SamplingSettings, draw, sample
+from nla_utils.lm.sampling import SamplingSettings, draw, pad, sample
 
 
 def start(backbone, n):

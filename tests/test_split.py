@@ -10,13 +10,13 @@ from accelerate import dispatch_model
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
-from nla_utils.backbone import BackboneError
-from nla_utils.checks import check_backbone
-from nla_utils.loading import load_backbone
-from nla_utils.rollouts import roll_out
-from nla_utils.sampling import SamplingSettings
-from nla_utils.training import pair_loss
-from nla_utils.verbalizer import ActivationVerbalizer
+from nla_utils.errors import BackboneError
+from nla_utils.lm.checks import check_backbone
+from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.sampling import SamplingSettings
+from nla_utils.stages.rollouts import roll_out
+from nla_utils.stages.training import pair_loss
+from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 ARCHITECTURES = ("tiny-gemma2", "tiny-llama", "tiny-qwen2")
 

@@ -6,15 +6,22 @@ import dataclasses
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import with_out
 from typer.testing import CliRunner
 
-from nla_utils import ceilings, layers, paper_text, reproduce, sweeps
-from nla_utils.cli import app
-from nla_utils.config import ROOT, ConfigError, RunConfig, parse_seeds
-from nla_utils.layers import config_at, extract_layers, folder_at, parse_layers
-from nla_utils.paper import all_tables, section_text
-from nla_utils.results import committed_results, family_of, find_runs, plain_runs
-from nla_utils.targets import make_targets
+from nla_utils.config import RunConfig, parse_seeds
+from nla_utils.errors import ConfigError
+from nla_utils.extensions.depth import layers, tables
+from nla_utils.extensions.depth.layers import extract_layers, parse_layers
+from nla_utils.extensions.depth.page import figure_7
+from nla_utils.paper import section
+from nla_utils.paper.results import RunResults, family_of, find_results, without_variants
+from nla_utils.paper.tables import seed_groups, seeds_table
+from nla_utils.runner import notebooks
+from nla_utils.runner.cli import app
+from nla_utils.runner.notebooks import STAGES
+from nla_utils.stages import ceilings
+from nla_utils.stages.targets import make_targets
 
 
 def test_one_pass_gives_what_each_layer_alone_gives(tiny_run):
@@ -27,20 +34,17 @@ def test_one_pass_gives_what_each_layer_alone_gives(tiny_run):
 
 
 def test_a_sweeps_targets_are_byte_for_byte_those_of_single_runs(tiny_run, tmp_path):
-    run, _ = tiny_run
-    config = dataclasses.replace(run.config, out=str(tmp_path / "sweep"))
-    extract_layers(config, run.backbone, [1, 2, run.backbone.layer])
+    run = with_out(tiny_run[0], tmp_path / "sweep")
+    extract_layers(run, [1, 2, run.backbone.layer])
     for layer in (1, 2, run.backbone.layer):
-        alone = config_at(dataclasses.replace(config, out=str(tmp_path / "alone")), run.backbone.layer, layer)
-        single = folder_at(alone, run.backbone, layer)
-        make_targets(alone, dataclasses.replace(run.backbone, layer=layer), single)
-        swept = folder_at(config_at(config, run.backbone.layer, layer), run.backbone, layer)
-        assert swept.load("targets").sha256 == single.load("targets").sha256
-        assert ("layer" in swept.path.name) == (layer != run.backbone.layer)
+        single, swept = with_out(run, tmp_path / "alone").at(layer), run.at(layer)
+        make_targets(single)
+        assert swept.folder.load("targets").sha256 == single.folder.load("targets").sha256
+        assert ("layer" in swept.folder.path.name) == (layer != run.backbone.layer)
 
 
 def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch):
-    run, _ = gemma_run
+    run = with_out(gemma_run[0], tmp_path)
     monkeypatch.setattr(layers, "SAMPLE_BATCH", 32)
     drawn, draw = [], layers.draw_sequences
 
@@ -51,18 +55,17 @@ def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch)
         return draw(*arguments)
 
     monkeypatch.setattr(layers, "draw_sequences", counted)
-    config = dataclasses.replace(run.config, out=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        extract_layers(config, run.backbone, [1, 2])
-    extract_layers(config, run.backbone, [1, 2])
+        extract_layers(run, [1, 2])
+    extract_layers(run, [1, 2])
     assert len(drawn) == 4 and drawn[1] == drawn[2] and len(set(drawn)) == 3
-    extract_layers(config, run.backbone, [1, 2])
-    assert len(drawn) == 4, "whole targets were drawn again"
+    extract_layers(run, [1, 2])
+    assert len(drawn) == 4, "targets that are there were drawn again"
     assert not list(tmp_path.glob("**/layers.chunks"))
 
 
 def test_a_cut_between_two_layers_goes_on_too(gemma_run, tmp_path, monkeypatch):
-    run, _ = gemma_run
+    run = with_out(gemma_run[0], tmp_path)
     saved, save = [], layers.save_targets
 
     def cut(*arguments):
@@ -72,28 +75,22 @@ def test_a_cut_between_two_layers_goes_on_too(gemma_run, tmp_path, monkeypatch):
         return save(*arguments)
 
     monkeypatch.setattr(layers, "save_targets", cut)
-    config = dataclasses.replace(run.config, out=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        extract_layers(config, run.backbone, [1, 2])
+        extract_layers(run, [1, 2])
     monkeypatch.setattr(layers, "draw_sequences", None)
-    extract_layers(config, run.backbone, [1, 2])
+    extract_layers(run, [1, 2])
     assert len(saved) == 3 and len(list(tmp_path.glob("*/*/targets.safetensors.json"))) == 2
 
 
 def test_another_layer_takes_the_paraphrases_that_are_there(gemma_run, tmp_path, monkeypatch):
-    run, _ = gemma_run
-    config = dataclasses.replace(run.config, out=str(tmp_path))
-    made = []
+    run, made = with_out(gemma_run[0], tmp_path), []
     for layer in (1, 2):
-        backbone = dataclasses.replace(run.backbone, layer=layer)
-        at = config_at(config, run.backbone.layer, layer)
-        folder = folder_at(at, run.backbone, layer)
-        targets = make_targets(at, backbone, folder)
-        made.append(ceilings.make_ceilings(at, backbone, targets, folder).tensors)
+        own = run.at(layer)
+        made.append(ceilings.make_ceilings(own, make_targets(own)).texts)
         monkeypatch.setattr(ceilings, "continue_prompts", None)
-    for name in ("paper.paraphrase_ids", "corrected.paraphrase_ids"):
-        np.testing.assert_array_equal(made[0][name], made[1][name])
-    assert not np.array_equal(made[0]["corrected.paraphrase"], made[1]["corrected.paraphrase"])
+    for name in ("paper", "corrected"):
+        np.testing.assert_array_equal(made[0][name].paraphrase_ids, made[1][name].paraphrase_ids)
+    assert not np.array_equal(made[0]["corrected"].paraphrase, made[1]["corrected"].paraphrase)
 
 
 @pytest.mark.parametrize("text, found", [("all", [1, 2, 3]), ("2", [2]), ("3, 1", [1, 3]), ("2,2", [2])])
@@ -120,9 +117,9 @@ def test_a_family_is_a_run_without_layer_and_seed():
 
 @pytest.fixture(scope="module")
 def swept():
-    """The committed runs, and copies of one of them as if they were of other layers and seeds."""
-    runs = find_runs([committed_results()])
-    base = plain_runs(runs)[0]
+    """The committed results, and copies of one of them as if they were of other layers and seeds."""
+    everything = find_results()
+    base = without_variants(everything)[0]
 
     def variant(name, layer, seed, shift):
         data = copy.deepcopy(base.data)
@@ -131,45 +128,44 @@ def swept():
         return dataclasses.replace(base, profile=f"{base.profile}-{name}", data=data)
 
     made = [variant("layer6", 6, 1, 0.1), variant("layer9", 9, 1, 0.2), variant("seed2", base.layer, 2, 0.3)]
-    return base, plain_runs(runs) + made
+    return base, without_variants(everything) + made
 
 
 @pytest.fixture
 def no_record(monkeypatch):
     """As if nothing were known of text alone."""
-    monkeypatch.setattr(sweeps, "optional_results", lambda *_: None)
+    found = RunResults.optional
+    monkeypatch.setattr(RunResults, "optional", lambda self, name: None if name == tables.RESULTS else found(self, name))
 
 
-def test_variants_stand_in_the_sweeps_tables_alone(swept, no_record):
-    base, runs = swept
-    stems = [t.stem for t in all_tables(runs)]
-    family = f"{base.backbone}-{base.profile}"
-    assert f"{family}-depth" in stems and f"{family}-seeds" in stems
+def test_variants_stand_in_the_tables_of_sweeps_alone(swept, monkeypatch):
+    base, everything = swept
+    monkeypatch.setattr(section, "find_results", lambda roots: everything)
+    stems = [t.stem for t in section.section_page().tables]
+    assert f"{base.stem}-seeds" in stems
     assert not [s for s in stems if "layer" in s or "-seed2" in s]
     own = (base.backbone, f"{base.profile}-layer6")
-    assert f"{family}-layer6-headline" in [t.stem for t in all_tables(runs, own)]
-    text = section_text(runs, ROOT / "paper", ROOT / "figures")
-    assert "fig7_depth.png" in text and paper_text.depth(sweeps.depths(runs)[0]) in text
+    assert f"{base.stem}-layer6-headline" in [t.stem for t in section.section_page(own=own).tables]
 
 
 def test_depth_and_seeds_are_told_apart(swept, no_record):
-    base, runs = swept
-    (depth,), (by_seed,) = sweeps.depths(runs), sweeps.seed_groups(runs)
+    base, everything = swept
+    (depth,), (by_seed,) = tables.depths(everything), seed_groups(everything)
     assert list(depth.runs) == sorted({6, 9, base.layer}) and list(by_seed) == [1, 2]
-    assert list(sweeps.depth_table(depth).index) == list(depth.runs)
-    row = sweeps.seeds_table(by_seed).loc["greedy"]
+    assert list(tables.depth_table(depth).index) == list(depth.runs)
+    row = seeds_table(by_seed).loc["greedy"]
     value = base.column("centered_eval", "corrected")["adapter_cen_greedy_mean"]
     assert row.iloc[-1] == f"{value + 0.15:.3f} ± {0.3 / 2**0.5:.3f}"
 
 
 def test_the_depth_figure_draws_every_layer(swept, no_record):
-    _, runs = swept
-    fig = sweeps.figure_7(runs)
+    _, everything = swept
+    fig = figure_7(everything)
     scores, norm, floor = fig.axes
     points = {c.get_label(): c.lines[0] for c in scores.containers}
-    assert list(points) == [sweeps.AV_CURVE[0]]
+    assert list(points) == [tables.AV_CURVE.label]
     curves = [line for line in scores.lines if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in curves] == [label for label, *_ in sweeps.TEXT_CURVES]
+    assert [line.get_label() for line in curves] == [label for label, *_ in tables.TEXT_CURVES]
     drawn = [*points.values(), *curves, *norm.lines, *floor.lines]
     assert all(len(line.get_xdata()) == 3 for line in drawn)
     plt.close(fig)
@@ -178,10 +174,10 @@ def test_the_depth_figure_draws_every_layer(swept, no_record):
 def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tmp_path, monkeypatch):
     seen = []
 
-    def run_all(configs, finish):
+    def run_all(configs, finish, stages):
         seen.extend(configs)
 
-    monkeypatch.setattr("nla_utils.reproduce.reproduce", run_all)
+    monkeypatch.setattr(notebooks, "reproduce", run_all)
     folder = str(tiny_folders["tiny-llama"])
     command = ["sweep", "--backbone", folder, "--layers", "1,3", "--profile", "smoke", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, [*command, "--device", "cpu", "--dtype", "float32"])
@@ -194,17 +190,17 @@ def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tm
 
 def test_each_run_is_finished_before_the_next_one_begins(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(reproduce, "preflight", lambda config, _: said.append(f"checked {config.seed}") or config)
-    monkeypatch.setattr(reproduce, "is_whole", lambda *_: False)
-    monkeypatch.setattr(reproduce, "run_notebook", lambda config, *_: said.append(f"ran {config.seed}"))
+    monkeypatch.setattr(notebooks, "preflight", lambda config, _: said.append(f"checked {config.seed}") or config)
+    monkeypatch.setattr(notebooks, "is_cached", lambda *_: False)
+    monkeypatch.setattr(notebooks, "run_notebook", lambda config, *_: said.append(f"ran {config.seed}"))
     configs = [RunConfig(seed=seed) for seed in (1, 2)]
-    reproduce.reproduce(configs, lambda folder: said.append(f"finished {folder.seed}"), 1, 1)
+    notebooks.reproduce(configs, lambda folder: said.append(f"finished {folder.seed}"), STAGES[:1])
     assert said == ["checked 1", "checked 2", "ran 1", "finished 1", "ran 2", "finished 2"]
 
 
 def test_seeds_are_runs_of_their_own(tiny_folders, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("nla_utils.reproduce.reproduce", lambda configs, *_: seen.extend(configs))
+    monkeypatch.setattr(notebooks, "reproduce", lambda configs, *_: seen.extend(configs))
     command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--profile", "smoke", "--out", str(tmp_path)]
     assert CliRunner().invoke(app, [*command, "--seeds", "0,1,2"]).exit_code == 0
     assert [c.folder_name for c in seen] == ["smoke-seed0", "smoke", "smoke-seed2"]

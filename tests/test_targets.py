@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from nla_utils import targets as targets_module
-from nla_utils.backbone import BackboneError
+from nla_utils.errors import ArtefactError, BackboneError, CollapsedTargetsError
 from nla_utils.run import open_run
-from nla_utils.store import ArtefactError
-from nla_utils.targets import CollapsedTargetsError, check_health, describe, load_targets, make_targets, paper_pairs
+from nla_utils.stages import targets as targets_module
+from nla_utils.stages.pairs import paper_pairs
+from nla_utils.stages.targets import check_health, describe, load_targets, make_targets
 
 
 def test_v_is_the_last_token_of_the_whole_sequence(tiny_run):
@@ -24,7 +24,7 @@ def test_v_is_the_last_token_of_the_whole_sequence(tiny_run):
 def test_bos_equal_to_eos_does_not_collapse(tiny_run):
     run, targets = tiny_run
     assert targets.lengths.min() >= 1 and np.median(targets.lengths) > 1
-    assert describe(targets, run.backbone)["health"]["distinct"] > 48
+    assert describe(run, targets)["health"]["distinct"] > 48
 
 
 def test_roles_do_not_overlap(tiny_run):
@@ -53,7 +53,7 @@ def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatc
     monkeypatch.setattr(targets_module, "SAMPLE_BATCH", 32)
     folder = tiny_folders["tiny-llama"]
     whole = open_run(tiny_config(folder, tmp_path / "whole"))
-    make_targets(whole.config, whole.backbone, whole.folder)
+    make_targets(whole)
     cut = open_run(tiny_config(folder, tmp_path / "cut"))
     draw, calls = targets_module.draw_chunk, []
 
@@ -65,9 +65,9 @@ def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatc
 
     monkeypatch.setattr(targets_module, "draw_chunk", killed_in_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
-        make_targets(cut.config, cut.backbone, cut.folder)
+        make_targets(cut)
     assert not cut.folder.has("targets")
-    make_targets(cut.config, cut.backbone, cut.folder)
+    make_targets(cut)
     assert len(calls) == 4, "the finished chunk was drawn again"
     files = [r.folder.file("targets.safetensors").read_bytes() for r in (whole, cut)]
     assert files[0] == files[1]
@@ -76,29 +76,29 @@ def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatc
 def test_half_written_chunk_counts_as_unfinished(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(targets_module, "SAMPLE_BATCH", 48)
     run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path))
-    reference = make_targets(run.config, run.backbone, run.folder)
+    reference = make_targets(run)
     run.folder.file("targets.safetensors.json").unlink()
     chunks = run.folder.file("targets.chunks")
     monkeypatch.setattr(targets_module.ChunkStore, "clear", lambda self: None)
-    make_targets(run.config, run.backbone, run.folder)
+    make_targets(run)
     whole = (chunks / "000001.safetensors").read_bytes()
     (chunks / "000001.safetensors").write_bytes(whole[: len(whole) // 2])
     run.folder.file("targets.safetensors.json").unlink()
-    again = make_targets(run.config, run.backbone, run.folder)
+    again = make_targets(run)
     assert (again.v == reference.v).all()
 
 
 def test_targets_of_another_backbone_or_layer_are_refused(tiny_folders, tmp_path):
     config = tiny_config(tiny_folders["tiny-llama"], tmp_path)
     run = open_run(config)
-    make_targets(config, run.backbone, run.folder)
+    make_targets(run)
     foreign = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path, layer=2))
     foreign.folder.path = run.folder.path
     with pytest.raises(ArtefactError, match="layer = 3, this run has layer = 2"):
-        load_targets(config, foreign.folder)
+        load_targets(foreign)
     run.folder.identity["weight_hash"] = "another"
     with pytest.raises(ArtefactError, match="weight_hash"):
-        load_targets(config, run.folder)
+        load_targets(run)
 
 
 def test_no_disk_space_is_found_before_drawing(tiny_folders, tmp_path, monkeypatch):
@@ -109,4 +109,4 @@ def test_no_disk_space_is_found_before_drawing(tiny_folders, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     monkeypatch.setattr(targets_module, "sample", lambda *_: pytest.fail("work began"))
     with pytest.raises(ArtefactError, match="GB are free"):
-        make_targets(run.config, run.backbone, run.folder)
+        make_targets(run)

@@ -1,32 +1,40 @@
 """Each slip of PROTOCOL.md §7: `paper` falls into it on purpose, `corrected` does not."""
 
+import dataclasses
+
 import naive
 import numpy as np
 import pytest
 import torch
 
-from nla_utils import paper_way
-from nla_utils.ceilings import PROMPT, prompt_ids
+from nla_utils.artefacts import RunFolder
 from nla_utils.config import TAIL_LENGTHS
-from nla_utils.evaluation import score_ceilings, score_rollouts
+from nla_utils.lm import sampling
+from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.metrics import fve, fve_matrix
-from nla_utils.reranking import score_k_curve
-from nla_utils.rollouts import rollout_set
-from nla_utils.sampling import SamplingSettings
-from nla_utils.store import RunFolder
-from nla_utils.training import load_av, make_split, paper_pairs
+from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS
+from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.k_curve import score_k_curve
+from nla_utils.scores.rollouts import score_rollouts
+from nla_utils.stages import ceilings as ceilings_module
+from nla_utils.stages.ceilings import PROMPT, prompt_ids
+from nla_utils.stages.encoding import re_encode
+from nla_utils.stages.pairs import make_split, paper_pairs
+from nla_utils.stages.training import load_av
+
+BY_NAME = {p.name: p for p in PROTOCOLS}
 
 
 @pytest.fixture
-def columns(scored_run, readings):
+def columns(scored_run, probe):
     run, targets, ceilings, rollouts = scored_run
     made = {}
-    for p in ("paper", "corrected"):
-        chosen = rollout_set(rollouts, targets, p)
-        made[p] = (
+    for p in PROTOCOLS:
+        chosen = rollouts.at(targets.eval_rows(p))
+        made[p.name] = (
             score_ceilings(targets, ceilings, p),
-            score_rollouts(targets, chosen, ceilings, readings, p, "paraphrase_bestof8"),
-            score_k_curve(targets, chosen, ceilings, p),
+            score_rollouts(targets, chosen, ceilings, probe, p, "paraphrase_bestof8"),
+            score_k_curve(targets, rollouts, ceilings, p),
         )
     return made
 
@@ -34,14 +42,14 @@ def columns(scored_run, readings):
 def test_bos(scored_run):
     run, targets, ceilings, rollouts = scored_run
     model, layer = run.backbone.model, run.backbone.layer
-    for protocol, head in (("paper", []), ("corrected", [run.backbone.start_id])):
-        chosen = rollout_set(rollouts, targets, protocol)
+    for protocol, head in ((PAPER, []), (CORRECTED, [run.backbone.start_id])):
+        chosen = rollouts.at(targets.eval_rows(protocol))
         for m, k in ((0, 0), (1, 2), (7, 4)):
             expected = naive.hidden(model, layer, head + chosen.sequence(m, k))
             np.testing.assert_allclose(chosen.h(protocol)[m, k], expected, rtol=1e-3, atol=1e-3)
-    same = fve(ceilings.tensors["corrected.replay"], targets.v[targets.held_out], targets.mu)
+    same = fve(ceilings.texts["corrected"].replay, targets.v[targets.held_out], targets.mu)
     np.testing.assert_allclose(same, 1, atol=1e-5)
-    assert fve(ceilings.tensors["ladder.same_ids_no_bos"], targets.v[targets.in_sample], targets.mu).mean() < 0.999
+    assert fve(ceilings.ladder["same_ids_no_bos"], targets.v[targets.in_sample], targets.mu).mean() < 0.999
 
 
 def test_left_pad(tiny_run):
@@ -49,7 +57,7 @@ def test_left_pad(tiny_run):
     backbone = run.backbone
     texts = ["a text", "a much longer text that makes the first one padded", "b"]
     rows = [backbone.tokenize_text(t) for t in texts]
-    ours = paper_way.encode_texts(backbone, texts)
+    ours = re_encode(backbone, rows, PAPER)
     last = np.array([naive.hidden(backbone.model, backbone.layer, r) for r in rows])
     if backbone.padding_side == "right":
         np.testing.assert_allclose(ours, last, rtol=1e-3, atol=1e-3)
@@ -62,18 +70,18 @@ def test_left_pad(tiny_run):
 
 def test_in_sample(scored_run):
     run, targets, *_ = scored_run
-    split = make_split(run.config, run.backbone, targets)
+    split = make_split(run, targets)
     trained = {split.pairs.rows[i] for i in split.train}
-    paired = set(split.pairs.rows) & set(targets.eval_rows("paper"))
+    paired = set(split.pairs.rows) & set(targets.eval_rows(PAPER))
     assert len(trained & paired) > len(paired) / 2 > 0
-    assert not trained & set(targets.eval_rows("corrected"))
+    assert not trained & set(targets.eval_rows(CORRECTED))
 
 
 def test_no_null(scored_run, columns):
     _, targets, ceilings, rollouts = scored_run
     for p, (_, evaluation, curve) in columns.items():
-        v = targets.v[targets.eval_rows(p)]
-        scores = fve_matrix(v, ceilings.tensors[f"{p}.pool_h"], targets.mu)
+        v = targets.v[targets.eval_rows(BY_NAME[p])]
+        scores = fve_matrix(v, ceilings.texts[p].pool_h, targets.mu)
         draws = np.random.default_rng(0).permuted(np.tile(scores, (300, 1, 1)), axis=2)[:, :, :4].max(axis=2)
         assert evaluation.values["unrelated_text_cen_bestofK_mean"] == pytest.approx(draws.mean(), abs=0.01)
         assert curve.values["kcurve_unrelated_text_cen"]["4"] == pytest.approx(draws.mean(), abs=0.01)
@@ -85,14 +93,14 @@ def test_null_texts_are_encoded_as_the_rollouts_are(scored_run):
     model, layer, start = run.backbone.model, run.backbone.layer, run.backbone.start_id
     without = naive.hidden(model, layer, targets.sequence(i))
     behind = naive.hidden(model, layer, [start, *targets.sequence(i)])
-    np.testing.assert_allclose(ceilings.tensors["paper.pool_h"][3], without, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(ceilings.tensors["corrected.pool_h"][3], behind, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ceilings.texts["paper"].pool_h[3], without, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ceilings.texts["corrected"].pool_h[3], behind, rtol=1e-3, atol=1e-3)
 
 
 def test_self_mu(scored_run, columns):
     _, targets, ceilings, _ = scored_run
     for p in ("paper", "corrected"):
-        v = [list(map(float, x)) for x in targets.v[targets.eval_rows(p)]]
+        v = [list(map(float, x)) for x in targets.v[targets.eval_rows(BY_NAME[p])]]
         pool = [list(map(float, x)) for x in targets.v[targets.pool]]
         mu = naive.mean_vector(v if p == "paper" else pool)
         ceiling = columns[p][0].values
@@ -107,7 +115,7 @@ def test_self_mu(scored_run, columns):
 def test_uncentred_anchor(scored_run, columns):
     _, targets, *_ = scored_run
     for p in ("paper", "corrected"):
-        v, pool = targets.v[targets.eval_rows(p)], targets.v[targets.pool]
+        v, pool = targets.v[targets.eval_rows(BY_NAME[p])], targets.v[targets.pool]
         best = fve_matrix(v, pool, None if p == "paper" else targets.mu).max(axis=1).mean()
         assert columns[p][2].values["nn_anchor_baseline"] == pytest.approx(best)
 
@@ -115,9 +123,9 @@ def test_uncentred_anchor(scored_run, columns):
 def test_logp_embeds_and_top_k(scored_run):
     run, targets, _, rollouts = scored_run
     backbone = run.backbone
-    av = load_av(run.config, backbone, run.folder)
-    assert np.isnan(rollout_set(rollouts, targets, "corrected").logp_paper).all()
-    chosen = rollout_set(rollouts, targets, "paper")
+    av = load_av(run)
+    assert np.isnan(rollouts.at(targets.held_out).logp_paper).all()
+    chosen = rollouts.at(targets.in_sample)
     with torch.no_grad():
         prompt = av(torch.from_numpy(targets.v[chosen.rows[:1]]), backbone.dtype)
     ids = chosen.sequence(0, 1)
@@ -150,37 +158,29 @@ def test_eos_text(tiny_run):
 
 def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     run, targets = tiny_run
-    sides = []
-    pad = paper_way.pad
-    monkeypatch.setattr(paper_way, "pad", lambda rows, pad_id, side: sides.append(side) or pad(rows, pad_id, side))
-    from nla_utils import ceilings
-
-    rows = targets.in_sample[:2]
-
-    def draw(protocol):
-        folder = RunFolder(tmp_path / "run", {})
-        ceilings.draw_paraphrases(run.config, run.backbone, targets, rows, protocol, folder)
-
-    draw("corrected")
+    sides, pad = [], sampling.pad
+    monkeypatch.setattr(ceilings_module, "pad", lambda rows, pad_id, side: sides.append(side) or pad(rows, pad_id, side))
+    rows, apart = targets.in_sample[:2], dataclasses.replace(run, folder=RunFolder(tmp_path / "run", {}))
+    ceilings_module.draw_paraphrases(apart, targets, rows, CORRECTED)
     assert sides == ["left"]
     sides.clear()
-    draw("paper")
+    ceilings_module.draw_paraphrases(apart, targets, rows, PAPER)
     assert sides[0] == run.backbone.padding_side
 
 
 def test_paraphrase_prompt_starts_from_the_start_token_when_corrected(tiny_run):
     backbone = tiny_run[0].backbone
     default = backbone.tokenizer(PROMPT.format(text="abc")).input_ids
-    assert prompt_ids(backbone, "abc", "paper") == default
-    corrected = prompt_ids(backbone, "abc", "corrected")
+    assert prompt_ids(backbone, "abc", PAPER) == default
+    corrected = prompt_ids(backbone, "abc", CORRECTED)
     assert corrected[0] == backbone.start_id and corrected[1] != backbone.start_id
 
 
 def test_first_k(scored_run, columns):
     _, targets, _, rollouts = scored_run
     for p in ("paper", "corrected"):
-        chosen = rollout_set(rollouts, targets, p)
-        scores = fve(chosen.h(p)[:, 1:], targets.v[chosen.rows][:, None], targets.mu)
+        chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
+        scores = fve(chosen.h(BY_NAME[p])[:, 1:], targets.v[chosen.rows][:, None], targets.mu)
         first = np.mean([max(row[:2]) for row in scores])
         exact = np.mean([naive.expected_max(row, 2) for row in scores])
         own = columns[p][2].values["kcurve_oracle_top1_cen"]["2"]
@@ -201,8 +201,8 @@ def test_k_mismatch(columns):
 def test_floor_kind(scored_run, columns):
     _, targets, _, rollouts = scored_run
     for p in ("paper", "corrected"):
-        chosen = rollout_set(rollouts, targets, p)
-        v, h, mu = targets.v[chosen.rows], chosen.h(p), targets.mu
+        chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
+        v, h, mu = targets.v[chosen.rows], chosen.h(BY_NAME[p]), targets.mu
         m = len(v)
         greedy = [naive.fve(h[j, 0], v[i], mu) for i in range(m) for j in range(m) if i != j]
         best = [max(naive.fve(x, v[i], mu) for x in h[j, 1:]) for i in range(m) for j in range(m) if i != j]
@@ -234,7 +234,7 @@ def test_one_span_tail_oracle(scored_run, columns):
     for j, n in enumerate(TAIL_LENGTHS[:3]):
         tail = [run.backbone.start_id, *targets.sequence(i)[-n:]]
         expected = naive.hidden(run.backbone.model, run.backbone.layer, tail)
-        np.testing.assert_allclose(ceilings.tensors["corrected.tail"][0, j], expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(ceilings.texts["corrected"].tail[0, j], expected, rtol=1e-3, atol=1e-3)
     assert columns["corrected"][0].values["tail_oracle_32_cen_fve_mean"] == pytest.approx(1, abs=1e-5)
 
 
@@ -242,8 +242,8 @@ def test_rows_against_loops(scored_run, columns):
     """The headline rows of both protocols, by an implementation that shares no code."""
     _, targets, ceilings, rollouts = scored_run
     for p in ("paper", "corrected"):
-        chosen = rollout_set(rollouts, targets, p)
-        v, h = targets.v[chosen.rows], chosen.h(p)
+        chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
+        v, h = targets.v[chosen.rows], chosen.h(BY_NAME[p])
         pool = targets.v[targets.pool]
         for kind, mu in (("raw", None), ("cen", naive.mean_vector(pool.astype(float).tolist()))):
             scores = [[naive.fve(x, a, mu) for x in row] for a, row in zip(v, h)]
@@ -256,7 +256,7 @@ def test_rows_against_loops(scored_run, columns):
             for key, values in expected.items():
                 assert columns[p][1].values[key] == pytest.approx(sum(values) / len(values), abs=1e-5)
             mu = naive.mean_vector(v.astype(float).tolist()) if p == "paper" and mu is not None else mu
-            paraphrase = ceilings.tensors[f"{p}.paraphrase"]
+            paraphrase = ceilings.texts[p].paraphrase
             best = [max(naive.fve(x, a, mu) for x in row) for a, row in zip(v, paraphrase)]
             key = f"paraphrase_bestof8_{kind}_fve_mean"
             assert columns[p][0].values[key] == pytest.approx(sum(best) / len(best), abs=1e-5)

@@ -1,0 +1,280 @@
+"""Artefacts on disk: atomic writes, sidecars, hashes, resumable chunks.
+
+Every artefact ``name.safetensors`` has a sidecar ``name.safetensors.json`` that says what it is made of. The sidecar
+is written last, so an artefact without one is unfinished. Loading compares the sidecar's ``identity`` with that of
+the run that asks, and the hash with the file's bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Mapping, Optional
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from nla_utils import workers
+from nla_utils.config import ROOT, RunConfig
+from nla_utils.errors import ArtefactError
+from nla_utils.progress import Progress
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """Hex sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` is either the old file or the complete new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs side by side may write the same file, with the same bytes.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given, one trailing newline."""
+    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises ``ArtefactError`` naming the file where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} does not exist") from None
+    except json.JSONDecodeError as e:
+        raise ArtefactError(f"{path} is not complete JSON ({e}); delete it and rerun its stage") from None
+
+
+@functools.cache
+def code_version() -> dict:
+    """Git commit of this checkout and whether its code differs from that commit."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--", "nla_utils", ":(glob)notebooks/**/0*.ipynb", "requirements.lock",
+                    ":(exclude)notebooks/executed")  # fmt: skip
+        return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "dirty": None}
+
+
+@functools.cache
+def library_versions() -> dict:
+    """Versions of the libraries that numbers depend on."""
+    names = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
+    return {n: importlib.metadata.version(n) for n in names}
+
+
+def require_disk(folder: Path, n_bytes: int) -> None:
+    """Raise ``ArtefactError`` before work starts if ``folder``'s disk cannot hold ``n_bytes``."""
+    existing = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise ArtefactError(
+            f"{folder}: the run needs about {n_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        )
+
+
+@dataclass
+class Artefact:
+    """Tensors read back from disk with their sidecar."""
+
+    tensors: dict[str, np.ndarray]
+    sidecar: dict
+    path: Path
+
+    @property
+    def sha256(self) -> str:
+        return self.sidecar["sha256"]
+
+
+@dataclass
+class RunFolder:
+    """Where one run writes; ``identity`` is what every artefact of the run must agree on."""
+
+    path: Path
+    identity: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig, backbone_name: str, identity: Mapping[str, Any]) -> "RunFolder":
+        """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
+        return cls(ROOT / config.out / backbone_name / config.folder_name, dict(identity))
+
+    @property
+    def backbone(self) -> str:
+        return self.path.parent.name
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, np.ndarray],
+        made_from: Optional[Mapping[str, str]] = None,
+        **facts: Any,
+    ) -> Artefact:
+        """Write ``name.safetensors`` and then its sidecar; returns what a load would return.
+
+        Of several processes the first one writes, and the others load what it has written.
+        """
+        if not workers.leads():
+            workers.wait()
+            return self.load(name)
+        path = self.file(f"{name}.safetensors")
+        data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+        record = path.with_name(path.name + ".json")
+        record.unlink(missing_ok=True)
+        atomic_write(path, data)
+        sidecar = {
+            "identity": self.identity,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "made_from": dict(made_from or {}),
+            **facts,
+            "code": code_version(),
+            "libraries": library_versions(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_json(record, sidecar)
+        workers.wait()
+        return Artefact(dict(tensors), sidecar, path)
+
+    def load(self, name: str) -> Artefact:
+        """Read an artefact of this run; raises ``ArtefactError`` if it is incomplete or of another run."""
+        path = self.file(f"{name}.safetensors")
+        if not path.exists() or not self.has(name):
+            raise ArtefactError(f"{path} is missing or unfinished; run the notebook that makes it")
+        sidecar = read_json(self._record(name))
+        self._check_identity(sidecar, path)
+        digest = sha256_file(path)
+        if digest != sidecar["sha256"]:
+            raise ArtefactError(
+                f"{path} is truncated or altered: sha256 {digest[:12]}…, its sidecar says "
+                f"{sidecar['sha256'][:12]}…; delete both and rerun"
+            )
+        for parent, made_from in sidecar["made_from"].items():
+            found = self.sha256_of(parent)
+            if found != made_from:
+                raise ArtefactError(
+                    f"{path} was made from {parent} {made_from[:12]}…, which is now "
+                    f"{found[:12] + '…' if found else 'missing'}; delete {path.name} and its sidecar and rerun"
+                )
+        return Artefact(load_file(path), sidecar, path)
+
+    def has(self, name: str) -> bool:
+        """Whether the artefact is finished; one that is broken or of another run still raises on load."""
+        return self._record(name).exists()
+
+    def sha256_of(self, name: str) -> Optional[str]:
+        """The hash that an artefact's sidecar gives, ``None`` without one."""
+        return read_json(self._record(name))["sha256"] if self.has(name) else None
+
+    def _record(self, name: str) -> Path:
+        return self.file(f"{name}.safetensors.json")
+
+    def _check_identity(self, sidecar: dict, path: Path) -> None:
+        theirs = sidecar.get("identity", {})
+        for key, own in self.identity.items():
+            if theirs.get(key) != own:
+                raise ArtefactError(
+                    f"{path} was made with {key} = {theirs.get(key)!r}, this run has {key} = {own!r}; "
+                    f"choose another --out or delete {self.path}"
+                )
+
+
+@dataclass
+class ChunkStore:
+    """Fixed chunks of a long stage, each one file, so that a killed stage resumes where it was.
+
+    Raises ``ArtefactError`` where the folder holds chunks of another ``identity``.
+    """
+
+    folder: Path
+    identity: dict
+
+    def __post_init__(self) -> None:
+        record = self.folder / "chunks.json"
+        if record.exists() and read_json(record) != self.identity:
+            raise ArtefactError(f"{self.folder} holds chunks of another run ({record}); delete the folder and rerun")
+        if workers.leads():
+            write_json(record, self.identity)
+        workers.wait()
+
+    def _file(self, i: int) -> Path:
+        return self.folder / f"{i:06d}.safetensors"
+
+    def get(self, i: int) -> Optional[dict[str, np.ndarray]]:
+        """Chunk ``i``, or ``None`` if it was never finished (a broken file counts as unfinished)."""
+        if not self._file(i).exists():
+            return None
+        try:
+            return load_file(self._file(i))
+        except SafetensorError:
+            return None
+
+    def tensor(self, i: int, name: str) -> np.ndarray:
+        """One tensor of a finished chunk, the others left on disk."""
+        with safe_open(self._file(i), "np") as f:
+            return f.get_tensor(name)
+
+    def put(self, i: int, tensors: Mapping[str, np.ndarray]) -> None:
+        atomic_write(self._file(i), save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+
+    def fill(
+        self, total: int, per_chunk: int, make: Callable[[int, slice], dict], desc: str, unit: str
+    ) -> dict[str, np.ndarray]:
+        """Every chunk, joined along the first axis.
+
+        ``make(chunk, rows)`` gives a chunk that is missing, for a slice of the ``total`` rows. Of several processes
+        each makes its share, and all of them return all rows.
+        """
+        starts = range(0, total, per_chunk)
+        with Progress(total=total, desc=desc, unit=unit) as bar:
+            for c, first in enumerate(starts):
+                rows = slice(first, min(first + per_chunk, total))
+                if c % workers.size() == workers.rank() and self.get(c) is None:
+                    self.put(c, make(c, rows))
+                bar.update(rows.stop - rows.start)
+        workers.wait()
+        parts = [self.get(c) for c in range(len(starts))]
+        workers.wait()
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def clear(self) -> None:
+        """Remove the chunks once the artefact is on disk."""
+        if workers.leads():
+            shutil.rmtree(self.folder)
+
+
+def derive_seed(run_seed: int, stage: str, chunk: int) -> int:
+    """Seed of one chunk, the same on every machine: 63 bits of sha256 over (seed, stage, chunk)."""
+    digest = hashlib.sha256(f"{run_seed}/{stage}/{chunk}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,1 @@
+"""What stands beside §11 and is never needed by it."""

@@ -1,0 +1,119 @@
+"""What text can reach at each layer of a backbone, with no AV: one set of sequences, one pass over each text.
+
+Replay, tail oracle, paraphrase, retrieval and the unrelated-text null need v and the texts alone, and the tail reader
+is solved for at all layers from one pass over the sequences, or from a few where memory is short. A layer of them costs
+a small part of what training and rolling out an AV there does, so they can be had for all layers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Sequence
+
+import numpy as np
+import torch
+
+from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, TAIL_TOKENS
+from nla_utils.extensions.depth.layers import extract_layers
+from nla_utils.extensions.tail_reader.reader import fit_readers, load_reader, read_greedy
+from nla_utils.extensions.tail_reader.scores import names_last_token
+from nla_utils.metrics import fve, fve_matrix
+from nla_utils.progress import Progress
+from nla_utils.protocol import CORRECTED, PAPER
+from nla_utils.run import Run
+from nla_utils.scores import rows
+from nla_utils.scores.ceilings import CeilingScores, mu_of
+from nla_utils.scores.column import Column, Scorer
+from nla_utils.stages.ceilings import EncodedTexts, draw_paraphrases, tail_ids
+from nla_utils.stages.encoding import re_encode
+from nla_utils.stages.targets import Targets, load_targets, sequences_hash
+
+# Readers of as many layers as this many bytes hold are fitted from one pass: all of a small backbone's.
+FIT_BYTES = 4 * 2**30
+
+
+def reach_of_text(run: Run, layers: Sequence[int], sequences: Optional[Path] = None) -> tuple[dict, dict[str, str]]:
+    """(``{"K", "sequences", "layers": {layer: {protocol: column}}}``, hashes of the targets), in the key names of
+    notebooks 03, 04. The sequences are drawn, or read from a file; see
+    :func:`nla_utils.extensions.depth.layers.extract_layers`.
+
+    ``corrected``: held-out targets, μ of the pool. ``reader``: the tail reader's greedy texts of them. ``paper``: replay
+    alone, of the first M, μ their own mean. ``run`` is opened at its backbone's own layer.
+    """
+    extract_layers(run, layers, sequences)
+    at, together = {layer: run.at(layer) for layer in layers}, _layers_in(FIT_BYTES, run.backbone.d, run.sizes.n_targets)
+    for start in range(0, len(layers), together):
+        fit_readers([(at[x], load_targets(at[x])) for x in layers[start : start + together]])
+    first = load_targets(at[layers[0]])
+    h = {name: run.backbone.encode_layers(ids, True, layers) for name, ids in _texts(run, first).items()}
+    columns, parents = {}, {}
+    for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
+        own, targets = at[layer], load_targets(at[layer])
+        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts)
+        found = {
+            "paper": _published_replay(own, targets), "corrected": corrected, "reader": _read(own, targets, corrected),
+        }  # fmt: skip
+        columns[str(layer)] = {name: column.to_json() for name, column in found.items()}
+        parents[f"targets of layer {layer}"] = targets.sha256
+    return {"K": run.sizes.n_rollouts, "sequences": sequences_hash(**first.texts), "layers": columns}, parents
+
+
+def _layers_in(room: int, d: int, n_targets: int) -> int:
+    """How many layers' targets (N, d) float32 and sums XᵀV (n · d, d) float64 are held in that many bytes."""
+    return max(1, room // (4 * n_targets * d + 8 * TAIL_TOKENS * d * d))
+
+
+def _texts(run: Run, targets: Targets) -> dict[str, list[list[int]]]:
+    """Ids of what is written of the held-out targets: all of it, its ends, its paraphrases; the same at each layer."""
+    held_out = targets.held_out
+    return {
+        "replay": targets.sequences(held_out),
+        "tail": tail_ids(targets, held_out),
+        "paraphrase": draw_paraphrases(run, targets, held_out, CORRECTED),
+    }
+
+
+def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
+    v, pool, mu = targets.v[targets.held_out], targets.v[targets.pool], targets.mu
+    tails, paraphrases = (h[n].reshape(len(v), m, -1) for n, m in (("tail", len(TAIL_LENGTHS)), ("paraphrase", N_PARAPHRASES)))
+    # Behind BOS the pool's texts re-encode to the pool's own activations.
+    texts = EncodedTexts(h["replay"], paraphrases, tails, pool)
+    scores = CeilingScores(Scorer(v, pool, mu), texts, CORRECTED)
+    column = Column("corrected", len(v))
+    column.put("mu_norm", float(np.linalg.norm(mu)))
+    column.add(rows.FLOOR.raw, Scorer(v, pool).floor)
+    column.add(rows.CONSTANT_MU.key, fve(mu, v))
+    for row in (rows.REPLAY, *rows.TAILS.values(), rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8):
+        column.add(row.cen, row.values(scores))
+    column.add(rows.RETRIEVAL.cen, scores.scorer.nearest)
+    column.add(rows.UNRELATED.cen, scores.best_unrelated([k])[:, 0])
+    column.difference(rows.PARAPHRASE.cen, rows.UNRELATED_8.cen)
+    column.difference(rows.TAILS[8].cen, rows.RETRIEVAL.cen)
+    return column
+
+
+def _read(run: Run, targets: Targets, texts_column: Column) -> Column:
+    """The reader's greedy texts in the key names of notebook 04, with the two that it is compared with.
+
+    Retrieval is that of ``texts_column``, the layer's own.
+    """
+    v, sources = targets.v[targets.held_out], targets.sequences(targets.held_out)
+    texts = read_greedy(load_reader(run), torch.from_numpy(v).to(run.backbone.device)).tolist()
+    score_MM = fve_matrix(v, run.backbone.encode(texts, start=True), targets.mu)
+    greedy = score_MM.diagonal()
+    column = Column("corrected", len(v))
+    column.add(rows.GREEDY.cen, greedy)
+    column.add(rows.OTHERS_GREEDY.cen, (score_MM.sum(axis=1) - greedy) / (len(v) - 1))
+    column.add(rows.RETRIEVAL.cen, texts_column.per_target[rows.RETRIEVAL.cen])
+    column.add("names_last_token", names_last_token(texts, sources))
+    column.difference(rows.GREEDY.cen, rows.OTHERS_GREEDY.cen)
+    column.difference(rows.GREEDY.cen, rows.RETRIEVAL.cen)
+    return column
+
+
+def _published_replay(run: Run, targets: Targets) -> Column:
+    chosen = targets.eval_rows(PAPER)
+    column = Column("paper", len(chosen))
+    replayed = re_encode(run.backbone, targets.sequences(chosen), PAPER)
+    column.add(rows.REPLAY.cen, fve(replayed, targets.v[chosen], mu_of(targets, PAPER)))
+    return column

@@ -1,0 +1,1 @@
+"""Verbalizers that ship, the ``NLA`` class that reads with them, and releases to a hub."""

@@ -1,0 +1,148 @@
+"""Put an activation into words, in a few lines of Python.
+
+    nla = NLA.load("gemma3-270m")
+    v = nla.activation("The lighthouse keeper wound the clock and")
+    print(nla.verbalize(v, k=64).text)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Optional, Sequence
+
+import numpy as np
+import torch
+
+from nla_utils.config import RunConfig
+from nla_utils.errors import ConfigError, nearest
+from nla_utils.extensions.release.bundle import Bundle, load_bundle
+from nla_utils.extensions.tail_reader.reader import read_tails
+from nla_utils.extensions.tail_reader.rollouts import guided_search
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.metrics import fve
+
+METHODS = ("reader", "guided", "av")
+# What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
+GUIDED_TOKENS = 64 * 129
+
+
+@dataclass(frozen=True)
+class Verbalization:
+    """A text for an activation and how much it is worth.
+
+    ``score`` is the centred fve_nrm of the re-encoded text, in [0, 1]; ``percentile`` the chance that the best of
+    as many unrelated texts scores less; ``greedy`` the text chosen without looking at v again, with its score;
+    ``retrieved`` the stored text whose activation is nearest to v, with its score.
+    """
+
+    method: str
+    k: int
+    text: str
+    score: float
+    percentile: float
+    greedy: str
+    greedy_score: float
+    retrieved: str
+    retrieved_score: float
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+class NLA:
+    """A backbone with its verbalizers: the tail reader and the paper's AV."""
+
+    def __init__(self, backbone: Backbone, bundle: Bundle):
+        self.backbone, self.bundle = backbone, bundle
+
+    @classmethod
+    def load(
+        cls, backbone: str = "gemma3-270m", run: Optional[str | Path] = None, device: str = "auto"
+    ) -> "NLA":
+        """Verbalizers that ship with the package, or those of a finished run folder (``run``).
+
+        Raises ``ConfigError`` for an unknown backbone, ``ArtefactError`` where there are no verbalizers for it
+        or they were made for other weights or another layer.
+        """
+        folder = None if run is None else Path(run)
+        loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=Bundle.layer_of(backbone, folder)))
+        return cls(loaded, load_bundle(loaded, folder))
+
+    def activation(self, text: str, token: int = -1) -> np.ndarray:
+        """v (d,) float32 at a token of ``text`` behind BOS: ``hidden_states[ℓ]``, the last token by default.
+
+        ``token`` counts from 0, or from the end if negative. Raises ``ConfigError`` if there is no such token.
+        """
+        ids = self.backbone.tokenize_text(text)
+        if not ids:
+            raise ConfigError(f"the text {text!r} has no tokens")
+        if not -len(ids) <= token < len(ids):
+            raise ConfigError(f"token {token} is out of range: the text has {len(ids)} tokens")
+        return self.backbone.encode([ids[: token % len(ids) + 1]], start=True)[0]
+
+    def trace(self, text: str) -> list[tuple[str, np.ndarray]]:
+        """Each token of a text and the activation there: (token as text, v (d,))."""
+        ids = self.backbone.tokenize_text(text)
+        h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
+        return [(self.backbone.tokenizer.decode([i]), h) for i, h in zip(ids, h_nd)]
+
+    def verbalize(self, v: np.ndarray, k: int = 64, method: str = "reader", seed: int = 0) -> Verbalization:
+        """The best of k texts for v (d,), chosen by re-encoding.
+
+        Args:
+            method: ``reader`` (closed form, writes the last tokens), ``guided`` (the reader's texts improved by
+                search) or ``av`` (the paper's adapter, writes from the beginning).
+
+        Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method or k is out of range.
+        """
+        v = self._checked(v)
+        if method not in METHODS:
+            raise ConfigError(f"unknown method {method!r}: {nearest(method, METHODS)}")
+        if k < 1:
+            raise ConfigError(f"k is {k}; at least one text is needed")
+        texts = self._av(v, k, seed) if method == "av" else self._reader(v, k, seed)
+        mu = self.bundle.mu
+        h = self.backbone.encode(texts, start=True)
+        score = fve(h, v, mu)
+        best = 1 + int(score[1:].argmax())
+        text, value = texts[best], float(score[best])
+        if method == "guided":
+            found = guided_search(
+                self.bundle.reader, self.backbone, v[None], mu, np.array(texts[1:])[None], h[None, 1:], GUIDED_TOKENS
+            )  # fmt: skip
+            text, value = found.ids[0].tolist(), float(found.curve[0, -1])
+        null = fve(self.bundle.pool_v, v, mu)
+        near = int(null.argmax())
+        return Verbalization(
+            method=method, k=k, text=self._text(text), score=value, percentile=float((null < value).mean() ** k),
+            greedy=self._text(texts[0]), greedy_score=float(score[0]),
+            retrieved=self._text(self.bundle.pool_texts[near]), retrieved_score=float(null[near]),
+        )  # fmt: skip
+
+    def _checked(self, v: np.ndarray) -> np.ndarray:
+        v = np.asarray(v, dtype=np.float32)
+        if v.shape != (self.backbone.d,):
+            raise ConfigError(f"an activation of {self.backbone.name} has shape ({self.backbone.d},), not {v.shape}")
+        if not np.isfinite(v).all():
+            raise ConfigError("the activation holds NaN or infinity")
+        return v
+
+    def _reader(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
+        """The greedy text first, then k draws."""
+        v_Bd = torch.from_numpy(v).to(self.backbone.device).expand(k + 1, -1)
+        ids_Bn, _ = read_tails(self.bundle.reader, v_Bd, seed, torch.arange(k + 1) == 0)
+        return ids_Bn.tolist()
+
+    @torch.inference_mode()
+    def _av(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
+        v_Bd = torch.from_numpy(v).to(self.backbone.device).expand(k + 1, -1)
+        settings = SamplingSettings(max_new_tokens=self.bundle.av.config.max_new_tokens)
+        greedy_B = torch.arange(k + 1, device=self.backbone.device) == 0
+        samples = sample(self.backbone, self.bundle.av(v_Bd, self.backbone.dtype), settings, seed, greedy_B=greedy_B)
+        return [samples.sequence(i) for i in range(k + 1)]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.backbone.decode_text(ids)

@@ -1,0 +1,1 @@
+"""A verbalizer in closed form that writes the last tokens of what v came from."""

@@ -1,0 +1,122 @@
+"""``paper/tail_reader.md``: the tail reader's tables and figures, from JSON alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, Optional, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nla_utils.config import ROOT
+from nla_utils.extensions.tail_reader import tables
+from nla_utils.paper.figures import NULL_GREY, colour, level, same_limits, style
+from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
+from nla_utils.paper.results import COMMITTED, RunResults, find_results, largest, without_variants
+from nla_utils.paper.tables import signed, with_interval
+from nla_utils.scores import rows
+
+PAGE = ROOT / "paper" / "tail_reader.md"
+FILES = (tables.RESULTS, tables.ABLATION_RESULTS, tables.SEEDS_RESULTS)
+SCALED_LINES = {"reader": "o-", "retrieval": "s:", "probe": "^--"}
+
+
+def draw_compute(ax: Axes, curves: dict[str, list[dict]], color: str, title: str) -> None:
+    """Draw centred score against forward tokens: AV, its null, the reader, and the reader's guided search."""
+    looks = {"AV": (color, "o:"), "unrelated text": (NULL_GREY, "s--"), "reader": (color, "o-"),
+             "reader, guided": ("black", ".-")}  # fmt: skip
+    for name, points in curves.items():
+        tokens, means = [p["tokens"] for p in points], [p["mean"] for p in points]
+        low, high = np.array([p["ci95"] for p in points]).T
+        shade, line = looks[name]
+        ax.plot(tokens, means, line, color=shade, markersize=3, label=name)
+        ax.fill_between(tokens, low, high, color=shade, alpha=0.12, linewidth=0)
+    ax.set_xscale("log")
+    ax.legend(frameon=False, fontsize=7)
+    style(ax, "forward tokens per target (log)", "centred fve_nrm", title)
+
+
+def figure_5(everything: Sequence[RunResults]) -> Figure:
+    """Score against forward tokens: the AV, its null, the tail reader and its guided search."""
+    chosen = largest(everything)
+    fig, axes = plt.subplots(1, len(chosen), figsize=(5.2 * len(chosen), 3.8), layout="constrained", squeeze=False)
+    for ax, results in zip(axes[0], chosen):
+        draw_compute(ax, results.optional(tables.RESULTS)["compute"], colour(results.backbone), results.title)
+        level(ax, results.column("centered_eval", "corrected")[rows.RETRIEVAL.cen], "black", rows.RETRIEVAL.label, ":")
+        ax.legend(frameon=False, fontsize=7)
+    same_limits(axes[0])
+    return fig
+
+
+def figure_6(everything: Sequence[RunResults]) -> Figure:
+    """Greedy scores against the number of sequences used."""
+    fig, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for results in everything:
+        scaling = results.optional(tables.ABLATION_RESULTS)["scaling"]
+        x = [p["train_rows"] for p in scaling]
+        for who, line in SCALED_LINES.items():
+            y = np.array([p[who]["mean"] for p in scaling])
+            error = np.abs(np.array([p[who]["ci95"] for p in scaling]).T - y)
+            ax.errorbar(x, y, yerr=error, fmt=line, color=colour(results.backbone), capsize=3, markersize=4,
+                        label=f"{results.title}: {tables.SCALED[who]}")  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    style(ax, "sequences used (log₂)", "centred fve_nrm")
+    return fig
+
+
+COMPUTE = FigureSpec("fig5_beyond", figure_5, "Score against forward tokens, held out. The tail reader writes without "
+                     "the language model; its guided search spends what the AV's best-of-K does.")  # fmt: skip
+GROWTH = FigureSpec("fig6_reader_scaling", figure_6, "The tail reader's greedy score, the probe's and NN-retrieval's "
+                    "against the number of sequences that each may use, on the same held-out targets.")  # fmt: skip
+
+
+def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """Greedy text against the AV's and against looking up the nearest stored text, largest run of each backbone."""
+    table = {}
+    for results in largest(everything):
+        reader, av = tables.reader_column(results), results.column("centered_eval", "corrected")
+        table[results.title] = {
+            "tail reader, greedy": with_interval(reader, rows.GREEDY.cen),
+            "the paper's AV, greedy": with_interval(av, rows.GREEDY.cen),
+            "NN-retrieval": with_interval(reader, rows.RETRIEVAL.cen),
+            "tail reader, greedy − NN-retrieval": signed(reader, rows.GREEDY_MINUS_RETRIEVAL.cen),
+            tables.GUIDED_MINUS_TAIL.label: signed(reader, tables.GUIDED_MINUS_TAIL.key),
+        }
+    found = pd.DataFrame(table)
+    found.index.name = "held out, centred"
+    return found
+
+
+def tables_of_run(results: RunResults) -> list[Table]:
+    """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
+    stem = results.stem
+    made = [
+        Table(f"{stem}-reader", "The tail reader beside the paper's AV", tables.reader_table(results)),
+        Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results)),
+        Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results)),
+    ]
+    ablation, seeds = results.optional(tables.ABLATION_RESULTS), results.optional(tables.SEEDS_RESULTS)
+    if ablation:
+        made.append(Table(f"{stem}-reader-ablation", "One change at a time", tables.ablation_table(ablation)))
+        made.append(Table(f"{stem}-reader-growth", "With more sequences", tables.growth_table(ablation)))
+    if seeds:
+        made.append(Table(f"{stem}-reader-seeds", "Repeated on targets drawn anew", tables.seeds_table(seeds)))
+    return made
+
+
+def reader_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
+    """The page of the results below ``roots``; ``own`` (backbone, profile) is a run to show in any case."""
+    everything = find_results(roots)
+    shown = [r for r in without_variants(everything, own) if r.optional(tables.RESULTS)]
+    findings = Table("reader-findings", "What was found", findings_table(shown))
+    of_runs = {r.title: tables_of_run(r) for r in shown}
+    grown = [r for r in shown if r.optional(tables.ABLATION_RESULTS)]
+    drawn = {spec: found for spec, found in ((COMPUTE, shown), (GROWTH, grown)) if found}
+    values = {"findings": findings, "of_runs": of_runs, "provenance": provenance(everything, FILES)}
+    made = [findings, *(t for part in of_runs.values() for t in part)]
+    return Page(PAGE, "tail_reader.md.j2", made, drawn, values)

@@ -1,0 +1,233 @@
+"""The frozen language model: embed, encode token ids to the activation h at layer ℓ.
+
+``hidden_states[ℓ]`` counts as the paper does: index 0 is the embedding output, index ℓ the output of
+block ℓ (1-based). Only the first ℓ blocks are run when h is all that is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nla_utils.errors import BackboneError
+from nla_utils.lm.cpu import head_product, product_dtype
+from nla_utils.lm.registry import BackboneSpec
+
+ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
+
+
+class _LayerReached(Exception):
+    """Raised by a hook to leave the forward pass once block ℓ has run."""
+
+
+@dataclass
+class Backbone:
+    """A frozen causal language model, its tokenizer and the extraction layer.
+
+    ``head_weight`` (V, d) is the output head's, in the dtype that its products are taken in.
+    """
+
+    spec: BackboneSpec
+    model: nn.Module
+    head_weight: Tensor
+    tokenizer: object
+    layer: int
+    start_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    padding_side: str
+    weight_hash: str
+    library_attention: str
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def d(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return find_blocks(self.model)
+
+    def identity(self) -> dict:
+        """What every artefact made with this backbone must agree on."""
+        ids = (self.start_id, self.eos_ids, self.pad_id)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return identity(self.spec, self.weight_hash, self.layer, ids, dtype, self.device.type)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
+        return self.model.get_input_embeddings()(ids_BT.to(self.device))
+
+    @torch.inference_mode()
+    def embedding_table(self) -> Tensor:
+        """Every token's embedding through the module (V, d), in the dtype that products with it are taken in."""
+        table_Vd = self.embed(torch.arange(len(self.head_weight)))
+        return table_Vd.to(product_dtype(table_Vd))
+
+    def logits(self, hidden_nd: Tensor, out_nV: Tensor | None = None) -> Tensor:
+        """Next-token logits (n, V) from final hidden states (n, d), final soft cap included, where the head lies.
+
+        The rows are made contiguous: a head applied to a strided slice is far slower on a CPU. So is a
+        product into fresh memory, hence ``out_nV`` for callers that come again.
+        """
+        hidden_nd = hidden_nd.to(self.head_weight.device).contiguous()
+        if out_nV is None:
+            out_nV = hidden_nd.new_empty(len(hidden_nd), len(self.head_weight))
+        logits_nV = head_product(hidden_nd, self.head_weight, out_nV)
+        cap = self.softcap
+        return logits_nV if cap is None else logits_nV.div_(cap).tanh_().mul_(cap)
+
+    @property
+    def softcap(self) -> float | None:
+        """Gemma-2's cap on the final logits, ``None`` elsewhere."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    def last_hidden(self, **inputs: Tensor) -> Tensor:
+        """Final hidden states (B, T, d) of a whole forward pass, normalised: what the head is applied to."""
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state.to(self.device)
+
+    def hidden_at_layer(self, **inputs: Tensor) -> Tensor:
+        """``hidden_states[ℓ]`` (B, T, d) of a forward pass that stops at block ℓ."""
+        return self.hidden_at_layers((self.layer,), **inputs)[0]
+
+    def hidden_at_layers(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
+        """``hidden_states`` (B, T, d) at each of the layers, of one forward pass that stops at the last of them."""
+        reached: dict[int, Tensor] = {}
+
+        def grab(layer: int, output) -> None:
+            h_BTd = output[0] if isinstance(output, tuple) else output
+            reached[layer] = h_BTd.to(self.device)
+            if layer == max(layers):
+                raise _LayerReached
+
+        handles = [
+            self.blocks[layer - 1].register_forward_hook(lambda _module, _args, out, layer=layer: grab(layer, out))
+            for layer in layers
+        ]
+        try:
+            self.model.base_model(**inputs, use_cache=False)
+        except _LayerReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [reached[layer] for layer in layers]
+
+    def encode(self, sequences: Sequence[Sequence[int]], start: bool) -> np.ndarray:
+        """Activation h (N, d) at the last token of each id sequence, at the run's layer; see :meth:`encode_layers`."""
+        return self.encode_layers(sequences, start, (self.layer,))[0]
+
+    @torch.inference_mode()
+    def encode_layers(self, sequences: Sequence[Sequence[int]], start: bool, layers: Sequence[int]) -> np.ndarray:
+        """Activation at the last token of each id sequence, at several layers in one pass.
+
+        Args:
+            sequences: N token id sequences, each of at least one id.
+            start: put the start token (BOS) in front: ``corrected`` does, ``paper`` does not.
+            layers: L of them, counted as ``hidden_states``.
+
+        Returns:
+            h (L, N, d) float32, in the orders given.
+
+        Raises:
+            BackboneError: an activation is not finite.
+
+        Rows are padded on the right: under causal attention a valid token never sees what follows
+        it, so no mask is needed. Rows of similar length share a batch.
+        """
+        head = [self.start_id] if start else []
+        rows = [head + list(s) for s in sequences]
+        if any(len(r) == 0 for r in rows):
+            raise BackboneError("a sequence of no tokens has no activation")
+        h_LNd = np.empty((len(layers), len(rows), self.d), dtype=np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for batch in _batches(order, rows, ENCODE_TOKENS[self.device.type]):
+            h_LNd[:, batch] = self._encode_batch([rows[i] for i in batch], layers)
+        for h_Nd in h_LNd:
+            check_finite(h_Nd, "re-encoded activations")
+        return h_LNd
+
+    def _encode_batch(self, rows: list[list[int]], layers: Sequence[int]) -> np.ndarray:
+        lengths = torch.tensor([len(r) for r in rows])
+        ids_BT = torch.full((len(rows), int(lengths.max())), self.pad_id)
+        for i, row in enumerate(rows):
+            ids_BT[i, : len(row)] = torch.tensor(row)
+        row_B, last_B = torch.arange(len(rows), device=self.device), lengths.to(self.device) - 1
+        h_LBTd = self.hidden_at_layers(layers, input_ids=ids_BT.to(self.device))
+        return np.stack([h_BTd[row_B, last_B].float().cpu().numpy() for h_BTd in h_LBTd])
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens."""
+        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+    def tokenize_text(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def identity(
+    spec: BackboneSpec, weights: str, layer: int, special: tuple[int, tuple[int, ...], int], dtype: str, device: str
+) -> dict:
+    """The contract that artefacts carry; ``special`` is (start, EOS ids, pad)."""
+    start_id, eos_ids, pad_id = special
+    return {
+        "backbone": spec.name,
+        "weight_hash": weights,
+        "layer": layer,
+        "layer_convention": "hidden_states[layer], 0 = embeddings",
+        "start_id": start_id,
+        "eos_ids": list(eos_ids),
+        "pad_id": pad_id,
+        "dtype": dtype,
+        "device": device,
+    }
+
+
+def _batches(order: list[int], rows: list[list[int]], budget: int):
+    """Cut length-sorted indices into batches of at most ``budget`` padded tokens."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(rows[i]) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def check_finite(h_Nd: np.ndarray, what: str) -> None:
+    """Raise ``BackboneError`` naming the first row that holds NaN or infinity."""
+    bad = np.flatnonzero(~np.isfinite(h_Nd).all(axis=1))
+    if len(bad):
+        raise BackboneError(
+            f"{what}: {len(bad)} of {len(h_Nd)} rows are not finite, the first is row {bad[0]}; "
+            f"try --dtype float32"
+        )
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder blocks, whatever the architecture calls it."""
+    n = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n:
+            return module
+    raise BackboneError(f"{type(model).__name__}: no list of {n} decoder blocks was found")

@@ -1,0 +1,100 @@
+"""Downloads from a model hub: pinned to a commit, resumed, hashes checked, failures said in plain words."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Sequence
+
+from nla_utils.artefacts import require_disk, sha256_file
+from nla_utils.config import cache_dir
+from nla_utils.errors import SourceError
+
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+def snapshot(source: str, patterns: Sequence[str], kind: str = "model") -> Path:
+    """Folder with a repository's files that match ``patterns``, at one commit.
+
+    ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``; without a revision the
+    newest commit is resolved and printed, so that it can be pinned. What is in the cache is not fetched again; a cut
+    download goes on where it was. Raises ``SourceError`` for everything that can go wrong, with what to do about it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base of the transport's errors, whichever HTTP library this version of the hub's client is built on.
+    HTTPError = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+
+    repo, _, revision = source.partition("@")
+    kept = _kept(repo, revision, kind)
+    if kept is not None:
+        return kept
+    try:
+        info = HfApi().repo_info(repo, revision=revision or None, repo_type=kind, files_metadata=True)
+        if not COMMIT.match(revision):
+            print(f"{repo}: using commit {info.sha}; pin it with {repo}@{info.sha}")
+        wanted = [s for s in info.siblings if any(fnmatch(s.rfilename, p) for p in patterns)]
+        require_disk(_hub_cache(), sum(s.size or 0 for s in wanted))
+        folder = Path(
+            snapshot_download(
+                repo, repo_type=kind, revision=info.sha, cache_dir=_hub_cache(), allow_patterns=list(patterns)
+            )
+        )
+    except (OSError, HTTPError) as error:
+        raise SourceError(_explain(repo, revision, kind, error)) from None
+    _check_hashes(folder, info)
+    (folder / ".verified").touch()
+    return folder
+
+
+def _hub_cache() -> Path:
+    return cache_dir() / "hub"
+
+
+def _kept(repo: str, revision: str, kind: str) -> Path | None:
+    """A snapshot of a pinned commit that was fetched completely and checked before."""
+    folder = _hub_cache() / f"{kind}s--{repo.replace('/', '--')}" / "snapshots" / revision
+    return folder if COMMIT.match(revision) and (folder / ".verified").exists() else None
+
+
+def _check_hashes(folder: Path, info) -> None:
+    """Every large file has the sha256 that the hub's record of the commit names; a wrong one is removed."""
+    for sibling in info.siblings:
+        path = folder / sibling.rfilename
+        if sibling.lfs is None or not path.exists():
+            continue
+        actual = sha256_file(path)
+        if actual != sibling.lfs.sha256:
+            path.resolve().unlink()
+            path.unlink()
+            raise SourceError(
+                f"{info.id}@{info.sha}: {sibling.rfilename} has sha256 {actual}, the hub says "
+                f"{sibling.lfs.sha256}; it was removed, run the command again"
+            )
+
+
+def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:
+    """What went wrong and what to do, by kind of failure."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = f"{repo}@{revision}" if revision else repo
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{where} is gated: open {page} signed in, accept its terms, then run "
+            f"`hf auth login` with a token that may read it, and start again"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}; leave it out to use the newest, or give one of its commits"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{where} does not exist, or is private and you are not signed in (`hf auth login`)"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return f"{where}: the hub answered {status}: {error}"
+    return (
+        f"{where} could not be reached ({type(error).__name__}); check the network and HF_HUB_OFFLINE, or give a local "
+        f"folder or a commit that was fetched before"
+    )

@@ -1,0 +1,105 @@
+"""Loading a backbone: its layer, device and special tokens, all refused by name before weights load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nla_utils.config import RunConfig
+from nla_utils.errors import BackboneError, ConfigError
+from nla_utils.lm import cpu
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.checks import check_backbone
+from nla_utils.lm.registry import BackboneSpec, fetch, resolve, weight_hash
+
+# The value of a run's ``device`` that spreads a backbone over several cards.
+SPLIT = "split"
+
+
+def pick_device(device: str) -> str:
+    """``auto`` means CUDA, then MPS, then CPU; so does ``split`` of where inputs and results lie."""
+    if device not in ("auto", SPLIT):
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
+    """The run's layer, else the registry's, else round(0.73 L); raises if it is not in 1..L-1."""
+    layer = wanted if wanted is not None else spec.layer
+    if layer is None:
+        layer = round(0.73 * n_layers)
+        print(f"{spec.name}: no layer given, using round(0.73 · {n_layers}) = {layer}")
+    if not 1 <= layer < n_layers:
+        raise ConfigError(
+            f"layer {layer} is out of range for {spec.name}: it has {n_layers} blocks, "
+            f"choose 1 to {n_layers - 1} (hidden_states[{n_layers}] is already normalised)"
+        )
+    return layer
+
+
+def load_backbone(given: RunConfig) -> Backbone:
+    """The configured backbone: fetched, loaded, frozen and checked.
+
+    Raises ``ConfigError`` (unknown name, layer out of range, no start token) before weights load,
+    ``BackboneError`` if the model fails the checks of :mod:`nla_utils.lm.checks`.
+    """
+    spec = resolve(given.backbone)
+    folder = fetch(spec)
+    config = AutoConfig.from_pretrained(folder)
+    layer = pick_layer(given.layer, spec, config.num_hidden_layers)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start_id, eos_ids, pad_id = special_ids(spec, tokenizer)
+    model = load_model(folder, given).eval().requires_grad_(False)
+    library_attention = model.config._attn_implementation
+    if model.device.type == "cpu":
+        model.set_attn_implementation(cpu.ATTENTION)
+        cpu.widen_linear_maps(model.base_model)
+    head_weight = model.get_output_embeddings().weight
+    head_weight = head_weight.to(cpu.product_dtype(head_weight))
+    side = spec.padding_side or tokenizer.padding_side
+    backbone = Backbone(
+        spec, model, head_weight, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder),
+        library_attention,
+    )  # fmt: skip
+    check_backbone(backbone)
+    return backbone
+
+
+def load_model(folder: Path, config: RunConfig) -> nn.Module:
+    """The weights on the run's device; ``split`` spreads the blocks over all cards, and over the CPU's memory after.
+
+    Raises ``BackboneError`` where not even embeddings and head find room on a card.
+    """
+    dtype = getattr(torch, config.dtype)
+    if config.device != SPLIT:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(pick_device(config.device))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="auto")
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    if any(table.device.type == "meta" for table in tables):
+        raise BackboneError(f"{folder}: its embeddings or its head find no room on the cards; they cannot be offloaded")
+    return model
+
+
+def special_ids(spec: BackboneSpec, tokenizer) -> tuple[int, tuple[int, ...], int]:
+    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token."""
+    start_id = spec.start_id
+    if start_id is None:
+        start_id = tokenizer.bos_token_id
+        if start_id is None:
+            raise ConfigError(
+                f"{spec.name}: its tokenizer has no BOS token and the registry names no start token; "
+                f"every target starts from one, so this backbone needs a registry entry with start_id"
+            )
+        print(f"{spec.name}: sequences start from the tokenizer's BOS, id {start_id}")
+    eos_ids = spec.eos_ids
+    if eos_ids is None:
+        eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = eos_ids[0] if eos_ids else start_id
+    return start_id, tuple(eos_ids), pad_id

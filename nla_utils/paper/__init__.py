@@ -1,0 +1,1 @@
+"""Tables, figures and the section, made from JSON alone. Loads no torch."""

@@ -1,0 +1,118 @@
+"""The audit: what each slip of the published measurement moves in a run (PROTOCOL.md §7).
+
+Slips are those of :mod:`nla_utils.protocol`; every figure is read from the run's results files.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import pandas as pd
+
+from nla_utils.paper.results import RunResults
+from nla_utils.paper.tables import number, signed
+from nla_utils.protocol import SLIPS
+from nla_utils.scores import rows
+
+
+def _step(results: RunResults, slip: str, key: str) -> str:
+    """A quantity as published and with this one slip corrected."""
+    alone = results.data["centered_eval"]["ablation"]["alone"]
+    return f"{number(alone['paper'][key])} → {number(alone[slip][key])}"
+
+
+def _pair(results: RunResults, row: rows.Row) -> str:
+    """A quantity under the paper's and under the corrected protocol."""
+    return " → ".join(number(results.column(row.file, p)[row.cen]) for p in ("paper", "corrected"))
+
+
+def _corrected(results: RunResults, row: rows.Row) -> str:
+    return number(results.column(row.file, "corrected")[row.cen])
+
+
+def _in_sample(results: RunResults) -> str:
+    count, column = results.data["training"]["in_sample_trained_on"], results.column("centered_eval", "corrected")
+    shown = "an unknown number" if count is None else count
+    return f"{shown} of {column['n']} trained on; advantage of greedy {signed(column, rows.IN_SAMPLE_GREEDY.key)}"
+
+
+def _null(results: RunResults) -> str:
+    k = results.column("centered_eval", "corrected")["K"]
+    return f"best-of-{k} {_corrected(results, rows.BEST)}, as many unrelated texts {_corrected(results, rows.UNRELATED)}"
+
+
+def _first_k(results: RunResults) -> str:
+    first, exact = (results.column("rerank_eval", "corrected")[f"kcurve_{x}_cen"] for x in ("first", "exact"))
+    return f"largest difference along the curve {number(max(abs(first[k] - exact[k]) for k in exact), 4)}"
+
+
+def _floor_kind(results: RunResults) -> str:
+    shown = (("random floor", rows.POOL_FLOOR), ("others' greedy", rows.OTHERS_GREEDY), ("greedy", rows.GREEDY))
+    return ", ".join(f"{label} {_corrected(results, row)}" for label, row in shown)
+
+
+def _raw_select(results: RunResults) -> str:
+    training = results.data["training"]
+    return f"step {training['best_step']} kept, centred would keep {training['best_step_by_centred']}"
+
+
+def _retokenize(results: RunResults) -> str:
+    t = results.data["training"]
+    return f"{t['changed_pairs']} of {t['pairs']} texts come back as other ids, {t['skipped_pairs']} skipped"
+
+
+def _no_stop(results: RunResults) -> str:
+    ended, column = results.data["targets"]["ended_share"], results.column("centered_eval", "corrected")
+    return f"{ended:.1%} of sources end, {column['shorter_than_limit_share']:.1%} of rollouts"
+
+
+def _inject_norm(results: RunResults) -> str:
+    facts = results.data["targets"]
+    return f"‖v‖ {facts['v_norm_mean']:,.0f}, an embedding's norm {facts['embedding_norm_mean']:,.1f}"
+
+
+def _one_span(results: RunResults) -> str:
+    tails = ", ".join(f"last {n} tokens {_corrected(results, rows.TAILS[n])}" for n in (4, 8))
+    return f"{tails}, the AV's greedy text of all {_corrected(results, rows.GREEDY)}"
+
+
+def _eos_text(results: RunResults) -> str:
+    return f"replay {_step(results, 'eos_text', 'replay')}; {results.data['targets']['ended_share']:.1%} end in EOS"
+
+
+def _self_mu(results: RunResults) -> str:
+    shown = (("floor", "random_floor"), ("paraphrase", "paraphrase_bestof8"))
+    return ", ".join(f"{label} {_step(results, 'self_mu', key)}" for label, key in shown)
+
+
+# What a slip moves, as text; an arrow leads from the published value to the one with this slip corrected.
+MOVES: dict[str, Callable[[RunResults], str]] = {
+    "bos": lambda r: f"replay {_step(r, 'bos', 'replay')}, greedy {_step(r, 'bos', 'greedy')}",
+    "left_pad": lambda r: f"replay {_step(r, 'left_pad', 'replay')}, "
+                          f"paraphrase {_step(r, 'left_pad', 'paraphrase_bestof8')}",
+    "eos_text": _eos_text,
+    "pad_generate": lambda r: f"paraphrase best-of-8 {_step(r, 'pad_generate', 'paraphrase_bestof8')}",
+    "in_sample": _in_sample,
+    "no_null": _null,
+    "self_mu": _self_mu,
+    "k_mismatch": lambda r: f"ρ of best-of-K {_step(r, 'k_mismatch', 'rho_bestofK')}",
+    "floor_kind": _floor_kind,
+    "uncentred_anchor": lambda r: _pair(r, rows.ANCHOR),
+    "logp_embeds": lambda r: f"mean token log-probability {_pair(r, rows.MEAN_LOGP)}, Spearman {_pair(r, rows.SPEARMAN)}",
+    "top_k": lambda r: "kept in both protocols: it defines the distribution of targets and rollouts",
+    "first_k": _first_k,
+    "raw_select": _raw_select,
+    "retokenize": _retokenize,
+    "no_stop": _no_stop,
+    "inject_norm": _inject_norm,
+    "one_span": _one_span,
+}  # fmt: skip
+
+
+def audit_table(results: RunResults) -> pd.DataFrame:
+    """Each slip, what it is, in which notebooks it acts, and what it moves in this run."""
+    table = [
+        {"slip": s.id, "what it is": s.what, "acts in": s.acts_in, "what it moves": MOVES[s.id](results)}
+        for s in SLIPS.values()
+    ]
+    return pd.DataFrame(table).set_index("slip")

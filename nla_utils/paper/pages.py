@@ -1,0 +1,110 @@
+"""Pages of the paper folder: a template filled with tables, figures and a few numbers, all from results files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Mapping, Optional, Sequence
+
+import jinja2
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from nla_utils.artefacts import atomic_write
+from nla_utils.config import ROOT
+from nla_utils.paper.results import RunResults
+from nla_utils.paper.tables import latex, markdown
+
+FIGURES = ROOT / "figures"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A generated table: file stem, caption, contents."""
+
+    stem: str
+    caption: str
+    frame: pd.DataFrame
+
+    @property
+    def markdown(self) -> str:
+        return markdown(self.frame)
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A generated figure: file stem, how it is drawn from results, what it shows."""
+
+    stem: str
+    draw: Callable[[Sequence[RunResults]], Figure]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page before it is written: ``template`` names a file in ``paper/templates`` of the package, ``figures`` has the
+    results that each is drawn from, and ``values`` is what else the template may show."""
+
+    path: Path
+    template: str
+    tables: Sequence[Table]
+    figures: Mapping[FigureSpec, Sequence[RunResults]]
+    values: Mapping[str, object]
+
+    def text(self, path: Optional[Path] = None, figure_folder: Path = FIGURES) -> str:
+        """The page as Markdown; figures are named relative to ``path``."""
+        loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
+        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+                                         undefined=jinja2.StrictUndefined)  # fmt: skip
+        where = Path(os.path.relpath(figure_folder, (path or self.path).parent))
+        shown = [(spec.caption, (where / f"{spec.stem}.png").as_posix()) for spec in self.figures]
+        return environment.get_template(self.template).render(figures=shown, **self.values)
+
+    def write(self, path: Optional[Path] = None, figure_folder: Path = FIGURES) -> list[Path]:
+        """Write the page, its tables (Markdown and LaTeX, in ``tables`` beside it) and its figures (PNG and PDF).
+
+        Returns what was written, the page first.
+        """
+        path = path or self.path
+        written = [path]
+        for table in self.tables:
+            files = {"md": table.markdown, "tex": latex(table.frame, table.caption, f"tab:{table.stem}")}
+            for end, text in files.items():
+                written.append(path.parent / "tables" / f"{table.stem}.{end}")
+                atomic_write(written[-1], text.encode())
+        for spec, shown in self.figures.items():
+            written += save_figure(spec.draw(shown), figure_folder, spec.stem)
+        atomic_write(path, self.text(path, figure_folder).encode())
+        return written
+
+
+def save_figure(fig: Figure, folder: Path, name: str) -> list[Path]:
+    """Write PNG to look at and PDF for LaTeX, without dates, so that equal figures are equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    fig.savefig(paths[0], dpi=160, metadata={"Software": None})
+    fig.savefig(paths[1], metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    plt.close(fig)
+    return paths
+
+
+def provenance(everything: Sequence[RunResults], names: Sequence[str]) -> Table:
+    """Which file each number comes from, what that was made from, and the commit of the code that wrote it."""
+    table = []
+    for results in everything:
+        for name in names:
+            data = results.optional(name)
+            if data is None:
+                continue
+            identity, code = data["identity"], data["code"]
+            table.append({
+                "results file": f"{results.backbone}/{results.profile}/{name}.json",
+                "sha256": results.sha256(name)[:16],
+                "made from": ", ".join(f"{k} {v[:12]}" for k, v in data["made_from"].items()),
+                "git commit": (code["git_commit"] or "–")[:12] + (" + changes" if code["dirty"] else ""),
+                "written on": f"{identity['device']}, {identity['dtype']}, torch {data['libraries']['torch']}",
+            })  # fmt: skip
+    columns = ["results file", "sha256", "made from", "git commit", "written on"]
+    return Table("provenance", "Where each number comes from", pd.DataFrame(table, columns=columns).set_index(columns[0]))

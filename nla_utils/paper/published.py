@@ -1,0 +1,63 @@
+"""The paper's numbers, read from ``paper/published``: data to compare with, never inputs to a measurement."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+from nla_utils import metrics
+from nla_utils.artefacts import read_json
+from nla_utils.config import ROOT
+
+BACKBONES = ("qwen25_7b", "llama32_3b", "gemma2_2b")
+TITLES = {
+    "qwen25_7b": "Qwen2.5-7B",
+    "llama32_3b": "Llama-3.2-3B",
+    "gemma2_2b": "Gemma-2-2B",
+    "gpt_oss_20b": "gpt-oss-20b",
+}
+# The backbone of §11, whose tables the section regenerates.
+SECTION_11 = "gemma2_2b"
+
+
+def published(name: str) -> dict:
+    """The published figures of one backbone; raises ``ArtefactError`` if the file is missing."""
+    return read_json(ROOT / "paper" / "published" / f"{name}.json")
+
+
+def look_up(record: dict, path: str) -> Optional[Any]:
+    """Value at a dotted path, ``None`` where the paper does not give one."""
+    for key in path.split("."):
+        if not isinstance(record, dict) or key not in record:
+            return None
+        record = record[key]
+    return record
+
+
+def k_curve(name: str, kind: str = "cen") -> dict[int, float]:
+    """Published K-curve; where the paper averages two runs, so does this."""
+    record = published(name)["k_curve"]
+    if f"runs_{kind}" in record:
+        runs = record[f"runs_{kind}"]
+        return {int(k): sum(r[k] for r in runs) / len(runs) for k in runs[0]}
+    return {int(k): v for k, v in record[kind].items()}
+
+
+def ceiling(name: str) -> tuple[float, float]:
+    """(floor, ceiling), centred, as ρ uses them."""
+    record = published(name)
+    rows = record["ceilings"]
+    return rows["random_floor"]["cen"], rows[record["ceiling_used"]]["cen"]
+
+
+def published_null(name: str, k: int) -> tuple[float, float]:
+    """(best of k unrelated texts, best of k rollouts), centred, from what the paper itself prints.
+
+    NN-in-pool among 200 and NN-retrieval from 2,000 are the best of 199 and of 2,000 unrelated texts: two
+    points of a line against log K, read off at k. Unlike the rollouts those texts are encoded behind BOS,
+    and the first point uses the 200 targets' own mean.
+    """
+    record = published(name)
+    points = {199: look_up(record, "ceilings.nn_in_pool.cen"), 2000: look_up(record, "centred_eval.nn_retrieval.cen")}
+    slope, intercept, _ = metrics.slope_per_doubling(list(points), list(points.values()))
+    return slope * math.log2(k) + intercept, look_up(record, "centred_eval.best_of_k.cen")

@@ -1,0 +1,116 @@
+"""Results files: the numbers of runs as JSON, in the authors' key names, with what they were made from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Optional
+
+from nla_utils.artefacts import read_json, sha256_file
+from nla_utils.config import ROOT
+
+COMMITTED = ROOT / "paper" / "results"
+VARIED = re.compile(r"(layer|seed)\d+")
+# The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
+NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
+
+
+def family_of(profile: str) -> str:
+    """A run's name without what a sweep varies: its layer and its seed."""
+    return "-".join(p for p in profile.split("-") if not VARIED.fullmatch(p))
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The results files of one run: ``data`` by name, all of them in ``folder``."""
+
+    backbone: str
+    profile: str
+    data: dict[str, dict]
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.backbone} · {self.profile}"
+
+    @property
+    def stem(self) -> str:
+        """The title as the beginning of file names."""
+        return f"{self.backbone}-{self.profile}"
+
+    @property
+    def layer(self) -> int:
+        return self.data["targets"]["identity"]["layer"]
+
+    @property
+    def seed(self) -> int:
+        return self.data["targets"]["identity"]["seed"]
+
+    @property
+    def family(self) -> str:
+        """Runs of one family differ in layer and seed alone."""
+        return family_of(self.profile)
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether the run is one of a sweep beside a plain run, and not to be shown on its own."""
+        return self.family != self.profile
+
+    def column(self, name: str, protocol: str) -> dict:
+        """One protocol's numbers in a results file."""
+        return self.data[name]["protocols"][protocol]
+
+    def optional(self, name: str) -> Optional[dict]:
+        """A results file that not every run has; ``None`` without it."""
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.exists() else None
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.folder / f"{name}.json")
+
+
+def load_results(folder: Path) -> Optional[RunResults]:
+    """Results in ``folder`` (``…/<backbone>/<profile>``, files there or under ``results/``); ``None`` if
+    not all files of §11 exist yet."""
+    inner = folder / "results" if (folder / "results").is_dir() else folder
+    if not all((inner / f"{n}.json").exists() for n in NAMES):
+        return None
+    data = {n: read_json(inner / f"{n}.json") for n in NAMES}
+    return RunResults(data["targets"]["identity"]["backbone"], data["targets"]["profile"], data, inner)
+
+
+def find_results(roots: Iterable[Path] = (COMMITTED,)) -> list[RunResults]:
+    """Results of complete runs below the roots, sorted by backbone and profile; a later root wins over an earlier."""
+    found: dict[tuple[str, str], RunResults] = {}
+    for root in roots:
+        for folder in sorted(p for p in Path(root).glob("*/*") if p.is_dir()):
+            results = load_results(folder)
+            if results is not None:
+                found[results.backbone, results.profile] = results
+    return [found[k] for k in sorted(found)]
+
+
+def without_variants(
+    everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None
+) -> list[RunResults]:
+    """The results to show on their own: no variants of a sweep, but always ``own`` (backbone, profile)."""
+    return [r for r in everything if not r.is_variant or (r.backbone, r.profile) == own]
+
+
+def largest(everything: Iterable[RunResults]) -> list[RunResults]:
+    """The results with the most targets of each backbone."""
+    best: dict[str, RunResults] = {}
+    for results in everything:
+        size = results.data["targets"]["sizes"]["N"]
+        if results.backbone not in best or size > best[results.backbone].data["targets"]["sizes"]["N"]:
+            best[results.backbone] = results
+    return list(best.values())
+
+
+def group(everything: Iterable[RunResults], alike, varied, least: int) -> list[dict[int, RunResults]]:
+    """Results that agree in ``alike`` by what ``varied`` gives of them, where there are at least ``least`` of them."""
+    groups: dict[tuple, dict[int, RunResults]] = {}
+    for results in everything:
+        groups.setdefault(alike(results), {})[varied(results)] = results
+    return [dict(sorted(g.items())) for _, g in sorted(groups.items()) if len(g) >= least]

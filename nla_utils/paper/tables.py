@@ -1,0 +1,202 @@
+"""DataFrames of published and reproduced numbers, and their Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Mapping, Optional, Sequence
+
+import pandas as pd
+
+from nla_utils.paper.published import BACKBONES, SECTION_11, TITLES, k_curve, look_up, published, published_null
+from nla_utils.paper.results import RunResults, group
+from nla_utils.scores import rows
+from nla_utils.scores.rows import Row
+
+PUBLISHED = f"published, {TITLES[SECTION_11]}"
+# The numbers of §11's summary.
+HEADLINE = (
+    (rows.REPLAY, "cen"), (rows.PARAPHRASE, "cen"), (rows.FLOOR, "raw"), (rows.FLOOR, "cen"), (rows.GREEDY, "raw"),
+    (rows.GREEDY, "cen"), (rows.OTHERS_GREEDY, "cen"), (rows.PROBE[8], "cen"), (rows.BEST, "cen"), (rows.UNRELATED, "cen"),
+    (rows.OTHERS_BEST, "cen"), (rows.RETRIEVAL, "cen"), (rows.SLOPE, "cen"), (rows.SLOPE_UNRELATED, "cen"),
+    (rows.LOGP_RERANK, "cen"), (rows.ANCHOR_RERANK, "cen"),
+)  # fmt: skip
+MU_NORM = Row("‖μ‖", "mu_norm", "centred_eval.mu_norm")
+SIDE_BY_SIDE = (
+    (MU_NORM, ""), (rows.FLOOR, "raw"), (rows.FLOOR, "cen"), (rows.REPLAY, "cen"), (rows.PARAPHRASE, "cen"),
+    (rows.NN_IN_POOL, "cen"), (rows.GAP, "cen"), (rows.GREEDY, "cen"), (rows.BEST, "cen"),
+    (Row("K", "K", "centred_eval.K"), ""), (rows.RETRIEVAL, "cen"), (rows.SLOPE, "cen"), (rows.SPEARMAN, ""),
+)  # fmt: skip
+# What seeds are compared by; centred, ``corrected``.
+OVER_SEEDS = (rows.PARAPHRASE, rows.GREEDY, rows.GREEDY_MINUS_OTHERS, rows.BEST, rows.BEST_MINUS_UNRELATED, rows.SLOPE,
+              rows.RETRIEVAL)  # fmt: skip
+
+
+def number(value: Optional[float], digits: int = 3) -> str:
+    """The number as text, a dash for ``None``."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(column: dict, key: str, digits: int = 3) -> str:
+    """``0.576 [0.561, 0.592]``, or a dash where the column has no such row."""
+    if column.get(key) is None:
+        return "–"
+    text = number(column[key], digits)
+    interval = column["ci95"].get(key)
+    if interval and None not in interval:
+        text += f" [{number(interval[0], digits)}, {number(interval[1], digits)}]"
+    return text
+
+
+def signed(column: dict, key: str) -> str:
+    """A difference with its interval and signs: ``+0.016 [+0.001, +0.032]``."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(column[key], *column["ci95"][key])
+
+
+def over_seeds(by_row: Mapping[str, Mapping[int, tuple[dict, str]]]) -> pd.DataFrame:
+    """``{label: {seed: (column, key)}}`` as a table: each seed with its interval over targets, and mean ± standard
+    deviation (of n − 1) over seeds."""
+    table = []
+    for label, by_seed in by_row.items():
+        values = [column[key] for column, key in by_seed.values()]
+        row = {"row": label, **{f"seed {seed}": with_interval(*where) for seed, where in by_seed.items()}}
+        row["over seeds, mean ± sd"] = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+        table.append(row)
+    return pd.DataFrame(table).set_index("row")
+
+
+def seed_groups(everything: Sequence[RunResults]) -> list[dict[int, RunResults]]:
+    """Results of at least two seeds that are otherwise alike, by seed."""
+    return group(everything, lambda r: (r.backbone, r.family, r.layer), lambda r: r.seed, 2)
+
+
+def seeds_table(by_seed: Mapping[int, RunResults]) -> pd.DataFrame:
+    """Each seed with its interval over targets, and the spread over seeds; held out, ``corrected``, centred."""
+    return over_seeds(
+        {row.title: {s: (r.column(row.file, "corrected"), row.cen) for s, r in by_seed.items()} for row in OVER_SEEDS}
+    )
+
+
+def _side_by_side(shown: Sequence[tuple[Row, str]], results: RunResults, kind_in_label: bool = False) -> pd.DataFrame:
+    """Published · paper protocol · corrected, of each row and kind."""
+    stated, table = published(SECTION_11), []
+    for row, kind in shown:
+        path, digits = row.published_path.format(kind=kind), 1 if row is MU_NORM else 3
+        label = _with_kind(row, kind) if kind_in_label else row.title
+        ours = [with_interval(results.column(row.file, p), row.at(kind), digits) for p in ("paper", "corrected")]
+        table.append((label, number(look_up(stated, path) if path else None, digits), *ours))
+    columns = ["row", PUBLISHED, "paper protocol", "corrected"]
+    return pd.DataFrame(table, columns=columns).set_index("row")
+
+
+def _with_kind(row: Row, kind: str) -> str:
+    return f"{row.title}, {'raw' if kind == 'raw' else 'centred'}" if kind else row.title
+
+
+def ceilings_table(results: RunResults, kind: str) -> pd.DataFrame:
+    """Ceilings (§11; PROTOCOL.md §5)."""
+    return _side_by_side([(row, kind) for row in rows.CEILINGS], results)
+
+
+def evaluation_table(results: RunResults, kind: str) -> pd.DataFrame:
+    """Centred evaluation (PROTOCOL.md §4)."""
+    shown = [*rows.EVALUATION, rows.CONSTANT_MU] if kind == "raw" else rows.EVALUATION
+    return _side_by_side([(row, kind) for row in shown], results)
+
+
+def rho_table(results: RunResults) -> pd.DataFrame:
+    """ρ_cen; ``corrected`` divides by a ceiling drawn as often as the row."""
+    return _side_by_side([(row, "") for row in rows.RHO], results)
+
+
+def rerank_table(results: RunResults) -> pd.DataFrame:
+    """Cheap reranks and Spearman (PROTOCOL.md §6)."""
+    return _side_by_side([(row, "cen") for row in rows.RERANKS], results)
+
+
+def headline_table(results: RunResults) -> pd.DataFrame:
+    """The numbers of §11's summary."""
+    return _side_by_side([(MU_NORM, ""), *HEADLINE], results, kind_in_label=True)
+
+
+def k_curve_table(results: RunResults) -> pd.DataFrame:
+    """Centred K-curve: published · first-K' under ``paper`` · exact under ``corrected`` · its nulls."""
+    stated = k_curve(SECTION_11)
+    paper, corrected = results.column("rerank_eval", "paper"), results.column("rerank_eval", "corrected")
+    columns = (
+        ("paper protocol", paper, rows.CURVE, rows.SLOPE),
+        ("control: unrelated text, paper protocol", paper, rows.CURVE_UNRELATED, rows.SLOPE_UNRELATED),
+        ("corrected", corrected, rows.CURVE, rows.SLOPE),
+        ("control: unrelated text, corrected", corrected, rows.CURVE_UNRELATED, rows.SLOPE_UNRELATED),
+        ("control: other targets' rollouts, corrected", corrected, rows.CURVE_OTHERS, rows.SLOPE_OTHERS),
+    )
+    table = []
+    for k in sorted(set(stated) | set(paper["ks"])):
+        points = {label: _curve_point(column, curve.cen, str(k)) for label, column, curve, _ in columns}
+        table.append({"K": k, PUBLISHED: number(stated.get(k)), **points})
+    slopes = {label: with_interval(column, slope.cen) for label, column, _, slope in columns}
+    published_slope = look_up(published(SECTION_11), rows.SLOPE.published_path)
+    return pd.DataFrame([*table, {"K": rows.SLOPE.label, PUBLISHED: number(published_slope), **slopes}]).set_index("K")
+
+
+def _curve_point(column: dict, key: str, k: str) -> str:
+    if k not in column[key]:
+        return "–"
+    low, high = column["ci95"][key][k]
+    return f"{column[key][k]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def backbones_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """The published three beside every run, one column each; runs under the paper protocol."""
+    table: dict[str, dict[str, str]] = {}
+    labels = {(row, kind): _with_kind(row, kind) for row, kind in SIDE_BY_SIDE}
+    for name in BACKBONES:
+        record = published(name)
+        table[f"{TITLES[name]}, published"] = {"layer / blocks": f"{record['layer']} / {record['num_layers']}"} | {
+            label: _plain(look_up(record, row.published_path.format(kind=kind))) for (row, kind), label in labels.items()
+        }
+    for results in everything:
+        blocks = {"layer / blocks": f"{results.layer} / {results.data['targets']['num_layers']}"}
+        table[f"{results.title}, paper protocol"] = blocks | {
+            label: _plain(results.column(row.file, "paper").get(row.at(kind))) for (row, kind), label in labels.items()
+        }
+    return pd.DataFrame(table)
+
+
+def published_null_table() -> pd.DataFrame:
+    """The paper's best of K beside the best of as many unrelated texts, interpolated from the paper's own rows."""
+    table = []
+    for name in BACKBONES:
+        k = published(name)["centred_eval"]["K"]
+        null, rollouts = published_null(name, k)
+        table.append({"backbone": TITLES[name], "K": str(k), "best of K rollouts": number(rollouts),
+                      "best of K unrelated texts": number(null), "difference": f"{rollouts - null:+.3f}"})  # fmt: skip
+    return pd.DataFrame(table).set_index("backbone")
+
+
+def _plain(value) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return number(value, 1 if value is not None and abs(value) >= 2 else 3)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table as Markdown."""
+    return table.to_markdown(disable_numparse=True) + "\n"
+
+
+def latex(table: pd.DataFrame, caption: str, label: str) -> str:
+    """A booktabs table; needs ``\\usepackage{booktabs}``."""
+    escaped = table.rename(columns=_tex, index=_tex).map(_tex)
+    escaped.index.name = _tex(escaped.index.name or "")
+    return escaped.to_latex(caption=_tex(caption), label=label, column_format="l" + "r" * len(table.columns))
+
+
+TEX = {
+    "&": r"\&", "%": r"\%", "_": r"\_", "<": "$<$", ">": "$>$", "‖": r"$\|$", "μ": r"$\mu$", "ρ": r"$\rho$",
+    "−": "$-$", "–": "--", "·": r"$\cdot$", "²": "$^2$", "₂": "$_2$", "§": r"\S{}", "’": "'",
+    "→": r"$\rightarrow$", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
+}  # fmt: skip
+
+
+def _tex(text: object) -> str:
+    return "".join(TEX.get(c, c) for c in str(text))

@@ -1,0 +1,1 @@
+"""Running the notebooks: the ``nla`` command, papermill, several processes, the static site."""

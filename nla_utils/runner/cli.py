@@ -1,0 +1,72 @@
+"""The ``nla`` command: reproduce §11, regenerate the paper, render the site. Extensions add commands of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from nla_utils.config import ROOT, RunConfig, parse_seeds
+from nla_utils.runner import extension_commands  # noqa: F401, whose commands register themselves
+from nla_utils.runner.options import Adopt, app, finish, show, with_config, write_pages
+
+BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
+AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
+TARGETS_HELP = "Released targets instead of drawing them: hub:org/name[@commit] or a folder."
+SEEDS_HELP = "Seeds of targets, training and rollouts, with commas; each is a run of its own."
+WITH_HELP = "What to run beside §11, with commas: tail-reader, depth."
+
+
+@with_config(without=("backbone", "seed"))
+def reproduce(
+    config: RunConfig,
+    backbone: Annotated[list[str], typer.Option(help=BACKBONE_HELP)] = ["gemma3-270m"],
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help=SEEDS_HELP)] = "1",
+    first: Annotated[int, typer.Option("--from", help="First notebook to run.")] = 1,
+    last: Annotated[int, typer.Option("--until", help="Last notebook to run.")] = 6,
+    with_: Annotated[str, typer.Option("--with", help=WITH_HELP)] = "",
+    av: Annotated[Optional[str], typer.Option(help=AV_HELP)] = None,
+    targets: Annotated[Optional[str], typer.Option(help=TARGETS_HELP)] = None,
+    adopt: Adopt = False,
+) -> None:
+    """Run the notebooks 01-06 through papermill; what is finished and matches is skipped."""
+    from nla_utils.lm.registry import settled
+    from nla_utils.runner.notebooks import reproduce as run_all
+    from nla_utils.runner.notebooks import select_stages
+
+    configs = [
+        dataclasses.replace(config, backbone=b, seed=seed, av=av, released_targets=targets)
+        for b in map(settled, backbone) for seed in parse_seeds(seeds)
+    ]  # fmt: skip
+    run_all(configs, lambda folder: finish(folder, adopt), select_stages(first, last, with_))
+
+
+@with_config()
+def distribute(config: RunConfig) -> None:
+    """Make the artefacts of 01-04 in the processes that `accelerate launch -m nla_utils distribute` has started."""
+    from nla_utils import workers
+    from nla_utils.runner.distributed import make_artefacts
+
+    path = make_artefacts(config)
+    if workers.leads():
+        typer.echo(f"  artefacts           {path}")
+
+
+@app.command()
+def paper() -> None:
+    """Regenerate paper/*.md with their tables and figures from the JSON on disk; loads no model."""
+    write_pages()
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of the site.")] = ROOT / "site",
+) -> None:
+    """Render section 11 and the executed notebooks as one static HTML site; needs no network to make or to view."""
+    from nla_utils.runner.site import build_site
+
+    pages = build_site(out.resolve())
+    typer.echo(f"  {show(pages[0])} and {len(pages) - 1} more pages")
+

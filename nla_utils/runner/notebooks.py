@@ -1,0 +1,255 @@
+"""The notebooks through papermill: preflight, skip what is cached, one progress line a notebook."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Sequence
+
+import papermill
+from nbclient.exceptions import DeadKernelError
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+from transformers import AutoConfig
+
+from nla_utils.artefacts import RunFolder, atomic_write, read_json, require_disk
+from nla_utils.config import ROOT, RunConfig
+from nla_utils.errors import ArtefactError, ConfigError, NotebookError, nearest
+from nla_utils.extensions.depth.tables import RESULTS as DEPTH
+from nla_utils.lm.registry import fetch, fetch_av, fetch_targets, resolve
+from nla_utils.paper.results import COMMITTED, family_of, load_results
+from nla_utils.progress import MIRROR_VARIABLE
+from nla_utils.run import open_run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook, the artefacts and the results file that it leaves, and the notebooks whose artefacts it needs.
+
+    One that leaves no results compares those that are there.
+    """
+
+    notebook: str
+    artefacts: tuple[str, ...]
+    results: str | None
+    needs: tuple[int, ...] = ()
+
+    @property
+    def number(self) -> int:
+        return int(self.notebook.split("/")[-1][:2])
+
+    @property
+    def name(self) -> str:
+        return self.notebook.split("/")[-1]
+
+
+STAGES = (
+    Stage("01_extract_targets", ("targets",), "targets"),
+    Stage("02_train_av", ("best_av",), "training", (1,)),
+    Stage("03_ceilings", ("ceilings", "ablation"), "oracle_ceiling", (1,)),
+    Stage("04_centred_eval", ("rollouts", "probe"), "centered_eval", (1, 2, 3)),
+    Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
+    Stage("06_cross_backbone", (), None),
+)
+EXTENSIONS = {
+    "tail-reader": Stage("extensions/07_tail_reader", ("reader", "readings"), "tail_reader", (1, 3, 4)),
+    "depth": Stage("extensions/08_depth", (), DEPTH),
+}
+ALL_STAGES = (*STAGES, *EXTENSIONS.values())
+
+
+def select_stages(first: int, last: int, extensions: str = "") -> list[Stage]:
+    """The notebooks from one number to another, and those of the named extensions; raises ``ConfigError``."""
+    if not 1 <= first <= last <= len(ALL_STAGES):
+        raise ConfigError(f"--from {first} --until {last}: choose 1 to {len(ALL_STAGES)}, from not after until")
+    named = [name.strip() for name in extensions.split(",") if name.strip()]
+    for name in named:
+        if name not in EXTENSIONS:
+            raise ConfigError(f"--with {name!r}: {nearest(name, EXTENSIONS)}")
+    chosen = {EXTENSIONS[name].number for name in named} | set(range(first, last + 1))
+    return [s for s in ALL_STAGES if s.number in chosen]
+
+
+def is_cached(folder: RunFolder, stage: Stage) -> bool:
+    """Whether a stage can be skipped: its artefacts load, its results were made from them, its executed
+    notebook is there. Raises ``ArtefactError`` for an artefact that is broken or of another run."""
+    if stage.results is None or not folder.file(f"executed/{stage.name}.ipynb").exists():
+        return False
+    if not all(folder.has(name) for name in stage.artefacts):
+        return False
+    for name in stage.artefacts:
+        folder.load(name)
+    path = folder.file(f"results/{stage.results}.json")
+    return path.exists() and all(folder.sha256_of(n) == digest for n, digest in read_json(path)["made_from"].items())
+
+
+def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
+    """Refuse, before long work, what can be refused: names, layer, weights, artefacts, disk; returns the run's folder."""
+    folder = open_run(config, weights=False).folder
+    if config.av is not None:
+        fetch_av(config.av)
+    if config.released_targets is not None:
+        fetch_targets(config.released_targets)
+    if all(stage.results is None for stage in stages):
+        _require_results(folder)
+    else:
+        _require_artefacts(folder, stages)
+        s = config.sizes
+        d = AutoConfig.from_pretrained(fetch(resolve(config.backbone))).hidden_size
+        require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
+    return folder
+
+
+def _require_results(folder: RunFolder) -> None:
+    """The run's own, or those that the repository keeps of a run of the same name."""
+    kept = COMMITTED / folder.backbone / folder.path.name
+    if not any(load_results(place) for place in (folder.path, kept)):
+        raise ArtefactError(f"neither {folder.path} nor paper/results has all results of this run; start with --from 01")
+
+
+def _require_artefacts(folder: RunFolder, stages: Sequence[Stage]) -> None:
+    """What there is loads, and what the chosen stages need and do not make themselves is there."""
+    made = {stage.number for stage in stages}
+    needed = {number for stage in stages for number in stage.needs} - made
+    for stage in ALL_STAGES:
+        present = [name for name in stage.artefacts if folder.has(name)]
+        for name in present:
+            folder.load(name)
+        if len(present) < len(stage.artefacts) and stage.number in needed:
+            raise ArtefactError(f"{folder.path} lacks what {stage.name} makes; start with --from {stage.number:02d}")
+
+
+def reproduce(configs: Sequence[RunConfig], finish: Callable[[RunFolder], None], stages: Sequence[Stage] = STAGES) -> None:
+    """Run the notebooks for each configuration, and ``finish`` with the folder of each as soon as it is through.
+
+    All configurations are checked before the first long stage starts. Raises ``NotebookError``.
+    """
+    folders = [preflight(c, stages) for c in configs]
+    for config, folder in zip(configs, folders):
+        stale = False
+        for stage in stages:
+            label = f"{folder.backbone} {stage.name}"
+            # Whatever comes after a stage that ran is run again: it may have been made from older inputs.
+            if not stale and is_cached(folder, stage):
+                print(f"{label}: cached, skipped", flush=True)
+                continue
+            stale = True
+            run_notebook(config, folder, stage, label)
+        finish(folder)
+
+
+def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str) -> None:
+    """Execute one notebook into ``executed/``; a failed one is kept beside it as ``.failed.ipynb``."""
+    executed = folder.file(f"executed/{stage.name}.ipynb")
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    failed = executed.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    # A parameter that a notebook does not use is part of the run all the same.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as tmp, Ticker(label, Path(tmp) / "progress"):
+        out = Path(tmp) / executed.name
+        try:
+            papermill.execute_notebook(
+                ROOT / "notebooks" / f"{stage.notebook}.ipynb", out, parameters=parameters(config),
+                kernel_name="python3", progress_bar=False, cwd=ROOT,
+                # A kernel that is stopped with its command says so at length, as an error.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            )  # fmt: skip
+        except DeadKernelError:
+            ended = "its process was ended from outside, as when memory runs out"
+            raise NotebookError(f"{stage.name}: {ended}") from None
+        except PapermillExecutionError as e:
+            shutil.copy(out, failed)
+            raise NotebookError(f"{stage.name}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
+        notebook = tidy(json.loads(out.read_text(encoding="utf-8")))
+    atomic_write(executed, (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def parameters(config: RunConfig) -> dict:
+    """Papermill parameters: only what differs from the notebooks' own defaults."""
+    defaults = asdict(RunConfig())
+    return {k: v for k, v in asdict(config).items() if v != defaults[k]}
+
+
+def tidy(notebook: NotebookNode | dict) -> dict:
+    """An executed notebook without progress-bar frames, machine paths or widget state."""
+    notebook["metadata"].get("papermill", {}).pop("input_path", None)
+    notebook["metadata"].get("papermill", {}).pop("output_path", None)
+    notebook["metadata"].get("papermill", {}).pop("environment_variables", None)
+    for cell in notebook["cells"]:
+        kept = []
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "stream":
+                if output["name"] == "stderr":
+                    continue
+                output["text"] = "".join(output["text"]).replace(str(ROOT) + os.sep, "")
+            kept.append(output)
+        if "outputs" in cell:
+            cell["outputs"] = kept
+    return dict(notebook)
+
+
+class Ticker:
+    """One line for a running notebook: the stage's own progress bar where there is one, and the time."""
+
+    def __init__(self, label: str, mirror: Path):
+        self.label, self.mirror = label, mirror
+        self.live = sys.stderr.isatty()
+        self.done = threading.Event()
+
+    def __enter__(self) -> "Ticker":
+        os.environ[MIRROR_VARIABLE] = str(self.mirror)
+        self.started = time.monotonic()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.done.set()
+        self.thread.join()
+        del os.environ[MIRROR_VARIABLE]
+        print(f"{self._clear()}{self.label}: {self._ending(kind)}", file=sys.stderr, flush=True)
+
+    def _ending(self, kind) -> str:
+        if kind is None:
+            return f"done in {self._elapsed()}"
+        if kind is KeyboardInterrupt:
+            return f"stopped after {self._elapsed()}; the same command goes on from there"
+        return f"failed in {self._elapsed()}"
+
+    def _tick(self) -> None:
+        while not self.done.wait(0.5 if self.live else 30):
+            bar = self.mirror.read_text(encoding="utf-8") if self.mirror.exists() else "starting"
+            end = "" if self.live else "\n"
+            print(f"{self._clear()}{self.label} [{self._elapsed()}] {bar}", end=end, file=sys.stderr, flush=True)
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    def _clear(self) -> str:
+        return "\r\033[K" if self.live else ""
+
+
+def adopt(folder: RunFolder) -> None:
+    """Copy a run's results to where the repository keeps them, and its executed notebooks if it is a run of its own:
+    of the runs of a sweep the results alone are kept. What text alone reaches by depth is kept beside the runs of any
+    seed."""
+    results = COMMITTED / folder.backbone
+    for path in sorted(folder.file("results").glob("*.json")):
+        beside = family_of(folder.path.name) if path.stem == DEPTH else folder.path.name
+        atomic_write(results / beside / path.name, path.read_bytes())
+    if family_of(folder.path.name) != folder.path.name:
+        return
+    executed = ROOT / "notebooks" / "executed" / folder.backbone / folder.path.name
+    for path in sorted(folder.file("executed").glob("0?_*.ipynb")):
+        if not path.name.endswith(".failed.ipynb"):
+            atomic_write(executed / path.name, path.read_bytes())

@@ -1,0 +1,75 @@
+"""What each slip of PROTOCOL.md §7 moves: from ``paper``, one corrected after the other, and each alone.
+
+Here the model encodes; :mod:`nla_utils.scores.ablation` scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nla_utils.artefacts import Artefact
+from nla_utils.config import N_PARAPHRASES
+from nla_utils.progress import Progress
+from nla_utils.protocol import PROTOCOLS, Protocol, ablation_steps, encoding_key
+from nla_utils.run import Run
+from nla_utils.stages.ceilings import LADDER, Ceilings, draw_paraphrases
+from nla_utils.stages.encoding import re_encode
+from nla_utils.stages.targets import Targets
+
+ARTEFACT = "ablation"
+
+
+@dataclass
+class Ablation:
+    """Replay (M, d) and paraphrases (M, 8, d) by :func:`~nla_utils.protocol.encoding_key`."""
+
+    replay: dict[str, np.ndarray]
+    paraphrase: dict[str, np.ndarray]
+    sha256: str
+
+    @classmethod
+    def of(cls, artefact: Artefact) -> "Ablation":
+        replay, paraphrase = (
+            {k.removeprefix(what): a for k, a in artefact.tensors.items() if k.startswith(what)}
+            for what in ("replay.", "paraphrase.")
+        )
+        return cls(replay, paraphrase, artefact.sha256)
+
+
+def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
+    """Replay and paraphrases encoded for every step, or what is on disk. What notebook 03 has encoded is taken."""
+    if run.folder.has(ARTEFACT):
+        return load_ablation(run)
+    arrays, drawn = _known(ceilings), {}
+    by_key: dict[str, Protocol] = {encoding_key(p): p for way in ablation_steps().values() for p in way.values()}
+    with Progress(total=len(by_key), desc="slip by slip", unit="step") as bar:
+        for key, protocol in by_key.items():
+            rows = targets.eval_rows(protocol)
+            if f"replay.{key}" not in arrays:
+                arrays[f"replay.{key}"] = re_encode(run.backbone, targets.sequences(rows), protocol)
+            if f"paraphrase.{key}" not in arrays:
+                kind = (protocol.left_prompts, protocol.held_out)
+                if kind not in drawn:
+                    drawn[kind] = draw_paraphrases(run, targets, rows, protocol)
+                h_nd = re_encode(run.backbone, drawn[kind], protocol)
+                arrays[f"paraphrase.{key}"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
+            bar.update()
+    tensors = {f"{what}.{key}": arrays[f"{what}.{key}"] for key in by_key for what in ("paraphrase", "replay")}
+    parents = {"targets": targets.sha256, "ceilings": ceilings.sha256}
+    return Ablation.of(run.folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed))
+
+
+def _known(ceilings: Ceilings) -> dict[str, np.ndarray]:
+    """What notebook 03 has encoded under a step's protocol: both protocols' own texts, and the replay ladder."""
+    arrays = {f"replay.{encoding_key(p)}": ceilings.ladder[step] for step, p in LADDER.items()}
+    for protocol in PROTOCOLS:
+        texts, key = ceilings.texts[protocol.name], encoding_key(protocol)
+        arrays |= {f"replay.{key}": texts.replay, f"paraphrase.{key}": texts.paraphrase}
+    return arrays
+
+
+def load_ablation(run: Run) -> Ablation:
+    """The ablation's arrays; raises ``ArtefactError`` if notebook 03 has not made them."""
+    return Ablation.of(run.folder.load(ARTEFACT))

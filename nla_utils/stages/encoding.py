@@ -1,0 +1,50 @@
+"""Re-encoding under a protocol: the one place that says how a text becomes an activation again (PROTOCOL.md §5, §7)."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from nla_utils.lm.backbone import Backbone, check_finite
+from nla_utils.lm.sampling import pad
+from nla_utils.protocol import Protocol
+
+TEXT_BATCH = 16
+
+
+def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: Protocol) -> np.ndarray:
+    """Activations h (N, d) float32 of N sampled id sequences, start token aside, as the protocol re-encodes them.
+
+    ``eos_kept``: the ids themselves; else their decoded text, tokenized again, which has lost its special tokens.
+    ``bos``: behind the start token. ``last_index``: read at the last token, or where the authors look for it.
+    """
+    ids = [list(s) for s in sequences]
+    if not protocol.eos_kept:
+        ids = [backbone.tokenize_text(backbone.decode_text(s)) for s in ids]
+    if protocol.last_index == "mask":
+        # A text can be empty (a lone EOS was sampled); the start token alone stands for it.
+        return backbone.encode([row or [backbone.start_id] for row in ids], start=protocol.bos)
+    head = [backbone.start_id] if protocol.bos else []
+    return encode_padded(backbone, [head + row for row in ids])
+
+
+@torch.inference_mode()
+def encode_padded(backbone: Backbone, rows: list[list[int]]) -> np.ndarray:
+    """h (N, d) float32 of token ids, read at index count − 1 (slip ``left_pad``).
+
+    Padded on the tokenizer's own side, in batches of 16; on a left-padded row index count − 1 is not the
+    last token. A row of no tokens is read at index −1.
+    """
+    h_Nd = np.empty((len(rows), backbone.d), dtype=np.float32)
+    for first in range(0, len(rows), TEXT_BATCH):
+        batch = rows[first : first + TEXT_BATCH]
+        ids_BT, mask_BT = pad(batch, backbone.pad_id, backbone.padding_side)
+        h_BTd = backbone.hidden_at_layer(
+            input_ids=ids_BT.to(backbone.device), attention_mask=mask_BT.to(backbone.device)
+        )
+        index_B = mask_BT.sum(dim=1) - 1
+        h_Nd[first : first + len(batch)] = h_BTd[torch.arange(len(batch)), index_B].float().cpu().numpy()
+    check_finite(h_Nd, "texts encoded as the authors do")
+    return h_Nd

@@ -1,0 +1,199 @@
+"""Target activations: draw sequences from the start token, extract v, check the pool (PROTOCOL.md §1)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nla_utils.artefacts import Artefact, ChunkStore, derive_seed, require_disk
+from nla_utils.config import FLOOR_ROWS, RunConfig
+from nla_utils.errors import CollapsedTargetsError
+from nla_utils.lm.backbone import Backbone, check_finite
+from nla_utils.lm.registry import fetch_targets
+from nla_utils.lm.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
+from nla_utils.metrics import fve_matrix
+from nla_utils.protocol import Protocol
+from nla_utils.run import Run
+from nla_utils.stages.released import read_released
+
+ARTEFACT = "targets"
+
+
+@dataclass
+class Targets:
+    """N sequences and the activation at the last token of each.
+
+    ``ids`` (N, T) int32 right-padded, generated tokens only; ``lengths`` (N,); ``v`` (N, d) float32.
+    Rows are used in four parts: the first M as the paper evaluates them (``in_sample``), the next
+    ``pool``, then training only, and the last M, which training never sees (``held_out``).
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    v: np.ndarray
+    n_eval: int
+    pool_size: int
+    sha256: str
+
+    @property
+    def in_sample(self) -> np.ndarray:
+        return np.arange(self.n_eval)
+
+    @property
+    def pool(self) -> np.ndarray:
+        return np.arange(self.n_eval, self.n_eval + self.pool_size)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        return np.arange(len(self.v) - self.n_eval, len(self.v))
+
+    def eval_rows(self, protocol: Protocol) -> np.ndarray:
+        """Rows of the targets that a protocol evaluates: held-out ones, or the first of the training set."""
+        return self.held_out if protocol.held_out else self.in_sample
+
+    @property
+    def mu(self) -> np.ndarray:
+        """μ (d,): mean of the pool."""
+        return self.v[self.pool].mean(axis=0)
+
+    def sequence(self, i: int) -> list[int]:
+        """Generated token ids of target i, EOS included where it has one, no start token."""
+        return self.ids[i, : self.lengths[i]].tolist()
+
+    def sequences(self, rows: np.ndarray) -> list[list[int]]:
+        return [self.sequence(i) for i in rows]
+
+    @property
+    def texts(self) -> dict[str, np.ndarray]:
+        """``ids`` and ``lengths``: what is the same for every layer that is read from them."""
+        return {"ids": self.ids, "lengths": self.lengths}
+
+    @classmethod
+    def of(cls, artefact: Artefact, config: RunConfig) -> "Targets":
+        t, sizes = artefact.tensors, config.sizes
+        return cls(t["ids"], t["lengths"], t["v"], sizes.n_eval, sizes.pool_size, artefact.sha256)
+
+
+def sequences_hash(ids: np.ndarray, lengths: np.ndarray) -> str:
+    """Hex sha256 over ids (N, T) and lengths (N,) as int32."""
+    return hashlib.sha256(ids.astype("<i4").tobytes() + lengths.astype("<i4").tobytes()).hexdigest()
+
+
+def target_settings(config: RunConfig) -> SamplingSettings:
+    """How a run's sequences are sampled."""
+    return SamplingSettings(max_new_tokens=config.sizes.max_new_tokens)
+
+
+def make_targets(run: Run) -> Targets:
+    """The run's targets: from disk, from a release if the run names one, or drawn and extracted.
+
+    Raises ``ArtefactError`` if what is on disk is another run's or there is no room, ``CollapsedTargetsError`` or
+    ``BackboneError`` if the activations are not healthy.
+    """
+    if run.folder.has(ARTEFACT):
+        return load_targets(run)
+    if run.config.released_targets is not None:
+        return take_released(run)
+    n, d, settings = run.sizes.n_targets, run.backbone.d, target_settings(run.config)
+    require_disk(run.folder.path, 3 * n * (d + run.sizes.max_new_tokens) * 4)
+    plan = {**run.folder.identity, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    chunks = ChunkStore(run.folder.file("targets.chunks"), plan)
+
+    def draw(c: int, rows: slice) -> dict[str, np.ndarray]:
+        return draw_chunk(run.backbone, settings, rows.stop - rows.start, derive_seed(run.seed, "targets", c))
+
+    targets = save_targets(run, chunks.fill(n, SAMPLE_BATCH, draw, "drawing targets", "seq"))
+    chunks.clear()
+    return targets
+
+
+def save_targets(run: Run, tensors: dict[str, np.ndarray]) -> Targets:
+    """Keep drawn targets, if they are healthy (see :func:`check_health`)."""
+    facts = {"sampling": target_settings(run.config).record(), "health": check_health(tensors["v"])}
+    return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
+
+
+def take_released(run: Run) -> Targets:
+    """The first N released targets as this run's; raises ``SourceError`` or ``ArtefactError`` if they do not fit."""
+    released = run.config.released_targets
+    source = fetch_targets(released)
+    tensors = read_released(source, run.backbone, run.sizes.n_targets)
+    facts = {"released": released, "released_from": source.name, "health": check_health(tensors["v"])}
+    return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
+
+
+def load_targets(run: Run) -> Targets:
+    """Targets made by notebook 01; raises ``ArtefactError`` if they are missing, of another run or broken."""
+    return Targets.of(run.folder.load(ARTEFACT), run.config)
+
+
+def draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict[str, np.ndarray]:
+    """``size`` sequences from the start token and the activation at the end of each: ids, lengths, v."""
+    samples = draw_sequences(backbone, settings, size, seed)
+    v = backbone.encode([samples.sequence(i) for i in range(size)], start=True)
+    return {"ids": samples.ids, "lengths": samples.lengths, "v": v}
+
+
+def draw_sequences(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> Samples:
+    """``size`` sequences sampled freely from the start token."""
+    return sample(backbone, backbone.embed(torch.full((size, 1), backbone.start_id)), settings, seed)
+
+
+def check_health(v_Nd: np.ndarray) -> dict:
+    """Check that activations are finite and not collapsed into one vector; returns the figures judged by.
+
+    The BOS = EOS trap of PROTOCOL.md §1. Raises ``BackboneError`` or ``CollapsedTargetsError``.
+    """
+    check_finite(v_Nd, "target activations")
+    spread = float(np.sqrt(v_Nd.var(axis=0).mean()))
+    size = float(np.sqrt((v_Nd**2).mean()))
+    distinct = len(np.unique(v_Nd, axis=0))
+    if spread < 1e-4 * size or distinct < 0.5 * len(v_Nd):
+        raise CollapsedTargetsError(
+            f"{distinct} distinct vectors among {len(v_Nd)} targets, spread {spread:.3g} at size "
+            f"{size:.3g}: were sequences cut at the start token because it is also an EOS?"
+        )
+    return {"rms": size, "std": spread, "distinct": distinct}
+
+
+def describe(run: Run, targets: Targets) -> dict:
+    """The figures of notebook 01: lengths, ‖v‖, ‖μ‖, the share of the mean square along μ, cosines."""
+    backbone, v, mu = run.backbone, targets.v.astype(np.float64), targets.mu.astype(np.float64)
+    along = v @ (mu / np.linalg.norm(mu))
+    cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
+    return {
+        "sequences": sequences_hash(**targets.texts),
+        "num_layers": backbone.n_layers,
+        "hidden_size": backbone.d,
+        "length_mean": float(targets.lengths.mean()),
+        "ended_share": float(np.isin(_last_ids(targets), backbone.eos_ids).mean()),
+        "embedding_norm_mean": _embedding_norm(targets, backbone),
+        "v_norm_mean": float(np.linalg.norm(v, axis=1).mean()),
+        "mu_norm": float(np.linalg.norm(mu)),
+        "mean_square_share_along_mu": float((along**2).sum() / (v**2).sum()),
+        "variance_share_along_mu": float(along.var() / v.var(axis=0).sum()),
+        **{f"unrelated_cosine_{k}_mean": float(c.mean()) for k, c in cosine.items()},
+        **{f"unrelated_cosine_{k}_std": float(c.std()) for k, c in cosine.items()},
+        "health": check_health(targets.v),
+    }
+
+
+def _embedding_norm(targets: Targets, backbone: Backbone) -> float:
+    """Mean norm of the token embeddings of one target's text after another, through the module."""
+    ids = torch.tensor([i for s in targets.sequences(targets.in_sample) for i in s])
+    with torch.inference_mode():
+        return float(backbone.embed(ids).float().norm(dim=-1).mean())
+
+
+def _last_ids(targets: Targets) -> np.ndarray:
+    return targets.ids[np.arange(len(targets.ids)), targets.lengths - 1]
+
+
+def unrelated_cosines(targets: Targets, centred: bool) -> np.ndarray:
+    """Cosines of all unordered pairs of the pool's first 512 targets, raw or centred by μ."""
+    pool = targets.v[targets.pool][:FLOOR_ROWS]
+    scores = fve_matrix(pool, pool, targets.mu if centred else None)
+    return 2 * scores[np.triu_indices(len(pool), 1)] - 1

@@ -1,0 +1,65 @@
+"""Two processes on one run leave the artefacts that one process leaves."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nla_utils.artefacts import read_json
+from nla_utils.config import ROOT
+
+TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+
+
+def work(launcher, backbone, out):
+    command = [sys.executable, *launcher, "-m", "nla_utils", "distribute", "--backbone", str(backbone), "--profile", "smoke",
+               "--out", str(out), "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    # One thread on either side: sums are then made in one order.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return next(out.glob("*/smoke"))
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folders, tmp_path_factory):
+    """(one process, two processes, two processes from the first one's AV on)."""
+    root, backbone = tmp_path_factory.mktemp("parallel"), tiny_folders["tiny-llama"]
+    one = work([], backbone, root / "one")
+    two = work(TWO, backbone, root / "two")
+    given = root / "given" / one.relative_to(root / "one")
+    given.mkdir(parents=True)
+    for name in ("targets", "best_av"):
+        for end in (".safetensors", ".safetensors.json"):
+            (given / (name + end)).write_bytes((one / (name + end)).read_bytes())
+    return one, two, work(TWO, backbone, root / "given")
+
+
+@pytest.mark.parametrize("name", ["targets", "ceilings"])
+def test_targets_and_ceilings_are_the_same_bytes(folders, name):
+    one, two, _ = folders
+    assert (one / f"{name}.safetensors").read_bytes() == (two / f"{name}.safetensors").read_bytes()
+
+
+def test_training_agrees_within_float_tolerance(folders):
+    one, two, _ = folders
+    a, b = (read_json(f / "best_av.safetensors.json") for f in (one, two))
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    assert a["best_step"] == b["best_step"]
+    theirs, ours = (load_file(f / "best_av.safetensors") for f in (one, two))
+    for name in theirs:
+        np.testing.assert_allclose(theirs[name], ours[name], atol=2e-5)
+
+
+def test_rollouts_of_one_verbalizer_are_the_same_bytes(folders):
+    one, _, given = folders
+    assert (one / "rollouts.safetensors").read_bytes() == (given / "rollouts.safetensors").read_bytes()
+
+
+def test_nothing_unfinished_is_left(folders):
+    for folder in folders:
+        assert not list(folder.glob("*.chunks")) and not list(folder.glob("*.partial*"))
