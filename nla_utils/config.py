@@ -66,10 +66,9 @@ FLOOR_ROWS = 512
 class RunConfig:
     """One run: a backbone, a profile, a seed, and where its artefacts go.
 
-    ``av``: a released AV to evaluate instead of training one, ``released_targets``: targets to use instead of
-    drawing them; each ``hub:org/name[@commit]`` or a folder.
-    ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and ``pool_size`` are overrides; ``None``
-    means the backbone's or the profile's own value.
+    ``av``: a released AV to evaluate instead of training one, ``released_targets``: targets to use instead of drawing
+    them; each ``hub:org/name[@commit]`` or a folder. ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and
+    ``pool_size`` are overrides; ``None`` means the backbone's or the profile's own value.
     """
 
     backbone: str = "gemma3-270m"

@@ -13,8 +13,7 @@ MIRROR_VARIABLE = "NLA_PROGRESS_FILE"
 class Progress(tqdm):
     """A tqdm bar that also leaves its line in the file named by ``$NLA_PROGRESS_FILE``.
 
-    A notebook's output is not on the terminal of ``nla reproduce``; that command reads the file and
-    shows the line.
+    A notebook's output is not on the terminal of ``nla reproduce``; that command reads the file and shows the line.
     """
 
     def __init__(self, *args, **kwargs):

@@ -96,7 +96,7 @@ def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_pat
     assert again.returncode == 1
     assert kept.stat().st_mtime_ns == written, "a notebook that was whole was run again"
     assert len(list(out.glob("tiny-gemma2/*/executed/02_*.ipynb"))) == 2
-    assert "failed: broken/smoke: 01_extract_targets: " in said and "2 of 3 runs are whole" in said
+    assert "failed: broken/smoke: 01_extract_targets: " in said and "2 of 3 runs are complete" in said
     assert (out / "comparison" / "section11.md").exists()
     took = [seconds(run, ["01_extract_targets", "02_train_av"]) for run in (out / "tiny-gemma2").iterdir()]
     assert f"all runs: {sum(took):.0f} s" in said and sum(t > 1 for t in took) == 2

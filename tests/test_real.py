@@ -15,7 +15,8 @@ pytestmark = pytest.mark.real
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("real")
-    result = CliRunner().invoke(app, ["reproduce", "--with", "tail-reader", "--profile", "smoke", "--out", str(out), "--device", "cpu"])
+    command = ["reproduce", "--with", "tail-reader", "--profile", "smoke", "--out", str(out), "--device", "cpu"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     folder = out / "gemma3-270m" / "smoke" / "results"
     return {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}

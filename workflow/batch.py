@@ -59,7 +59,7 @@ def _run(name: str, layer: int | None, profile: str, seed: int, out: Path, more:
 
 
 def failures(runs: Mapping[str, BatchRun], out: Path, notebooks: Sequence[str]) -> dict[str, str]:
-    """The runs that are not whole, each with the notebook it stopped at and the last line of that one's log."""
+    """The runs that are not complete, each with the notebook it stopped at and the last line of that one's log."""
     found = {}
     for name in runs:
         undone = [n for n in notebooks if not (out / name / "executed" / f"{n}.ipynb").exists()]
@@ -69,7 +69,7 @@ def failures(runs: Mapping[str, BatchRun], out: Path, notebooks: Sequence[str]) 
 
 
 def seconds(run: Path, notebooks: Sequence[str]) -> float:
-    """Seconds that the notebooks of a run took, as far as they are whole."""
+    """Seconds that the notebooks of a run took, as far as they are finished."""
     paths = [run / "executed" / f"{n}.ipynb" for n in notebooks]
     return sum(read_json(p)["metadata"]["papermill"]["duration"] for p in paths if p.exists())
 

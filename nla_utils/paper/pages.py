@@ -42,6 +42,14 @@ class FigureSpec:
     caption: str
 
 
+def render(template: str, **values: object) -> str:
+    """A file of ``paper/templates`` of the package, filled; a value that it asks for and does not get is an error."""
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+                                     undefined=jinja2.StrictUndefined)  # fmt: skip
+    return environment.get_template(template).render(**values)
+
+
 @dataclass(frozen=True)
 class Page:
     """A page before it is written: ``template`` names a file in ``paper/templates`` of the package, ``figures`` has the
@@ -55,12 +63,9 @@ class Page:
 
     def text(self, path: Optional[Path] = None, figure_folder: Path = FIGURES) -> str:
         """The page as Markdown; figures are named relative to ``path``."""
-        loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
-        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-                                         undefined=jinja2.StrictUndefined)  # fmt: skip
         where = Path(os.path.relpath(figure_folder, (path or self.path).parent))
         shown = [(spec.caption, (where / f"{spec.stem}.png").as_posix()) for spec in self.figures]
-        return environment.get_template(self.template).render(figures=shown, **self.values)
+        return render(self.template, figures=shown, **self.values)
 
     def write(self, path: Optional[Path] = None, figure_folder: Path = FIGURES) -> list[Path]:
         """Write the page, its tables (Markdown and LaTeX, in ``tables`` beside it) and its figures (PNG and PDF).

@@ -202,7 +202,7 @@ class Ticker:
 
     def __init__(self, label: str, mirror: Path):
         self.label, self.mirror = label, mirror
-        self.live = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty()
         self.done = threading.Event()
 
     def __enter__(self) -> "Ticker":
@@ -226,9 +226,9 @@ class Ticker:
         return f"failed in {self._elapsed()}"
 
     def _tick(self) -> None:
-        while not self.done.wait(0.5 if self.live else 30):
+        while not self.done.wait(0.5 if self.terminal else 30):
             bar = self.mirror.read_text(encoding="utf-8") if self.mirror.exists() else "starting"
-            end = "" if self.live else "\n"
+            end = "" if self.terminal else "\n"
             print(f"{self._clear()}{self.label} [{self._elapsed()}] {bar}", end=end, file=sys.stderr, flush=True)
 
     def _elapsed(self) -> str:
@@ -236,7 +236,7 @@ class Ticker:
         return f"{minutes}:{seconds:02d}"
 
     def _clear(self) -> str:
-        return "\r\033[K" if self.live else ""
+        return "\r\033[K" if self.terminal else ""
 
 
 def adopt(folder: RunFolder) -> None:

@@ -15,24 +15,6 @@ from nla_utils.artefacts import atomic_write
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 72rem; padding: 1rem; }
-nav { border-bottom: 1px solid #ddd; padding-bottom: .5rem; margin-bottom: 1rem; }
-nav a { margin-right: .9rem; white-space: nowrap; display: inline-block; }
-a { color: #0b57a4; }
-img, svg { max-width: 100%; height: auto; }
-pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; border-radius: 4px; font-size: .85rem; }
-.table { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .85rem; }
-th, td { border-bottom: 1px solid #e2e2e2; padding: .3rem .6rem; text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; min-width: 6rem; }
-thead th { border-bottom: 2px solid #888; }
-.prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
-@media (max-width: 40rem) { body { padding: .6rem; font-size: 15px; } h1 { font-size: 1.5rem; } }
-"""
-
 
 def build_site(out: Path, root: Path = ROOT) -> list[Path]:
     """Render the pages of ``paper`` and every executed notebook below ``root`` into ``out``.
@@ -60,6 +42,7 @@ def _label(notebook: Path) -> str:
 
 
 def _page(title: str, body: str, links: dict[str, str], own: str) -> str:
+    style = Path(__file__).with_name("site.css").read_text(encoding="utf-8")
     nav = "".join(
         f'<a href="{name}"{" aria-current=page" if name == own else ""}>{html.escape(label)}</a>'
         for name, label in links.items()
@@ -68,7 +51,7 @@ def _page(title: str, body: str, links: dict[str, str], own: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style></head><body><nav>{nav}</nav><main>{body}</main></body></html>\n"
+        f"<style>{style}</style></head><body><nav>{nav}</nav><main>{body}</main></body></html>\n"
     )
 
 

@@ -154,6 +154,7 @@ RERANKS = (
     LOGP_RERANK, LOGP_MINUS_GREEDY, ANCHOR_RERANK, ANCHOR, SPEARMAN, *SPEARMAN_TAILS,
 )  # fmt: skip
 SLOPE = _rerank("slope per doubling of K", "slope_per_doubling_{kind}", "k_curve.stated_slope_per_doubling_cen")
+SLOPE_R_SQUARED = _rerank("R² of the mean curve", "slope_per_doubling_{kind}_r2")
 SLOPE_UNRELATED = _rerank("slope of unrelated text", "slope_per_doubling_unrelated_text_{kind}", control=True)
 SLOPE_OTHERS = _rerank("slope of other targets' rollouts", "slope_per_doubling_shuffled_v_cen", control=True)
 SLOPE_MINUS_UNRELATED = _rerank("slope − slope of unrelated text", "slope_per_doubling_{kind}_minus_unrelated_text")

@@ -35,11 +35,11 @@ def read_released(folder: Path, backbone: Backbone, n: int) -> dict[str, np.ndar
     Raises ``ArtefactError`` that names the file where there is none, where a field is missing, where it holds fewer
     than ``n``, or where its texts do not re-encode to its activations on this backbone and layer.
     """
-    ours, packs = folder / "targets.safetensors", sorted(folder.glob("*.pt"))
-    if not ours.exists() and len(packs) != 1:
-        names = [p.name for p in packs]
+    ours, pt_files = folder / "targets.safetensors", sorted(folder.glob("*.pt"))
+    if not ours.exists() and len(pt_files) != 1:
+        names = [p.name for p in pt_files]
         raise ArtefactError(f"{folder} holds {names}; released targets are targets.safetensors or exactly one .pt")
-    path = ours if ours.exists() else packs[0]
+    path = ours if ours.exists() else pt_files[0]
     tensors = _read_own(path, n) if ours.exists() else _read_pt(path, backbone, n)
     _check(tensors, path, backbone)
     return tensors

