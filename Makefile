@@ -4,7 +4,10 @@ NLA := $(VENV)/bin/nla
 
 .PHONY: reproduce test paper report bench growth batch env clean
 
+# An environment runs the checkout that it was made in, wherever that has been moved or copied to since.
 env: $(VENV)/.installed
+	@test "$$(cat $(VENV)/.installed)" = "$(CURDIR)" || { \
+	  echo "$(VENV) was made in $$(cat $(VENV)/.installed), this is $(CURDIR): run make clean first"; exit 1; }
 
 # The versions of the lock file; made once, made again when the lock file changes.
 LOCKED := $(VENV)/bin/pip install --quiet --constraint requirements.lock
@@ -13,7 +16,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(LOCKED) setuptools
 	$(LOCKED) --no-build-isolation --editable ".[test]"
-	touch $@
+	echo "$(CURDIR)" > $@
 
 # Snakemake, which batches alone need.
 $(VENV)/.batch: $(VENV)/.installed
@@ -43,7 +46,7 @@ BATCH ?= workflow/small.yaml
 CORES ?= 2
 
 batch: $(VENV)/.batch
-	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile $(BATCH) --cores $(CORES) --keep-going --rerun-incomplete
+	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile $(BATCH) --cores $(CORES) --keep-going --rerun-incomplete --nolock
 
 clean:
 	rm -rf $(VENV) runs site .snakemake

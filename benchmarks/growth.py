@@ -136,9 +136,9 @@ if __name__ == "__main__":
         "base": BASE | {"pool": POOL}, "curves": found, "code": code_version(), "libraries": library_versions(),
     })  # fmt: skip
     draw(found, folder / "growth.png")
-    readme = (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text(encoding="utf-8")
     head, _, rest = readme.partition("<!-- growth -->\n")
     _, _, tail = rest.partition("<!-- end of growth -->\n")
     shown = markdown(table(found))
-    (folder / "README.md").write_text(f"{head}<!-- growth -->\n\n{shown}\n<!-- end of growth -->\n{tail}")
+    (folder / "README.md").write_text(f"{head}<!-- growth -->\n\n{shown}\n<!-- end of growth -->\n{tail}", encoding="utf-8")
     print(shown)

@@ -284,7 +284,7 @@ if __name__ == "__main__":
     result = measure(open_run(RunConfig(profile="quick")))
     folder = ROOT / "benchmarks"
     write_json(folder / "results.json", result)
-    readme = (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text(encoding="utf-8")
     head, _, _ = readme.partition("<!-- table -->")
-    (folder / "README.md").write_text(f"{head}<!-- table -->\n\n{report(result)}")
+    (folder / "README.md").write_text(f"{head}<!-- table -->\n\n{report(result)}", encoding="utf-8")
     print(report(result))

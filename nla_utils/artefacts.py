@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from nla_utils import workers
-from nla_utils.config import ROOT, RunConfig
+from nla_utils.config import CHECKOUT, ROOT, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.progress import Progress
 
@@ -40,17 +40,33 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def arrays_hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """Hex sha256 over names, dtypes, shapes and contents."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode() + arrays[name].tobytes())
+    return total.hexdigest()
+
+
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` is either the old file or the complete new one."""
+    """Write ``data`` so that ``path`` is either the old file or the complete new one.
+
+    Raises ``ArtefactError`` where it cannot be written, as on a full disk.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side may write the same file, with the same bytes.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        said = f"{path} could not be written ({error.strerror or error})"
+        raise ArtefactError(f"{said}; make room, then run the same command again") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,8 +80,26 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"{path} does not exist") from None
-    except json.JSONDecodeError as e:
+    except (OSError, ValueError) as e:
         raise ArtefactError(f"{path} is not complete JSON ({e}); delete it and rerun its stage") from None
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a JSON object with a hash of its own contents, which :func:`read_record` compares."""
+    # As it will be read: keys are text there.
+    record = json.loads(json.dumps(record))
+    write_json(path, {**record, "record_sha256": json_hash(record)})
+
+
+def read_record(path: Path) -> dict:
+    """Read what :func:`write_record` wrote; raises ``ArtefactError`` where it was altered since."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ArtefactError(f"{path} holds no record; delete it and rerun its stage")
+    stated = record.pop("record_sha256", None)
+    if stated is not None and stated != json_hash(record):
+        raise ArtefactError(f"{path} was altered since it was written; delete it and rerun its stage")
+    return record
 
 
 @functools.cache
@@ -76,6 +110,8 @@ def code_version() -> dict:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
+    if not CHECKOUT:
+        return {"git_commit": None, "dirty": None}
     try:
         dirty = git("status", "--porcelain", "--", "nla_utils", ":(glob)notebooks/**/0*.ipynb", "requirements.lock",
                     ":(exclude)notebooks/executed")  # fmt: skip
@@ -163,16 +199,16 @@ class RunFolder:
             "libraries": library_versions(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        write_json(record, sidecar)
+        write_record(record, sidecar)
         workers.wait()
         return Artefact(dict(tensors), sidecar, path)
 
     def load(self, name: str) -> Artefact:
         """Read an artefact of this run; raises ``ArtefactError`` if it is incomplete or of another run."""
         path = self.file(f"{name}.safetensors")
-        if not path.exists() or not self.has(name):
+        if not path.is_file() or not self.has(name):
             raise ArtefactError(f"{path} is missing or unfinished; run the notebook that makes it")
-        sidecar = read_json(self._record(name))
+        sidecar = self._sidecar(name)
         self._check_identity(sidecar, path)
         digest = sha256_file(path)
         if digest != sidecar["sha256"]:
@@ -195,13 +231,19 @@ class RunFolder:
 
     def sha256_of(self, name: str) -> Optional[str]:
         """The hash that an artefact's sidecar gives, ``None`` without one."""
-        return read_json(self._record(name))["sha256"] if self.has(name) else None
+        return self._sidecar(name)["sha256"] if self.has(name) else None
+
+    def _sidecar(self, name: str) -> dict:
+        sidecar = read_record(self._record(name))
+        if not {"identity", "sha256", "made_from"} <= set(sidecar):
+            raise ArtefactError(f"{self._record(name)} is no sidecar; delete it and rerun its stage")
+        return sidecar
 
     def _record(self, name: str) -> Path:
         return self.file(f"{name}.safetensors.json")
 
     def _check_identity(self, sidecar: dict, path: Path) -> None:
-        theirs = sidecar.get("identity", {})
+        theirs = sidecar["identity"]
         for key, own in self.identity.items():
             if theirs.get(key) != own:
                 raise ArtefactError(
@@ -232,13 +274,13 @@ class ChunkStore:
         return self.folder / f"{i:06d}.safetensors"
 
     def get(self, i: int) -> Optional[dict[str, np.ndarray]]:
-        """Chunk ``i``, or ``None`` if it was never finished (a broken file counts as unfinished)."""
-        if not self._file(i).exists():
-            return None
+        """Chunk ``i``, or ``None`` if it was never finished; a file that is broken or altered counts as unfinished."""
         try:
-            return load_file(self._file(i))
-        except SafetensorError:
+            with safe_open(self._file(i), "np") as f:
+                tensors, stated = {name: f.get_tensor(name) for name in f.keys()}, (f.metadata() or {}).get("sha256")
+        except (OSError, SafetensorError):
             return None
+        return tensors if stated == arrays_hash(tensors) else None
 
     def tensor(self, i: int, name: str) -> np.ndarray:
         """One tensor of a finished chunk, the others left on disk."""
@@ -246,7 +288,8 @@ class ChunkStore:
             return f.get_tensor(name)
 
     def put(self, i: int, tensors: Mapping[str, np.ndarray]) -> None:
-        atomic_write(self._file(i), save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+        tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+        atomic_write(self._file(i), save(tensors, metadata={"sha256": arrays_hash(tensors)}))
 
     def fill(
         self, total: int, per_chunk: int, make: Callable[[int, slice], dict], desc: str, unit: str

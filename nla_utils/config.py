@@ -9,13 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional
 
 from nla_utils.errors import ConfigError, nearest
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()
+# Where runs, pages and figures are kept: the checkout, or where an installed copy is used.
+ROOT = PACKAGE.parent if CHECKOUT else Path.cwd()
+# What is only read: notebooks, bundles, the published numbers.
+DATA = PACKAGE.parent if CHECKOUT else PACKAGE / "data"
 
 
 def cache_dir() -> Path:
@@ -49,6 +55,11 @@ PROFILES: dict[str, Profile] = {
     "paper": Profile(30000, 200, 64, 2000, 3, 500, 512),
 }
 
+DTYPES = ("bfloat16", "float32", "float16")
+DEVICE = re.compile(r"(auto|split|cpu|mps|cuda)|(cuda|cpu):\d+")
+# Of the parameters that papermill may have read as another kind of value: ``-p out 2026``, ``-p seed abc``.
+TYPES = {name: (str,) for name in ("backbone", "profile", "out", "device", "dtype")}
+TYPES |= {"seed": (int,), "layer": (int, type(None)), "av": (str, type(None)), "released_targets": (str, type(None))}
 SIZES = ("n_targets", "n_eval", "n_rollouts", "pool_size")
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-5
@@ -86,10 +97,17 @@ class RunConfig:
     released_targets: Optional[str] = None
 
     def __post_init__(self) -> None:
+        for name, kinds in TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                wanted = "text (papermill: -r keeps it so)" if kinds[0] is str else "a whole number"
+                raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
         if self.profile not in PROFILES:
             raise ConfigError(f"unknown profile {self.profile!r}: {nearest(self.profile, PROFILES)}")
-        if self.dtype not in ("bfloat16", "float32", "float16"):
-            raise ConfigError(f"dtype {self.dtype!r} is none of bfloat16, float32, float16")
+        if not DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device {self.device!r} is none of auto, cpu, mps, split, cuda, or cuda:1 and the like")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r}: {nearest(self.dtype, DTYPES)}")
         check_sizes(self.sizes)
 
     @property
@@ -211,7 +229,11 @@ class AVConfig:
     @classmethod
     def from_json(cls, path: Path) -> "AVConfig":
         """Read a ``config.json``; raises ``ConfigError`` on keys that no release has."""
-        return _build(cls, json.loads(Path(path).read_text(encoding="utf-8")), f"{path}: unknown key")
+        try:
+            values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is no JSON object ({error})") from None
+        return _build(cls, values, f"{path}: unknown key")
 
 
 def _build(kind: type, values: Mapping[str, Any], complaint: str) -> Any:
@@ -219,4 +241,7 @@ def _build(kind: type, values: Mapping[str, Any], complaint: str) -> Any:
     for key in values:
         if key not in known:
             raise ConfigError(f"{complaint} {key!r}: {nearest(key, known)}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{complaint.partition(':')[0]}: {error}") from None

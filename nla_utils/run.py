@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Optional
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from nla_utils.artefacts import RunFolder, code_version, library_versions, write_json
+from nla_utils.artefacts import RunFolder, code_version, library_versions, read_record, write_record
 from nla_utils.config import Profile, RunConfig
+from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, identity
-from nla_utils.lm.loading import load_backbone, pick_device, pick_layer, special_ids
+from nla_utils.lm.loading import load_backbone, pick_device, pick_layer, read_model_config, special_ids
 from nla_utils.lm.registry import fetch, resolve, weight_hash
 
 
@@ -56,8 +57,16 @@ class Run:
             "libraries": library_versions(),
             **values,
         }  # fmt: skip
-        write_json(path, record)
+        write_record(path, record)
         return path
+
+    def read_results(self, name: str) -> dict:
+        """What :meth:`write_results` wrote; raises ``ArtefactError`` where it is missing, altered or of another run."""
+        path = self.folder.file(f"results/{name}.json")
+        record = read_record(path)
+        if (record.get("name"), record.get("identity")) != (name, self.folder.identity):
+            raise ArtefactError(f"{path} is not {name} of this run; delete it and rerun its notebook")
+        return record
 
 
 def open_run(config: RunConfig, weights: bool = True) -> Run:
@@ -70,7 +79,8 @@ def open_run(config: RunConfig, weights: bool = True) -> Run:
         return Run.of(config, load_backbone(config))
     spec = resolve(config.backbone)
     source = fetch(spec)
-    layer = pick_layer(config.layer, spec, AutoConfig.from_pretrained(source).num_hidden_layers)
-    special = special_ids(spec, AutoTokenizer.from_pretrained(source))
-    found = identity(spec, weight_hash(source), layer, special, config.dtype, pick_device(config.device))
+    layer = pick_layer(config.layer, spec, read_model_config(spec, source).num_hidden_layers)
+    special = special_ids(spec, AutoTokenizer.from_pretrained(source), source)
+    device = pick_device(config.device).split(":")[0]
+    found = identity(spec, weight_hash(source), layer, special, config.dtype, device)
     return Run(config, RunFolder.of(config, spec.name, {**found, "seed": config.seed}))

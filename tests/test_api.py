@@ -37,6 +37,16 @@ def test_a_verbalization_scores_what_it_says(nla, method):
     assert found == nla.verbalize(v, k=6, method=method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_score_is_that_of_the_text_read_again(nla, method):
+    v = nla.activation(TEXT)
+    for seed in range(4):
+        found = nla.verbalize(v, k=5, method=method, seed=seed)
+        for text, score in ((found.text, found.score), (found.greedy, found.greedy_score)):
+            if nla.backbone.tokenize_text(text):
+                assert score == fve(nla.activation(text), v, nla.bundle.mu).item()
+
+
 def test_guided_is_never_worse_than_the_draws_it_starts_from(nla):
     v = nla.activation(TEXT)
     assert nla.verbalize(v, k=4, method="guided").score >= nla.verbalize(v, k=4).score

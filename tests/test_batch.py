@@ -33,6 +33,23 @@ def test_a_batch_is_every_combination_once(tmp_path):
     assert "--layer 9" in runs["gemma3-270m/smoke-layer9-seed2"].options
 
 
+def test_two_checkpoints_are_two_runs_and_two_folders_of_one_name_are_refused(tmp_path):
+    names = {"org/model@step1000": None, "org/model@step143000": None}
+    assert sorted(runs_of(BATCH | {"backbones": names}, tmp_path)) == [
+        "org--model@step1000/smoke", "org--model@step143000/smoke"
+    ]  # fmt: skip
+    for place in ("a", "b"):
+        (tmp_path / place / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="would both be model"):
+        runs_of(BATCH | {"backbones": {str(tmp_path / place / "model"): None for place in ("a", "b")}}, tmp_path)
+
+
+def test_a_relative_folder_is_taken_from_the_repositorys_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run,) = runs_of(BATCH | {"backbones": {"paper/published": None}}, tmp_path).values()
+    assert run.config.backbone == str(ROOT / "paper" / "published")
+
+
 def test_a_registry_name_is_no_folder_of_the_output(tmp_path, monkeypatch):
     """The workflow runs where the runs lie, each below a folder named after its backbone."""
     (tmp_path / "gemma3-270m").mkdir()
@@ -64,7 +81,7 @@ def test_a_failed_run_is_named_with_its_last_words(tmp_path):
 
 def snakemake(config, *more):
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--configfile",
-               str(config), "--keep-going", "--rerun-incomplete", *more]  # fmt: skip
+               str(config), "--keep-going", "--rerun-incomplete", "--nolock", *more]  # fmt: skip
     where = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "cwd": config.parent}
     return subprocess.Popen(command, **where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -87,12 +87,40 @@ def test_wrong_bytes_are_refused_and_not_kept(hub, tmp_path):
     ((401, "GatedRepo"), "hf auth login"),
     ((401, "RepoNotFound"), "does not exist, or is private"),
     ((404, "RepoNotFound"), "does not exist, or is private"),
+    ((429, "TooMany"), "answered 429"),
     ((500, "Broken"), "answered 500"),
+    ((503, "Broken"), "answered 503"),
 ])  # fmt: skip
 def test_refusals_say_what_to_do(hub, tmp_path, refusal, message):
     hub.refuse["org/model"] = refusal
     code, lines = ask(hub, tmp_path, "org/model")
     assert code == 3 and message in " ".join(lines)
+    hub.refuse.clear()
+    assert ask(hub, tmp_path, "org/model")[0] == 0
+
+
+def test_what_the_user_already_has_is_not_fetched_again(hub, tmp_path):
+    program = "from huggingface_hub import snapshot_download; snapshot_download('org/model')"
+    assert in_a_process(hub, tmp_path, program).returncode == 0
+    served = hub.served.count("model.safetensors")
+    code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 0 and json.loads(lines[-1])["model.safetensors"] == len(WEIGHTS)
+    assert hub.served.count("model.safetensors") == served and not (tmp_path / "hub").exists()
+    # A copy of other bytes is not taken.
+    (path,) = (tmp_path / "home").rglob("snapshots/*/model.safetensors")
+    path.resolve().write_bytes(WEIGHTS[::-1])
+    assert ask(hub, tmp_path, "org/model")[0] == 0 and (tmp_path / "hub").exists()
+
+
+def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, tmp_path):
+    hub.files["org/model"] |= {"consolidated.safetensors": WEIGHTS, "original/model.safetensors": WEIGHTS}
+    program = (
+        "import sys; from nla_utils.lm.registry import fetch, resolve\n"
+        "print(*sorted(p.name for p in fetch(resolve('org/model')).rglob('*.safetensors')))"
+    )
+    done = in_a_process(hub, tmp_path, program)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "model.safetensors", done.stderr[-2000:]
+    assert "consolidated" not in done.stdout and not any("original" in path for path, _ in hub.ranges)
 
 
 def test_an_unknown_revision_is_named(hub, tmp_path):

@@ -68,6 +68,7 @@ def test_split_loads_through_the_librarys_device_map(tiny_folders, tmp_path, mon
 
 def test_a_head_without_room_is_refused(tiny_folders, tmp_path, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: load(*a).to("meta"))
+    nowhere = lambda *a, **_: (load(*a).to("meta"), load(*a, output_loading_info=True)[1])  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", nowhere)
     with pytest.raises(BackboneError, match="no room on the cards"):
         load_backbone(tiny_config(tiny_folders["tiny-llama"], tmp_path, device="split"))

@@ -12,8 +12,8 @@ from nla_utils.config import ROOT
 PACKAGE = ROOT / "nla_utils"
 # Each part imports parts of a lower number, and itself.
 LEVEL = {
-    "errors": 0, "metrics": 0, "progress": 0, "workers": 0, "protocol": 1, "config": 1, "artefacts": 2, "lm": 3, "run": 4,
-    "stages": 5, "scores": 6, "paper": 7, "extensions": 8, "runner": 9, "__main__": 10,
+    "__init__": -1, "errors": 0, "metrics": 0, "progress": 0, "workers": 0, "protocol": 1, "config": 1,
+    "artefacts": 2, "lm": 3, "run": 4, "stages": 5, "scores": 6, "paper": 7, "extensions": 8, "runner": 9, "__main__": 10,
 }  # fmt: skip
 # Arrays in, numbers out: types aside, neither scores nor pages know the model.
 WITHOUT_THE_MODEL = {"scores": {"lm", "run", "stages"}, "paper": {"lm", "run", "stages"}}

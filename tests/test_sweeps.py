@@ -9,6 +9,7 @@ import pytest
 from conftest import with_out
 from typer.testing import CliRunner
 
+from nla_utils.artefacts import RunFolder
 from nla_utils.config import RunConfig, parse_seeds
 from nla_utils.errors import ConfigError
 from nla_utils.extensions.depth import layers, tables
@@ -190,11 +191,16 @@ def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tm
 
 def test_each_run_is_finished_before_the_next_one_begins(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(notebooks, "preflight", lambda config, _: said.append(f"checked {config.seed}") or config)
+    
+    def preflight(config, _):
+        said.append(f"checked {config.seed}")
+        return RunFolder(tmp_path / str(config.seed))
+
+    monkeypatch.setattr(notebooks, "preflight", preflight)
     monkeypatch.setattr(notebooks, "is_cached", lambda *_: False)
     monkeypatch.setattr(notebooks, "run_notebook", lambda config, *_: said.append(f"ran {config.seed}"))
     configs = [RunConfig(seed=seed) for seed in (1, 2)]
-    notebooks.reproduce(configs, lambda folder: said.append(f"finished {folder.seed}"), STAGES[:1])
+    notebooks.reproduce(configs, lambda folder: said.append(f"finished {folder.path.name}"), STAGES[:1])
     assert said == ["checked 1", "checked 2", "ran 1", "finished 1", "ran 2", "finished 2"]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from nla_utils.artefacts import read_json
-from nla_utils.config import RunConfig
+from nla_utils.config import ROOT, RunConfig
 from nla_utils.errors import ConfigError, nearest
-from nla_utils.lm.registry import resolve
+from nla_utils.lm.registry import REGISTRY, resolve
 
 KEYS = ("out", "profiles", "seeds", "backbones", "until", "options", "threads")
 
@@ -43,11 +43,16 @@ def runs_of(batch: Mapping[str, Any], out: Path) -> dict[str, BatchRun]:
     ):
         for layer in layers or [None]:
             run = _run(name, layer, profile, seed, out, batch["options"])
-            runs[f"{run.backbone}/{run.config.folder_name}"] = run
+            other = runs.setdefault(f"{run.backbone}/{run.config.folder_name}", run)
+            if other.config.backbone != run.config.backbone:
+                both = f"{other.config.backbone} and {run.config.backbone}"
+                raise ConfigError(f"{both} would both be {run.backbone}; rename one")
     return runs
 
 
 def _run(name: str, layer: int | None, profile: str, seed: int, out: Path, more: str) -> BatchRun:
+    # The jobs work elsewhere than where the batch was started.
+    name = str((ROOT / name).resolve()) if name not in REGISTRY and (ROOT / name).is_dir() else name
     spec = resolve(name)
     # A backbone's own layer is the plain run, not one of a sweep.
     layer = None if layer == spec.layer else layer

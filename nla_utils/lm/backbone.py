@@ -158,6 +158,9 @@ class Backbone:
         rows = [head + list(s) for s in sequences]
         if any(len(r) == 0 for r in rows):
             raise BackboneError("a sequence of no tokens has no activation")
+        highest = max(map(max, rows), default=0)
+        if highest >= len(self.head_weight):
+            raise BackboneError(f"{self.name}: token id {highest} has no embedding, there are {len(self.head_weight)}")
         h_LNd = np.empty((len(layers), len(rows), self.d), dtype=np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for batch in _batches(order, rows, ENCODE_TOKENS[self.device.type]):

@@ -9,6 +9,7 @@ import torch
 
 from nla_utils.errors import BackboneError
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import Decoder
 
 # Largest relative difference that rounding alone explains, by dtype.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
@@ -24,6 +25,7 @@ def check_backbone(backbone: Backbone) -> None:
     _check_batching(backbone, ids)
     _check_left_padding(backbone, ids)
     _check_inputs_embeds(backbone, ids)
+    _check_cache(backbone, ids)
 
 
 def check_library(version: str) -> None:
@@ -47,7 +49,8 @@ def _probe_ids(backbone: Backbone) -> list[list[int]]:
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def _require(backbone: Backbone, difference: float, what: str) -> None:
@@ -112,3 +115,20 @@ def _check_inputs_embeds(backbone: Backbone, ids: list[list[int]]) -> None:
         backbone, _differ(by_embeds, by_ids),
         "inputs_embeds and input_ids disagree (an embedding scale outside the module)",
     )
+
+
+@torch.inference_mode()
+def _check_cache(backbone: Backbone, ids: list[list[int]]) -> None:
+    """Some hybrid and recurrent models keep a state of another kind, or see one token a step."""
+    row, prompt = torch.tensor([ids[0]], device=backbone.device), 4
+    decoder = Decoder(backbone, row.shape[1], None)
+    try:
+        hidden_1d = decoder.step(inputs_embeds=backbone.embed(row[:, :prompt]))
+        for t in range(prompt, row.shape[1]):
+            hidden_1d = decoder.step(input_ids=row[:, t : t + 1])
+    # Each kind of model that has no key-value cache fails in a way of its own.
+    except Exception as error:
+        said = f"{backbone.name}: decoding with a key-value cache fails ({error})"
+        raise BackboneError(f"{said}; {type(backbone.model).__name__} is not supported") from None
+    stepped, at_once = (x.float().cpu().numpy() for x in (hidden_1d, backbone.last_hidden(input_ids=row)[:, -1]))
+    _require(backbone, _differ(stepped, at_once), "decoding with a key-value cache and one forward pass disagree")

@@ -11,12 +11,12 @@ from nla_utils.artefacts import require_disk, sha256_file
 from nla_utils.config import cache_dir
 from nla_utils.errors import SourceError
 
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-def snapshot(source: str, patterns: Sequence[str], kind: str = "model") -> Path:
-    """Folder with a repository's files that match ``patterns``, at one commit.
+def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored: Sequence[str] = ()) -> Path:
+    """Folder with a repository's files that match ``patterns`` and none of ``ignored``, at one commit.
 
     ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``; without a revision the
     newest commit is resolved and printed, so that it can be pinned. What is in the cache is not fetched again; a cut
@@ -36,17 +36,36 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model") -> Path:
         info = HfApi().repo_info(repo, revision=revision or None, repo_type=kind, files_metadata=True)
         if not COMMIT.match(revision):
             print(f"{repo}: using commit {info.sha}; pin it with {repo}@{info.sha}")
-        wanted = [s for s in info.siblings if any(fnmatch(s.rfilename, p) for p in patterns)]
+        wanted = [s for s in info.siblings if any(fnmatch(s.rfilename, p) for p in patterns)
+                  and not any(fnmatch(s.rfilename, p) for p in ignored)]  # fmt: skip
+        own = _users_own(repo, kind, info.sha, wanted)
+        if own is not None:
+            return own
         require_disk(_hub_cache(), sum(s.size or 0 for s in wanted))
         folder = Path(
             snapshot_download(
-                repo, repo_type=kind, revision=info.sha, cache_dir=_hub_cache(), allow_patterns=list(patterns)
+                repo, repo_type=kind, revision=info.sha, cache_dir=_hub_cache(), allow_patterns=list(patterns),
+                ignore_patterns=list(ignored),
             )
         )
     except (OSError, HTTPError) as error:
         raise SourceError(_explain(repo, revision, kind, error)) from None
     _check_hashes(folder, info)
     (folder / ".verified").touch()
+    return folder
+
+
+def _users_own(repo: str, kind: str, commit: str, wanted: Sequence) -> Path | None:
+    """The snapshot in the user's own cache of the hub's client (``HF_HOME``, ``HF_HUB_CACHE``), if it is complete and its
+    large files have the hashes that the hub names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = None
+    for s in wanted:
+        path = try_to_load_from_cache(repo, s.rfilename, revision=commit, repo_type=kind)
+        if not isinstance(path, str) or (s.lfs is not None and sha256_file(Path(path)) != s.lfs.sha256):
+            return None
+        folder = Path(path).parents[s.rfilename.count("/")]
     return folder
 
 

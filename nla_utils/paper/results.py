@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Optional
 
-from nla_utils.artefacts import read_json, sha256_file
+from nla_utils.artefacts import read_record, sha256_file
 from nla_utils.config import ROOT
 
 COMMITTED = ROOT / "paper" / "results"
@@ -64,7 +64,7 @@ class RunResults:
     def optional(self, name: str) -> Optional[dict]:
         """A results file that not every run has; ``None`` without it."""
         path = self.folder / f"{name}.json"
-        return read_json(path) if path.exists() else None
+        return read_record(path) if path.exists() else None
 
     def sha256(self, name: str) -> str:
         return sha256_file(self.folder / f"{name}.json")
@@ -76,7 +76,7 @@ def load_results(folder: Path) -> Optional[RunResults]:
     inner = folder / "results" if (folder / "results").is_dir() else folder
     if not all((inner / f"{n}.json").exists() for n in NAMES):
         return None
-    data = {n: read_json(inner / f"{n}.json") for n in NAMES}
+    data = {n: read_record(inner / f"{n}.json") for n in NAMES}
     return RunResults(data["targets"]["identity"]["backbone"], data["targets"]["profile"], data, inner)
 
 

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
-import numpy as np
 import typer
 
-from nla_utils.config import ROOT, RunConfig, parse_seeds
+from nla_utils.config import RunConfig, parse_seeds
 from nla_utils.errors import ConfigError
 from nla_utils.runner.options import Adopt, Layers, Sequences, app, finish, show, with_config
 
@@ -102,27 +101,10 @@ def replicate(
     typer.echo(f"  reader over seeds   {show(run.write_results(SEEDS_RESULTS, *repeat(run, chosen)))}")
 
 
-def read_vector(path: Path) -> np.ndarray:
-    """The one vector in a ``.npy`` or ``.safetensors`` file; raises ``ConfigError`` that says what is wrong."""
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist")
-    if path.suffix == ".npy":
-        # numpy refuses object arrays unless told otherwise.
-        return np.load(path).squeeze()
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        tensors = load_file(path)
-        if len(tensors) != 1:
-            raise ConfigError(f"{path} holds {sorted(tensors)}; exactly one tensor is read")
-        return next(iter(tensors.values())).squeeze()
-    raise ConfigError(f"{path}: a vector is read from .npy or .safetensors, not {path.suffix or 'a bare name'}")
-
-
 @app.command()
 def verbalize(
     text: Annotated[Optional[str], typer.Option(help="Take the activation of this text.")] = None,
-    vector: Annotated[Optional[Path], typer.Option(help="Or read it from a .npy or .safetensors file.")] = None,
+    vector: Annotated[Optional[Path], typer.Option(help="Or read it from a .npy, .safetensors or .pt file.")] = None,
     token: Annotated[int, typer.Option(help="Which token of the text; negative counts from the end.")] = -1,
     backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
     run: Annotated[Optional[Path], typer.Option(help="A finished run folder, if not the shipped verbalizers.")] = None,
@@ -132,7 +114,7 @@ def verbalize(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put one activation into words: the best of k texts, its score, and what chance and retrieval give."""
-    from nla_utils.extensions.release.api import NLA
+    from nla_utils.extensions.release.api import NLA, read_vector
 
     if (text is None) == (vector is None):
         raise ConfigError("give either --text or --vector")
@@ -161,7 +143,7 @@ def bundle(config: RunConfig) -> None:
 
     run = open_run(config)
     for path in write_bundle(run, BUNDLES / run.backbone.name):
-        typer.echo(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.1f} MB")
+        typer.echo(f"  {show(path)}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 @with_config(profile="laptop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,16 +13,17 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
+import filelock
 import papermill
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from transformers import AutoConfig
 
-from nla_utils.artefacts import RunFolder, atomic_write, read_json, require_disk
-from nla_utils.config import ROOT, RunConfig
+from nla_utils.artefacts import RunFolder, atomic_write, read_record, require_disk
+from nla_utils.config import DATA, ROOT, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError, NotebookError, nearest
 from nla_utils.extensions.depth.tables import RESULTS as DEPTH
 from nla_utils.lm.registry import fetch, fetch_av, fetch_targets, resolve
@@ -88,7 +90,7 @@ def is_cached(folder: RunFolder, stage: Stage) -> bool:
     for name in stage.artefacts:
         folder.load(name)
     path = folder.file(f"results/{stage.results}.json")
-    return path.exists() and all(folder.sha256_of(n) == digest for n, digest in read_json(path)["made_from"].items())
+    return path.exists() and all(folder.sha256_of(n) == digest for n, digest in read_record(path)["made_from"].items())
 
 
 def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
@@ -133,17 +135,50 @@ def reproduce(configs: Sequence[RunConfig], finish: Callable[[RunFolder], None],
     All configurations are checked before the first long stage starts. Raises ``NotebookError``.
     """
     folders = [preflight(c, stages) for c in configs]
+    _require_distinct(configs, folders)
     for config, folder in zip(configs, folders):
-        stale = False
-        for stage in stages:
-            label = f"{folder.backbone} {stage.name}"
-            # Whatever comes after a stage that ran is run again: it may have been made from older inputs.
-            if not stale and is_cached(folder, stage):
-                print(f"{label}: cached, skipped", flush=True)
-                continue
-            stale = True
-            run_notebook(config, folder, stage, label)
-        finish(folder)
+        with _alone_in(folder):
+            _run_stages(config, folder, stages)
+            finish(folder)
+
+
+def _run_stages(config: RunConfig, folder: RunFolder, stages: Sequence[Stage]) -> None:
+    stale = False
+    for stage in stages:
+        label = f"{folder.backbone} {stage.name}"
+        # Whatever comes after a stage that ran is run again: it may have been made from older inputs.
+        if not stale and is_cached(folder, stage):
+            print(f"{label}: cached, skipped", flush=True)
+            continue
+        stale = True
+        run_notebook(config, folder, stage, label)
+
+
+def _require_distinct(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> None:
+    """Raise ``ConfigError`` where two runs would write into one folder."""
+    by_path: dict[Path, RunConfig] = {}
+    for config, folder in zip(configs, folders):
+        other = by_path.setdefault(folder.path, config)
+        if other is not config:
+            raise ConfigError(
+                f"{other.backbone} and {config.backbone} would both write into {folder.path}; give one another --out, or "
+                f"rename its folder"
+            )
+
+
+@contextlib.contextmanager
+def _alone_in(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder for this process; a process that dies lets go of it. Raises ``ArtefactError`` if another has it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.file("run.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ArtefactError(f"another process is at work in {folder.path}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str) -> None:
@@ -154,12 +189,12 @@ def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str)
     failed.unlink(missing_ok=True)
     # A parameter that a notebook does not use is part of the run all the same.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as tmp, Ticker(label, Path(tmp) / "progress"):
+    with tempfile.TemporaryDirectory() as tmp, own_kernel(Path(tmp)) as kernel, Ticker(label, Path(tmp) / "progress"):
         out = Path(tmp) / executed.name
         try:
             papermill.execute_notebook(
-                ROOT / "notebooks" / f"{stage.notebook}.ipynb", out, parameters=parameters(config),
-                kernel_name="python3", progress_bar=False, cwd=ROOT,
+                _literal(DATA / "notebooks" / f"{stage.notebook}.ipynb"), _literal(out), parameters=parameters(config),
+                kernel_name=kernel, progress_bar=False, cwd=ROOT,
                 # A kernel that is stopped with its command says so at length, as an error.
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )  # fmt: skip
@@ -171,6 +206,31 @@ def run_notebook(config: RunConfig, folder: RunFolder, stage: Stage, label: str)
             raise NotebookError(f"{stage.name}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
         notebook = tidy(json.loads(out.read_text(encoding="utf-8")))
     atomic_write(executed, (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def own_kernel(folder: Path) -> Iterator[str]:
+    """Name of a kernel that is this environment's, with nothing of the user's start-up files or display settings."""
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3", "language": "python",
+        "env": {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "IPYTHONDIR": str(folder / "ipython"),
+                "PYTHONSTARTUP": ""},
+    }  # fmt: skip
+    atomic_write(folder / "kernels" / "nla" / "kernel.json", json.dumps(spec).encode())
+    before = os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = str(folder)
+    try:
+        yield "nla"
+    finally:
+        os.environ.pop("JUPYTER_PATH")
+        if before is not None:
+            os.environ["JUPYTER_PATH"] = before
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it: it reads braces as fields to fill in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def parameters(config: RunConfig) -> dict:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Annotated, Callable, Collection, Optional, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
+from nla_utils import __version__
 from nla_utils.artefacts import RunFolder
 from nla_utils.config import PROFILES, ROOT, RunConfig, size_overrides
 from nla_utils.errors import NLAError
@@ -43,9 +45,24 @@ class OneHandler(TyperGroup):
 
 
 app = typer.Typer(
-    cls=OneHandler, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Activations as text: §11 reproduced, audited, and what stands beside it.",
-)  # fmt: skip
+    cls=OneHandler, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Activations as text: §11 reproduced, audited, and what stands beside it."""
+    # A terminal that cannot show a character shows another; it is no reason to stop.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 def with_config(without: Collection[str] = (), **defaults: object) -> Callable:

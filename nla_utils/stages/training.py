@@ -9,12 +9,12 @@ from typing import Optional
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from nla_utils import workers
-from nla_utils.artefacts import atomic_write, derive_seed
+from nla_utils.artefacts import arrays_hash, atomic_write, derive_seed
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
@@ -158,6 +158,7 @@ class Trainer:
             state = self.optimizer.state[p]
             tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
         record = {"identity": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
+        record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
         if workers.leads():
             atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
 
@@ -166,9 +167,14 @@ class Trainer:
         return {**self.run.folder.identity, **plan, "target_span": self.av.config.target_span}
 
     def _resume(self) -> None:
-        with safe_open(self.state_file, "pt") as f:
-            record = json.loads(f.metadata()["record"])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        try:
+            with safe_open(self.state_file, "pt") as f:
+                record = json.loads(f.metadata()["record"])
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            record, tensors = {}, {}
+        if record.get("sha256") != arrays_hash({k: x.numpy() for k, x in tensors.items()}):
+            raise ArtefactError(f"{self.state_file} is truncated or altered; delete it and rerun")
         if record["identity"] != self._plan():
             raise ArtefactError(f"{self.state_file} belongs to another training run; delete it and rerun")
         self.history = History(record["loss"], record["validation"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import asdict
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from safetensors.torch import load_file, save
@@ -81,6 +81,8 @@ class ActivationVerbalizer(nn.Module):
                     f"{source}: {name} is {tuple(tensors[name].shape)}, this backbone's AV has "
                     f"{tuple(p.shape)}; it was trained on another backbone or prefix length"
                 )
+            if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
+                raise ArtefactError(f"{source}: {name} holds what is no finite number")
             p.data.copy_(tensors[name])
         return self
 
@@ -103,7 +105,7 @@ def checkpoint_record(folder: Path) -> dict:
     path = folder / "best_av.pt"
     if not path.exists():
         return {"val_fve_nrm": None, "step": None}
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read_pt(path)
     return {k: state[k] for k in ("val_fve_nrm", "step")}
 
 
@@ -118,8 +120,20 @@ def import_av(folder: Path, backbone: Backbone) -> ActivationVerbalizer:
         raise ArtefactError(f"{folder}: the AV reads layer {reads}, this run extracts layer {extracts}")
     av = ActivationVerbalizer.of(config, backbone)
     path = folder / "best_av.safetensors"
-    if path.exists():
-        return av.load_trainable(load_file(path), str(path))
-    path = folder / "best_av.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return av.load_trainable(state["trainable"], str(path))
+    tensors = _read(path, load_file) if path.exists() else _read_pt(path := folder / "best_av.pt")["trainable"]
+    return av.load_trainable(tensors, str(path))
+
+
+def _read_pt(path: Path) -> dict:
+    state = _read(path, lambda p: torch.load(p, map_location="cpu", weights_only=True))
+    if not isinstance(state, dict) or not {"trainable", "val_fve_nrm", "step"} <= set(state):
+        raise ArtefactError(f"{path} is no AV checkpoint: it holds no trainable, val_fve_nrm and step")
+    return state
+
+
+def _read(path: Path, read: Callable[[Path], dict]) -> dict:
+    try:
+        return read(path)
+    # Each format has errors of its own for a file that is empty, cut, altered or unsafe.
+    except Exception as error:
+        raise ArtefactError(f"{path} was not read ({error or type(error).__name__}); fetch it again") from None

@@ -13,6 +13,8 @@ from typing import Optional, Sequence
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from nla_utils.config import RunConfig
 from nla_utils.errors import ConfigError, nearest
@@ -76,20 +78,18 @@ class NLA:
 
         ``token`` counts from 0, or from the end if negative. Raises ``ConfigError`` if there is no such token.
         """
-        ids = self.backbone.tokenize_text(text)
-        if not ids:
-            raise ConfigError(f"the text {text!r} has no tokens")
+        ids = self._ids(text)
         if not -len(ids) <= token < len(ids):
             raise ConfigError(f"token {token} is out of range: the text has {len(ids)} tokens")
         return self.backbone.encode([ids[: token % len(ids) + 1]], start=True)[0]
 
     def trace(self, text: str) -> list[tuple[str, np.ndarray]]:
         """Each token of a text and the activation there: (token as text, v (d,))."""
-        ids = self.backbone.tokenize_text(text)
+        ids = self._ids(text)
         h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
         return [(self.backbone.tokenizer.decode([i]), h) for i, h in zip(ids, h_nd)]
 
-    def verbalize(self, v: np.ndarray, k: int = 64, method: str = "reader", seed: int = 0) -> Verbalization:
+    def verbalize(self, v: np.ndarray | Tensor, k: int = 64, method: str = "reader", seed: int = 0) -> Verbalization:
         """The best of k texts for v (d,), chosen by re-encoding.
 
         Args:
@@ -108,27 +108,44 @@ class NLA:
         h = self.backbone.encode(texts, start=True)
         score = fve(h, v, mu)
         best = 1 + int(score[1:].argmax())
-        text, value = texts[best], float(score[best])
+        text = texts[best]
         if method == "guided":
             found = guided_search(
                 self.bundle.reader, self.backbone, v[None], mu, np.array(texts[1:])[None], h[None, 1:], GUIDED_TOKENS
             )  # fmt: skip
-            text, value = found.ids[0].tolist(), float(found.curve[0, -1])
+            text = found.ids[0].tolist()
+        value = self._score(text, v)
         null = fve(self.bundle.pool_v, v, mu)
         near = int(null.argmax())
         return Verbalization(
             method=method, k=k, text=self._text(text), score=value, percentile=float((null < value).mean() ** k),
-            greedy=self._text(texts[0]), greedy_score=float(score[0]),
+            greedy=self._text(texts[0]), greedy_score=self._score(texts[0], v),
             retrieved=self._text(self.bundle.pool_texts[near]), retrieved_score=float(null[near]),
         )  # fmt: skip
 
-    def _checked(self, v: np.ndarray) -> np.ndarray:
-        v = np.asarray(v, dtype=np.float32)
+    def _ids(self, text: str) -> list[int]:
+        ids = self.backbone.tokenize_text(text)
+        if not ids:
+            raise ConfigError(f"the text {text!r} has no tokens")
+        if ids[0] == self.backbone.start_id:
+            start = self.backbone.tokenizer.decode(ids[:1])
+            raise ConfigError(f"the text begins with {start!r}, which is put before every text anyway; leave it out")
+        return ids
+
+    def _checked(self, v: np.ndarray | Tensor) -> np.ndarray:
+        # A hidden state as a model gives it: any float dtype, on any device, (d,), (1, d) or (1, 1, d).
+        v = torch.as_tensor(v).detach().float().cpu().numpy()
+        v = v.reshape(-1) if v.ndim > 1 and v.size == v.shape[-1] else v
         if v.shape != (self.backbone.d,):
             raise ConfigError(f"an activation of {self.backbone.name} has shape ({self.backbone.d},), not {v.shape}")
         if not np.isfinite(v).all():
             raise ConfigError("the activation holds NaN or infinity")
         return v
+
+    def _score(self, ids: Sequence[int], v: np.ndarray) -> float:
+        """The score that anyone gets who reads the text again: tokenized from its letters, and encoded alone."""
+        as_read = self.backbone.tokenize_text(self._text(ids)) or list(ids)
+        return float(fve(self.backbone.encode([as_read], start=True), v, self.bundle.mu)[0])
 
     def _reader(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
         """The greedy text first, then k draws."""
@@ -146,3 +163,26 @@ class NLA:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.backbone.decode_text(ids)
+
+
+def read_vector(path: Path) -> Tensor:
+    """The one tensor in a ``.npy``, ``.safetensors`` or ``.pt`` file; raises ``ConfigError`` that says what is wrong."""
+    readers = {
+        ".npy": lambda: {"": torch.from_numpy(np.load(path, allow_pickle=False))},
+        ".safetensors": lambda: load_file(path),
+        ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
+    }
+    if path.suffix not in readers:
+        raise ConfigError(f"{path}: a vector is read from {', '.join(readers)}, not {path.suffix or 'a bare name'}")
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    try:
+        content = readers[path.suffix]()
+    # Each format has errors of its own for a file that is empty, cut, or of another kind.
+    except Exception as error:
+        raise ConfigError(f"{path} was not read: {error or type(error).__name__}; it has to hold one tensor") from None
+    tensors = list(content.values()) if isinstance(content, dict) else [content]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor) or not tensors[0].is_floating_point():
+        held = sorted(content) if isinstance(content, dict) and len(content) != 1 else "no floating-point tensor"
+        raise ConfigError(f"{path} holds {held}; exactly one tensor of floats is read")
+    return tensors[0]

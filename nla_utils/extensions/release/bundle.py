@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 
-from nla_utils.artefacts import RunFolder, atomic_write, code_version, read_json, sha256_file, write_json
-from nla_utils.config import ROOT, AVConfig, RunConfig
+from nla_utils.artefacts import RunFolder, atomic_write, code_version, read_record, sha256_file, write_record
+from nla_utils.config import DATA, AVConfig, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.extensions.tail_reader.reader import TailReader, half_norms, load_reader, reader_from
 from nla_utils.lm.backbone import Backbone
@@ -26,7 +26,7 @@ from nla_utils.stages.targets import load_targets
 from nla_utils.stages.training import load_av
 from nla_utils.stages.verbalizer import ActivationVerbalizer, import_av
 
-BUNDLES = ROOT / "bundles"
+BUNDLES = DATA / "bundles"
 # Tokens that a shipped reader writes, and texts that it retrieves from: what keeps each file under 5 MB.
 SHIPPED_TAIL = 4
 SHIPPED_TEXTS = 512
@@ -48,9 +48,9 @@ class Bundle:
     def layer_of(backbone: str, run: Optional[Path]) -> Optional[int]:
         """The layer that a run's or a shipped bundle's verbalizers read; ``None`` if there are none to ask."""
         if run is not None:
-            return read_json(run / "targets.safetensors.json")["identity"]["layer"]
+            return read_record(run / "targets.safetensors.json")["identity"]["layer"]
         record = BUNDLES / resolve(backbone).name / "bundle.json"
-        return read_json(record)["identity"]["layer"] if record.exists() else None
+        return read_record(record)["identity"]["layer"] if record.exists() else None
 
 
 def load_bundle(backbone: Backbone, run: Optional[Path]) -> Bundle:
@@ -60,7 +60,7 @@ def load_bundle(backbone: Backbone, run: Optional[Path]) -> Bundle:
 
 def _of_run(backbone: Backbone, path: Path) -> Bundle:
     folder = RunFolder(path.resolve(), {k: v for k, v in backbone.identity().items() if k in IDENTITY})
-    sizes = read_json(folder.file("results/targets.json"))["sizes"]
+    sizes = read_record(folder.file("results/targets.json"))["sizes"]
     config = RunConfig(
         backbone=backbone.name, n_targets=sizes["N"], n_eval=sizes["M"], pool_size=sizes["pool"], n_rollouts=sizes["K"]
     )
@@ -76,13 +76,13 @@ def _shipped(backbone: Backbone) -> Bundle:
             f"no verbalizers ship for {backbone.name}; make them with "
             f"`nla reproduce --backbone {backbone.name} --with tail-reader` and give the run folder (run=, --run)"
         )
-    record = read_json(folder / "bundle.json")
+    record = read_record(folder / "bundle.json")
     own = backbone.identity()
     for key, value in record["identity"].items():
         if own[key] != value:
             raise ArtefactError(f"{folder}: made with {key} = {value!r}, this backbone has {own[key]!r}")
     for name, digest in record["sha256"].items():
-        if sha256_file(folder / name) != digest:
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise ArtefactError(f"{folder / name} is not the file that bundle.json names; restore it from git")
     tensors = {name: load_file(folder / name) for name in FILES}
     av = ActivationVerbalizer.of(AVConfig(**record["av_config"]), backbone)
@@ -123,7 +123,7 @@ def write_bundle(run: Run, out: Path) -> list[Path]:
         "profile": run.config.folder_name,
         "code": code_version(),
     }
-    write_json(out / "bundle.json", record)
+    write_record(out / "bundle.json", record)
     return [out / name for name in (*FILES, "bundle.json")]
 
 
