@@ -66,7 +66,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         said = f"{path} could not be written ({error.strerror or error})"
-        raise ArtefactError(f"{said}; make room, then run the same command again") from None
+        raise ArtefactError(f"{said}; make room or make it writable, then run the same command again") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,8 +13,8 @@ from nla_utils.artefacts import RunFolder, code_version, library_versions, read_
 from nla_utils.config import Profile, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, identity
-from nla_utils.lm.loading import load_backbone, pick_device, pick_layer, read_model_config, special_ids
-from nla_utils.lm.registry import fetch, resolve, weight_hash
+from nla_utils.lm.loading import load_backbone, pick_device, pick_layer, special_ids
+from nla_utils.lm.registry import fetch, read_model_config, resolve, weight_hash
 
 
 @dataclass

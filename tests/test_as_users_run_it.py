@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from nla_utils.artefacts import ChunkStore
 from nla_utils.config import ROOT, RunConfig
-from nla_utils.errors import BackboneError, ConfigError
+from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.extensions.release.api import NLA, read_vector
 from nla_utils.lm.checks import check_backbone
 from nla_utils.lm.loading import load_backbone, pick_device
@@ -154,6 +154,14 @@ def test_a_multimodal_model_is_refused_by_name_before_weights_load(tmp_path):
     (tmp_path / "model").mkdir()
     Gemma3Config().save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="is multimodal .Gemma3Config.*kind gemma3_text"):
+        load_backbone(tiny_config(tmp_path / "model", tmp_path))
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "nosuch"}', "{}", '{"a": ', '{"model_type": "llama", "hidden_size": "x"}'])
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(text)
+    with pytest.raises(SourceError, match="config.json is no configuration of a model known here"):
         load_backbone(tiny_config(tmp_path / "model", tmp_path))
 
 

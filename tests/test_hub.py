@@ -112,8 +112,19 @@ def test_what_the_user_already_has_is_not_fetched_again(hub, tmp_path):
     assert ask(hub, tmp_path, "org/model")[0] == 0 and (tmp_path / "hub").exists()
 
 
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_path):
+    hub.files["org/model"]["config.json"] = b'{"model_type": "gemma3"}'
+    program = "from nla_utils.lm.registry import fetch, resolve; fetch(resolve('org/model'))"
+    done = in_a_process(hub, tmp_path, program)
+    assert "org--model is multimodal (Gemma3Config)" in done.stderr
+    assert "config.json" in hub.served and "model.safetensors" not in hub.served
+    del hub.files["org/model"]["config.json"]
+    assert "org/model has no config.json" in in_a_process(hub, tmp_path, program).stderr
+
+
 def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, tmp_path):
-    hub.files["org/model"] |= {"consolidated.safetensors": WEIGHTS, "original/model.safetensors": WEIGHTS}
+    hub.files["org/model"] |= {"config.json": b'{"model_type": "llama"}',
+                               "consolidated.safetensors": WEIGHTS, "original/model.safetensors": WEIGHTS}  # fmt: skip
     program = (
         "import sys; from nla_utils.lm.registry import fetch, resolve\n"
         "print(*sorted(p.name for p in fetch(resolve('org/model')).rglob('*.safetensors')))"

@@ -23,10 +23,6 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
     download goes on where it was. Raises ``SourceError`` for everything that can go wrong, with what to do about it.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The base of the transport's errors, whichever HTTP library this version of the hub's client is built on.
-    HTTPError = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
 
     repo, _, revision = source.partition("@")
     kept = _kept(repo, revision, kind)
@@ -48,11 +44,35 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
                 ignore_patterns=list(ignored),
             )
         )
-    except (OSError, HTTPError) as error:
+    except (OSError, _transport_error()) as error:
         raise SourceError(_explain(repo, revision, kind, error)) from None
     _check_hashes(folder, info)
     (folder / ".verified").touch()
     return folder
+
+
+def first_file(source: str, name: str) -> Path:
+    """One small file of a model repository, fetched alone, so that a model can be refused before its weights are fetched.
+
+    Raises ``SourceError`` as :func:`snapshot` does, also where the repository has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repo, _, revision = source.partition("@")
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=_hub_cache()))
+    except EntryNotFoundError:
+        raise SourceError(f"{source} has no {name}; it is no folder of a transformers model") from None
+    except (OSError, _transport_error()) as error:
+        raise SourceError(_explain(repo, revision, "model", error)) from None
+
+
+def _transport_error() -> type[Exception]:
+    """The base of the transport's errors, whichever HTTP library this version of the hub's client is built on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
 
 
 def _users_own(repo: str, kind: str, commit: str, wanted: Sequence) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla_utils.artefacts import read_json
 from nla_utils.config import RunConfig
@@ -15,7 +15,7 @@ from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.checks import check_backbone
-from nla_utils.lm.registry import BackboneSpec, fetch, resolve, weight_hash
+from nla_utils.lm.registry import BackboneSpec, fetch, read_model_config, resolve, weight_hash
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
 SPLIT = "split"
@@ -101,23 +101,6 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
     if any(table.device.type == "meta" for table in tables):
         raise BackboneError(f"{folder}: its embeddings or its head find no room on the cards; they cannot be offloaded")
     return model
-
-
-def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
-    """The model's configuration; raises ``ConfigError`` for a kind of model that is not supported, before weights load."""
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config()
-    if text is not config:
-        raise ConfigError(
-            f"{spec.name} is multimodal ({type(config).__name__}); save its language model alone, of kind "
-            f"{text.model_type}, and give that folder"
-        )
-    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        raise ConfigError(
-            f"{spec.name}: its embeddings have width {config.word_embed_proj_dim}, its layers {config.hidden_size}; "
-            f"an activation cannot enter as an embedding"
-        )
-    return config
 
 
 def special_ids(spec: BackboneSpec, tokenizer, folder: Path) -> tuple[int, tuple[int, ...], int]:

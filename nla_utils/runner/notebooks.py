@@ -20,13 +20,12 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
-from transformers import AutoConfig
 
 from nla_utils.artefacts import RunFolder, atomic_write, read_record, require_disk
 from nla_utils.config import DATA, ROOT, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError, NotebookError, nearest
 from nla_utils.extensions.depth.tables import RESULTS as DEPTH
-from nla_utils.lm.registry import fetch, fetch_av, fetch_targets, resolve
+from nla_utils.lm.registry import fetch, fetch_av, fetch_targets, read_model_config, resolve
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.progress import MIRROR_VARIABLE
 from nla_utils.run import open_run
@@ -104,8 +103,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         _require_results(folder)
     else:
         _require_artefacts(folder, stages)
-        s = config.sizes
-        d = AutoConfig.from_pretrained(fetch(resolve(config.backbone))).hidden_size
+        s, spec = config.sizes, resolve(config.backbone)
+        d = read_model_config(spec, fetch(spec)).hidden_size
         require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
     return folder
 
