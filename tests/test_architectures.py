@@ -8,14 +8,20 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OlmoConfig,
     Qwen2Config,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    xLSTMConfig,
 )
 
 from nla_utils.errors import BackboneError, ConfigError
 from nla_utils.extensions.tail_reader.reader import fit_reader, read_greedy
+from nla_utils.lm.loading import load_backbone
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import open_run
 from nla_utils.scores.ceilings import score_ceilings
@@ -33,6 +39,17 @@ ARCHITECTURES = {
     "llama-tied": lambda ids: LlamaConfig(**SHAPE, **ids, tie_word_embeddings=True),
     "qwen2-untied": lambda ids: Qwen2Config(**SHAPE, **ids, tie_word_embeddings=False),
 }
+HYBRID = ["linear_attention", "full_attention"] * 2
+RECURRENT = {
+    "lfm2": lambda ids: Lfm2Config(**SHAPE, **ids, layer_types=["conv", "full_attention"] * 2),
+    "qwen3-next": lambda ids: Qwen3NextConfig(
+        **SHAPE, **ids, layer_types=HYBRID, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+    ),
+    "xlstm": lambda ids: xLSTMConfig(hidden_size=32, num_heads=4, num_hidden_layers=4, **ids),
+    "mamba": lambda ids: MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=4, **ids),
+    "recurrent-gemma": lambda ids: RecurrentGemmaConfig(**PLAIN, **ids, lru_width=32, attention_window_size=16),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shard", ["5GB", "30KB"], ids=["one-file", "sharded"])
@@ -51,6 +68,14 @@ def test_the_chain_runs(name, shard, tmp_path):
     assert replay == pytest.approx(1.0, abs=1e-4)
     rollouts = make_rollouts(run, targets)
     assert np.isfinite(rollouts.h_bos).all()
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_hybrid_and_recurrent_models_are_refused_at_load_by_name(name, tmp_path):
+    """Their states are no key-value cache: cut short, padded or cached, they give other numbers, or none."""
+    folder = save_tiny(tmp_path / name, RECURRENT[name], build_tokenizer("right", False, True))
+    with pytest.raises(BackboneError, match=rf"^{name}: .*ForCausalLM\)? is not supported$"):
+        load_backbone(tiny_config(folder, tmp_path))
 
 
 def test_a_tokenizer_without_pad_is_padded_by_its_eos(tmp_path):

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from nla_utils.artefacts import RunFolder
 from nla_utils.config import ROOT
-from nla_utils.extensions.release.publish import make_release
+from nla_utils.extensions.release.publish import dataset_card, make_release, model_card
+from nla_utils.paper.results import COMMITTED, load_results
 from nla_utils.runner.cli import app
 from nla_utils.runner.notebooks import ALL_STAGES
 
@@ -163,6 +164,14 @@ def test_a_release_of_the_run_is_whole(reproduced, tmp_path):
     for word in ("paper protocol", "corrected", "control: unrelated text", "left_pad", "Trainable parameters"):
         assert word in card
     assert "sha256" in (release.dataset / "README.md").read_text()
+    assert "license:" not in card
+
+
+@pytest.mark.parametrize("backbone, license", [("gemma3-270m", "gemma"), ("smollm2-135m", "apache-2.0")])
+def test_cards_carry_the_licence_of_the_weights_that_they_derive_from(backbone, license, tmp_path):
+    results = load_results(COMMITTED / backbone / "quick")
+    for card in (model_card(results), dataset_card(results, tmp_path)):
+        assert card.startswith(f"---\nlicense: {license}\n")
 
 
 def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monkeypatch):

@@ -42,7 +42,8 @@ class BackboneSpec:
 
     ``layer`` None means round(0.73 L). ``start_id`` None means the tokenizer's BOS. ``eos_ids``
     None means the tokenizer's EOS. ``padding_side`` None means the tokenizer's own.
-    ``ceiling`` is the row that the paper divides by in ρ on this backbone.
+    ``ceiling`` is the row that the paper divides by in ρ on this backbone. ``license`` is that of the weights, which
+    holds for what derives from them; None where it is not known here.
     """
 
     name: str
@@ -53,6 +54,7 @@ class BackboneSpec:
     eos_ids: Optional[tuple[int, ...]] = None
     padding_side: Optional[str] = None
     ceiling: str = "paraphrase_bestof8"
+    license: Optional[str] = None
 
 
 def _read_registry() -> dict[str, BackboneSpec]:

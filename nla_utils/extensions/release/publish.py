@@ -10,6 +10,7 @@ import pandas as pd
 
 from nla_utils.artefacts import RunFolder, atomic_write, sha256_file
 from nla_utils.errors import ArtefactError
+from nla_utils.lm.registry import REGISTRY
 from nla_utils.paper.pages import render
 from nla_utils.paper.results import RunResults, load_results
 from nla_utils.paper.section import tables_of_run
@@ -68,7 +69,7 @@ def model_card(results: RunResults) -> str:
     facts, training, commit = (results.data[k] for k in ("targets", "training", "centered_eval"))
     return render(
         "model_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], training=training,
-        commit=commit["code"]["git_commit"], tables=tables_of_run(results),
+        commit=commit["code"]["git_commit"], tables=tables_of_run(results), license=_license(facts),
     )  # fmt: skip
 
 
@@ -76,7 +77,14 @@ def dataset_card(results: RunResults, folder: Path) -> str:
     """The dataset card: what the files hold, how the targets were drawn, their health."""
     facts = results.data["targets"]
     files = [(p.name, f"{p.stat().st_size:,}", sha256_file(p)) for p in sorted(folder.glob("targets.*"))]
-    return render("dataset_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], files=files)
+    return render("dataset_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], files=files,
+                  license=_license(facts))  # fmt: skip
+
+
+def _license(facts: dict) -> str | None:
+    """Of the backbone's weights, which holds for what derives from them."""
+    spec = REGISTRY.get(facts["identity"]["backbone"])
+    return spec and spec.license
 
 
 def push(release: Release, model_repo: str, dataset_repo: str) -> list[str]:
