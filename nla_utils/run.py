@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Optional
 
-from transformers import AutoTokenizer
-
 from nla_utils.artefacts import RunFolder, code_version, library_versions, read_record, write_record
 from nla_utils.config import Profile, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, identity
-from nla_utils.lm.loading import load_backbone, pick_device, pick_layer, special_ids
-from nla_utils.lm.registry import fetch, read_model_config, resolve, weight_hash
+from nla_utils.lm.loading import Description, describe, load_backbone, pick_device
+from nla_utils.lm.registry import weight_hash
 
 
 @dataclass
@@ -77,10 +75,11 @@ def open_run(config: RunConfig, weights: bool = True) -> Run:
     """
     if weights:
         return Run.of(config, load_backbone(config))
-    spec = resolve(config.backbone)
-    source = fetch(spec)
-    layer = pick_layer(config.layer, spec, read_model_config(spec, source).num_hidden_layers)
-    special = special_ids(spec, AutoTokenizer.from_pretrained(source), source)
+    return Run(config, described_folder(config, describe(config)))
+
+
+def described_folder(config: RunConfig, found: Description) -> RunFolder:
+    """The folder of a run whose weights are not loaded, its identity that of the run with them."""
     device = pick_device(config.device).split(":")[0]
-    found = identity(spec, weight_hash(source), layer, special, config.dtype, device)
-    return Run(config, RunFolder.of(config, spec.name, {**found, "seed": config.seed}))
+    own = identity(found.spec, weight_hash(found.folder), found.layer, found.special, config.dtype, device)
+    return RunFolder.of(config, found.spec.name, {**own, "seed": config.seed})

@@ -50,7 +50,9 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
         )
     except (OSError, _transport_error()) as error:
         raise SourceError(_explain(repo, revision, kind, error)) from None
-    _check_hashes(folder, info)
+    for sibling in info.siblings:
+        if (folder / sibling.rfilename).exists():
+            _check_hash(folder / sibling.rfilename, sibling, info)
     (folder / ".verified").touch()
     return folder
 
@@ -58,11 +60,12 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
 def _config_alone(info) -> Path:
     from huggingface_hub import hf_hub_download
 
-    if not any(s.rfilename == "config.json" for s in info.siblings):
+    config = next((s for s in info.siblings if s.rfilename == "config.json"), None)
+    if config is None:
         raise SourceError(f"{info.id} has no config.json; it is no model of the transformers library")
-    folder = Path(hf_hub_download(info.id, "config.json", revision=info.sha, cache_dir=_hub_cache())).parent
-    _check_hashes(folder, info)
-    return folder
+    path = Path(hf_hub_download(info.id, config.rfilename, revision=info.sha, cache_dir=_hub_cache()))
+    _check_hash(path, config, info)
+    return path.parent
 
 
 def _transport_error() -> type[Exception]:
@@ -96,17 +99,15 @@ def _kept(repo: str, revision: str, kind: str) -> Path | None:
     return folder if COMMIT.match(revision) and (folder / ".verified").exists() else None
 
 
-def _check_hashes(folder: Path, info) -> None:
-    """Every file has the hash that the hub's record of the commit names; a wrong one is removed."""
-    for sibling in info.siblings:
-        path = folder / sibling.rfilename
-        if path.exists() and not _is_published(path, sibling):
-            path.resolve().unlink()
-            path.unlink()
-            raise SourceError(
-                f"{info.id}@{info.sha}: {sibling.rfilename} does not have the hash that the hub names; it was removed, "
-                f"run the command again"
-            )
+def _check_hash(path: Path, sibling, info) -> None:
+    """Remove a file and raise ``SourceError`` if it does not have the hash that the hub's record of the commit names."""
+    if not _is_published(path, sibling):
+        path.resolve().unlink()
+        path.unlink()
+        raise SourceError(
+            f"{info.id}@{info.sha}: {sibling.rfilename} does not have the hash that the hub names; it was removed, "
+            f"run the command again"
+        )
 
 
 def _is_published(path: Path, sibling) -> bool:

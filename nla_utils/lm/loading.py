@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from nla_utils.artefacts import read_json
 from nla_utils.config import RunConfig
@@ -51,28 +52,49 @@ def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
     return layer
 
 
-def load_backbone(given: RunConfig) -> Backbone:
-    """The configured backbone: fetched, loaded, frozen and checked.
+@dataclass(frozen=True)
+class Description:
+    """What a folder says of a backbone before its weights load; ``special`` is (start, EOS ids, pad)."""
 
-    Raises ``ConfigError`` (unknown name, layer out of range, no start token) before weights load,
-    ``BackboneError`` if the model fails the checks of :mod:`nla_utils.lm.checks`.
+    spec: BackboneSpec
+    folder: Path
+    layer: int
+    d: int
+    tokenizer: PreTrainedTokenizerBase
+    special: tuple[int, tuple[int, ...], int]
+
+
+def describe(given: RunConfig) -> Description:
+    """The configured backbone's description, its files fetched.
+
+    Raises ``ConfigError`` (unknown name, layer out of range, no start token, a kind of model that is not supported)
+    or ``SourceError``.
     """
     spec = resolve(given.backbone)
     folder = fetch(spec)
     config = read_model_config(spec, folder)
     layer = pick_layer(given.layer, spec, config.num_hidden_layers)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    start_id, eos_ids, pad_id = special_ids(spec, tokenizer, folder)
-    model = load_model(folder, given).eval().requires_grad_(False)
+    return Description(spec, folder, layer, config.hidden_size, tokenizer, special_ids(spec, tokenizer, folder))
+
+
+def load_backbone(given: RunConfig) -> Backbone:
+    """The configured backbone: fetched, loaded, frozen and checked.
+
+    Raises what :func:`describe` does before weights load, ``BackboneError`` if the model fails the checks of
+    :mod:`nla_utils.lm.checks`.
+    """
+    found = describe(given)
+    model = load_model(found.folder, given).eval().requires_grad_(False)
     library_attention = model.config._attn_implementation
     if model.device.type == "cpu":
         model.set_attn_implementation(cpu.ATTENTION)
         cpu.widen_linear_maps(model.base_model)
     head_weight = model.get_output_embeddings().weight
     head_weight = head_weight.to(cpu.product_dtype(head_weight))
-    side = spec.padding_side or tokenizer.padding_side
+    side = found.spec.padding_side or found.tokenizer.padding_side
     backbone = Backbone(
-        spec, model, head_weight, tokenizer, layer, start_id, eos_ids, pad_id, side, weight_hash(folder),
+        found.spec, model, head_weight, found.tokenizer, found.layer, *found.special, side, weight_hash(found.folder),
         library_attention,
     )  # fmt: skip
     check_backbone(backbone)

@@ -25,10 +25,11 @@ from nla_utils.artefacts import RunFolder, atomic_write, read_record, require_di
 from nla_utils.config import DATA, ROOT, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError, NotebookError, nearest
 from nla_utils.extensions.depth.tables import RESULTS as DEPTH
-from nla_utils.lm.registry import fetch, fetch_av, fetch_targets, read_model_config, resolve
+from nla_utils.lm.loading import describe
+from nla_utils.lm.registry import fetch_av, fetch_targets
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.progress import MIRROR_VARIABLE
-from nla_utils.run import open_run
+from nla_utils.run import described_folder
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def is_cached(folder: RunFolder, stage: Stage) -> bool:
 
 def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     """Refuse, before long work, what can be refused: names, layer, weights, artefacts, disk; returns the run's folder."""
-    folder = open_run(config, weights=False).folder
+    found = describe(config)
+    folder = described_folder(config, found)
     if config.av is not None:
         fetch_av(config.av)
     if config.released_targets is not None:
@@ -103,9 +105,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         _require_results(folder)
     else:
         _require_artefacts(folder, stages)
-        s, spec = config.sizes, resolve(config.backbone)
-        d = read_model_config(spec, fetch(spec)).hidden_size
-        require_disk(folder.path, 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
+        s = config.sizes
+        require_disk(folder.path, 4 * found.d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
     return folder
 
 

@@ -23,7 +23,7 @@ class CeilingScores:
     def __init__(self, scorer: Scorer, texts: EncodedTexts, protocol: Protocol):
         self.scorer, self.texts, self.protocol = scorer, texts, protocol
 
-    @property
+    @cached_property
     def replay(self) -> np.ndarray:
         return self.scorer.own(self.texts.replay)
 
