@@ -25,14 +25,14 @@ from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import has_bfloat16
 from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.sampling import SAMPLE_BATCH, SamplingSettings
+from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.paper.tables import markdown
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run, open_run
 from nla_utils.stages.ceilings import continue_prompts, prompt_ids
 from nla_utils.stages.rollouts import paper_logprobs, roll_out
 from nla_utils.stages.targets import draw_chunk
-from nla_utils.stages.training import pair_loss
+from nla_utils.stages.trainer import pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 ROUNDS = 5
@@ -105,7 +105,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
     text_ids = torch.tensor(texts)
 
     def ours_sampling() -> int:
-        return int(draw_chunk(backbone, settings, SAMPLE_BATCH, seed=1)["lengths"].sum())
+        return int(draw_chunk(backbone, settings, backbone.sample_batch, seed=1)["lengths"].sum())
 
     def reference_sampling() -> int:
         ids, _ = reference.sample_and_extract(library, REFERENCE_SEQUENCES)
@@ -165,7 +165,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
 def measure(run: Run) -> dict:
     """Everything that the table and the sentences below it say."""
     stages, works = compare_stages(run)
-    limit = gemm.limits(run.backbone, SAMPLE_BATCH, BATCH_SIZE * 65)
+    limit = gemm.limits(run.backbone, run.backbone.sample_batch, BATCH_SIZE * 65)
     for stage in stages:
         if stage["stage"] in limit:
             stage["gemm_limit_tokens_per_s"] = limit[stage["stage"]]

@@ -197,7 +197,8 @@ def size_overrides(pairs: Iterable[str]) -> dict[str, int]:
 class AVConfig:
     """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused.
 
-    ``target_span`` is ours: what the AV was trained to write, ``full`` as every published one, or ``last:n``.
+    Two fields are ours. ``target_span``: what the AV was trained to write, ``full`` as every published one, or
+    ``last:n``. ``inject_norm``: the norm that v is rescaled to, ``None`` for its own, as in every published one.
     """
 
     backbone_id: str
@@ -213,6 +214,7 @@ class AVConfig:
     prefix_mlp_hidden: Optional[int] = None
     num_inject_slots: int = 1
     target_span: str = "full"
+    inject_norm: Optional[float] = None
     lambda_mag: float = 0.0
     beta_kl: float = 0.0
     gamma_entropy: float = 0.0

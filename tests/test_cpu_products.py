@@ -14,7 +14,7 @@ from nla_utils.lm import cpu as products
 from nla_utils.lm.cross_entropy import head_cross_entropy, head_logprobs
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
-from nla_utils.stages.training import pair_loss
+from nla_utils.stages.trainer import pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 # The most that one rounding to the 8 bits of bfloat16 moves a number by.

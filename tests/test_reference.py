@@ -9,7 +9,7 @@ from scipy.stats import chi2_contingency
 
 from nla_utils.config import ROOT
 from nla_utils.lm.sampling import SamplingSettings, sample
-from nla_utils.stages.training import pair_loss
+from nla_utils.stages.trainer import pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

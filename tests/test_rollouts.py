@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_config
 
 from nla_utils.errors import ArtefactError
+from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.run import open_run
 from nla_utils.stages import rollouts as rollouts_module
@@ -35,7 +36,7 @@ def test_h_is_read_without_the_prefix(scored_run):
 
 
 def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollouts_module, "SAMPLE_BATCH", 20)
+    monkeypatch.setattr(Backbone, "sample_batch", 20)
     files = []
     for name in ("whole", "cut"):
         run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path / name))

@@ -15,7 +15,7 @@ from nla_utils.lm.checks import check_backbone
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.stages.rollouts import roll_out
-from nla_utils.stages.training import pair_loss
+from nla_utils.stages.trainer import pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 ARCHITECTURES = ("tiny-gemma2", "tiny-llama", "tiny-qwen2")

@@ -15,6 +15,7 @@ from nla_utils.errors import ConfigError
 from nla_utils.extensions.depth import layers, tables
 from nla_utils.extensions.depth.layers import extract_layers, parse_layers
 from nla_utils.extensions.depth.page import figure_7
+from nla_utils.lm.backbone import Backbone
 from nla_utils.paper import section
 from nla_utils.paper.results import RunResults, family_of, find_results, without_variants
 from nla_utils.paper.tables import seed_groups, seeds_table
@@ -46,7 +47,7 @@ def test_a_sweeps_targets_are_byte_for_byte_those_of_single_runs(tiny_run, tmp_p
 
 def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch):
     run = with_out(gemma_run[0], tmp_path)
-    monkeypatch.setattr(layers, "SAMPLE_BATCH", 32)
+    monkeypatch.setattr(Backbone, "sample_batch", 32)
     drawn, draw = [], layers.draw_sequences
 
     def counted(*arguments):

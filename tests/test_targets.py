@@ -6,6 +6,7 @@ import pytest
 from conftest import tiny_config
 
 from nla_utils.errors import ArtefactError, BackboneError, CollapsedTargetsError
+from nla_utils.lm.backbone import Backbone
 from nla_utils.run import open_run
 from nla_utils.stages import targets as targets_module
 from nla_utils.stages.pairs import paper_pairs
@@ -50,7 +51,7 @@ def test_paper_pairs_skip_what_grew_too_long(tiny_run):
 
 
 def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets_module, "SAMPLE_BATCH", 32)
+    monkeypatch.setattr(Backbone, "sample_batch", 32)
     folder = tiny_folders["tiny-llama"]
     whole = open_run(tiny_config(folder, tmp_path / "whole"))
     make_targets(whole)
@@ -74,7 +75,7 @@ def test_killed_run_resumes_to_the_same_bytes(tiny_folders, tmp_path, monkeypatc
 
 
 def test_half_written_chunk_counts_as_unfinished(tiny_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets_module, "SAMPLE_BATCH", 48)
+    monkeypatch.setattr(Backbone, "sample_batch", 48)
     run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path))
     reference = make_targets(run)
     run.folder.file("targets.safetensors.json").unlink()

@@ -11,9 +11,11 @@ from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError, SourceError
 from nla_utils.lm.cross_entropy import head_cross_entropy, head_logprobs
 from nla_utils.run import open_run
+from nla_utils.stages.graphed_step import padded_loss
 from nla_utils.stages.pairs import make_split
 from nla_utils.stages.targets import make_targets
-from nla_utils.stages.training import Trainer, describe, load_av, pair_loss, train_av
+from nla_utils.stages.trainer import Recipe, Trainer, pair_loss
+from nla_utils.stages.training import describe, load_av, train_av
 from nla_utils.stages.verbalizer import ActivationVerbalizer, export_av, import_av
 
 
@@ -77,15 +79,46 @@ def test_gemma_2b_av_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in av.parameters()) == 5_310_720
 
 
+def test_a_padded_batch_has_the_loss_and_the_gradient_of_its_valid_tokens(tiny_run):
+    """What a GPU replays: the shape is fixed, and what is padding counts nothing."""
+    run, targets = tiny_run
+    av = ActivationVerbalizer.fresh(run.backbone)
+    texts, v = [[5, 6, 7, 8], [9, 10]], torch.from_numpy(targets.v[:4])
+    expected = pair_loss(run.backbone, av, v[:2], texts)
+    expected.backward()
+    grads = [p.grad.clone() for p in av.parameters()]
+    av.zero_grad()
+    ids_BT = torch.full((4, 7), run.backbone.pad_id)
+    share_BT = torch.zeros(4, 7)
+    for i, ids in enumerate(texts):
+        ids_BT[i, : len(ids)] = torch.tensor(ids)
+        share_BT[i, : len(ids)] = 1 / 6
+    loss = padded_loss(run.backbone, av, v, ids_BT, share_BT)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for grad, p in zip(grads, av.parameters()):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_recipe_says_how_many_pairs_steps_and_at_what_norm(gemma_run, tmp_path):
+    run, targets = with_out(gemma_run[0], tmp_path), gemma_run[1]
+    trainer = Trainer(run, targets, Recipe(pairs=20, steps=3, inject_norm=2.0))
+    trainer.train()
+    assert (len(trainer.split.train), trainer.step) == (20, 3)
+    slot_Bd = ActivationVerbalizer.fresh(run.backbone, inject_norm=2.0)(torch.from_numpy(targets.v[:3]), torch.float32)[:, 0]
+    torch.testing.assert_close(slot_Bd.norm(dim=-1), torch.full((3,), 2.0))
+    with pytest.raises(ArtefactError, match="another training run"):
+        Trainer(run, targets)
+
+
 def weights_of(backbone):
     return {n: p.clone() for n, p in backbone.model.named_parameters()}
 
 
-def test_training_lowers_the_loss_and_leaves_the_backbone_alone(gemma_run, monkeypatch):
+def test_training_lowers_the_loss_and_leaves_the_backbone_alone(gemma_run):
     run, targets = gemma_run
     before = weights_of(run.backbone)
-    monkeypatch.setattr("nla_utils.stages.training.LEARNING_RATE", 3e-3)
-    trainer = Trainer(run, targets)
+    trainer = Trainer(run, targets, Recipe(learning_rate=3e-3))
     trainer.total_steps = 10 * trainer.steps_per_epoch
     trainer.train()
     trainer.state_file.unlink()

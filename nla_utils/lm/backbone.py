@@ -17,7 +17,10 @@ from nla_utils.errors import BackboneError
 from nla_utils.lm.cpu import head_product, product_dtype
 from nla_utils.lm.registry import BackboneSpec
 
+# Tokens encoded together, and rows decoded together: enough to keep the products of two CPU cores efficient, and to
+# hide a GPU's launches.
 ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
+SAMPLE_BATCH = {"cpu": 256, "cuda": 1024, "mps": 256}
 
 
 class _LayerReached(Exception):
@@ -62,6 +65,11 @@ class Backbone:
     @property
     def n_layers(self) -> int:
         return self.model.config.num_hidden_layers
+
+    @property
+    def sample_batch(self) -> int:
+        """Rows to decode together on this device."""
+        return SAMPLE_BATCH[self.device.type]
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -14,28 +14,34 @@ CHUNK_ROWS = 256
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Sum of token cross-entropies; the gradient to the hidden states is made on the way forward.
+    """Sum of token cross-entropies, each times its share if there are shares; the gradient to the hidden states is made
+    on the way forward.
 
     The head is frozen, so the only gradient is ∂/∂h = (softmax(z) − onehot(y)) W, which needs the
     logits z of one chunk of rows at a time and nothing of them later.
     """
 
     @staticmethod
-    def forward(ctx, hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float]):
+    def forward(
+        ctx, hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float], share_n: Optional[Tensor]
+    ):
         grad_nd = torch.empty_like(hidden_nd)
         total = hidden_nd.new_zeros((), dtype=torch.float32)
         buffer_CV = _buffer(hidden_nd, weight_Vd)
         for first in range(0, len(hidden_nd), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
-            loss, grad_nd[rows] = _chunk(hidden_nd[rows], weight_Vd, targets_n[rows], cap, buffer_CV)
-            total += loss
+            logp_c, grad_cd = _chunk(hidden_nd[rows], weight_Vd, targets_n[rows], cap, buffer_CV)
+            if share_n is not None:
+                logp_c, grad_cd = logp_c * share_n[rows], grad_cd * share_n[rows, None]
+            total -= logp_c.sum()
+            grad_nd[rows] = grad_cd.to(hidden_nd.dtype)
         ctx.save_for_backward(grad_nd)
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         (grad_nd,) = ctx.saved_tensors
-        return grad_nd * upstream.to(grad_nd.dtype), None, None, None
+        return grad_nd * upstream.to(grad_nd.dtype), None, None, None, None
 
 
 def _buffer(hidden_nd: Tensor, weight_Vd: Tensor) -> Tensor:
@@ -57,7 +63,8 @@ def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     top_n = z_nV.amax(dim=1)
     z_nV.sub_(top_n[:, None]).exp_()
     # A few rows at a time: on a CPU a float32 sum of reduced floats copies its input, and a small copy stays in cache.
-    norm_n = torch.cat([few_V.sum(dim=1, dtype=torch.float32) for few_V in z_nV.split(4)])
+    rows = 4 if z_nV.device.type == "cpu" else len(z_nV)
+    norm_n = torch.cat([few_V.sum(dim=1, dtype=torch.float32) for few_V in z_nV.split(rows)])
     return z_y_n - top_n.float() - norm_n.log(), norm_n
 
 
@@ -65,17 +72,16 @@ def _chunk(hidden_nd: Tensor, weight_Vd: Tensor, y_n: Tensor, cap: Optional[floa
     z_nV = _logits(hidden_nd, weight_Vd, cap, buffer_CV)
     slope_nV = None if cap is None else 1 - (z_nV / cap) ** 2
     logp_n, norm_n = _log_likelihood(z_nV, y_n)
-    loss = -logp_n.sum()
     target_nd = weight_Vd[y_n].float()
     if slope_nV is not None:
         z_nV.mul_(slope_nV)
         target_nd = target_nd * slope_nV.gather(1, y_n[:, None]).float()
     grad_nd = (z_nV @ weight_Vd).float() / norm_n[:, None] - target_nd
-    return loss, grad_nd.to(hidden_nd.dtype)
+    return logp_n, grad_nd
 
 
 def head_cross_entropy(
-    hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None
+    hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None, share_n: Optional[Tensor] = None
 ) -> Tensor:
     """Mean token cross-entropy (nats) of a frozen linear head.
 
@@ -84,9 +90,11 @@ def head_cross_entropy(
         weight_Vd: the head's weight; gets no gradient.
         targets_n: token ids (int64).
         cap: Gemma-2's soft cap on the logits, or ``None``.
+        share_n: what each token counts, in place of 1/n.
     """
     on = weight_Vd.device
-    return _HeadCrossEntropy.apply(hidden_nd.to(on), weight_Vd, targets_n.to(on), cap) / len(hidden_nd)
+    total = _HeadCrossEntropy.apply(hidden_nd.to(on), weight_Vd, targets_n.to(on), cap, share_n)
+    return total / len(hidden_nd) if share_n is None else total
 
 
 @torch.inference_mode()

@@ -13,9 +13,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import product_dtype
 
-# Rows decoded together. Large enough to keep matrix products efficient on two CPU cores.
-SAMPLE_BATCH = 256
-
 
 @dataclass(frozen=True)
 class SamplingSettings:

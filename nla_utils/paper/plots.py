@@ -73,6 +73,31 @@ def training_curves(training: dict, backbone: str) -> Figure:
     return fig
 
 
+def source_loss_curves(training: dict, backbone: str) -> Figure:
+    """What v saves the AV in nats a token of the source's text, by training step: against another v, and against μ."""
+    fig, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
+    steps = [r["step"] for r in training["validation"]]
+    for name, label, color in (("other", "another target's v", colour(backbone)), ("mean", "μ", NULL_GREY)):
+        saved = [r[f"nats_{name}"] - r["nats_own"] for r in training["validation"]]
+        ax.plot(steps, saved, "o-", color=color, label=f"instead of {label}")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.legend(frameon=False, fontsize=8)
+    style(ax, "step", "saved by its own v\n(nats / token)")
+    return fig
+
+
+def source_loss_by_position(column: dict, backbone: str) -> Figure:
+    """What v saves at each token of the source's text."""
+    fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    nats = {name: np.array(values, dtype=float) for name, values in column["nats_by_position"].items()}
+    for name, label, color in (("other", "another target's v", colour(backbone)), ("mean", "μ", NULL_GREY)):
+        ax.plot(range(1, len(nats["own"]) + 1), nats[name] - nats["own"], color=color, label=f"instead of {label}")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.legend(frameon=False, fontsize=8)
+    style(ax, "token of the source", "saved by its own v\n(nats)")
+    return fig
+
+
 def bars(rows: Sequence[Row], column: dict, backbone: str, x: str, kind: str = "cen") -> Figure:
     """Rows of a column as points with intervals; controls are grey squares."""
     fig, ax = plt.subplots(figsize=(7, 0.32 * len(rows) + 0.9), layout="constrained")

@@ -57,7 +57,7 @@ STAGES = (
     Stage("01_extract_targets", ("targets",), "targets"),
     Stage("02_train_av", ("best_av",), "training", (1,)),
     Stage("03_ceilings", ("ceilings", "ablation"), "oracle_ceiling", (1,)),
-    Stage("04_centred_eval", ("rollouts", "probe"), "centered_eval", (1, 2, 3)),
+    Stage("04_centred_eval", ("rollouts", "probe", "source_loss"), "centered_eval", (1, 2, 3)),
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )

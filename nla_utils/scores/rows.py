@@ -126,6 +126,14 @@ RANK_MINUS_CHANCE = Row("mean reciprocal rank − chance", "greedy_identificatio
 DIFFERENCES = (*PAIRED, GREEDY_MINUS_PROBE, BEST_MINUS_PARAPHRASE, BEST_8_MINUS_PARAPHRASE, IN_SAMPLE_GREEDY,
                IN_SAMPLE_BEST, RANK_MINUS_CHANCE)  # fmt: skip
 
+# Nats a token of the source's own text; what stands in the slot differs.
+NATS_OWN = Row("its own v", "nats_own")
+NATS_OTHER = Row("another target's v", "nats_other", control=True)
+NATS_MEAN = Row("μ", "nats_mean", control=True)
+NATS_NONE = Row("no slot", "nats_none", control=True)
+NATS = (NATS_OWN, NATS_OTHER, NATS_MEAN, NATS_NONE)
+NATS_GAINED = tuple(minus(row, NATS_OWN) for row in NATS[1:])
+
 RHO = (
     Row("greedy", "rho_cen_greedy", "centred_eval.greedy.rho_cen"),
     Row("sampled (mean)", "rho_cen_sampled", "centred_eval.sampled_mean.rho_cen"),

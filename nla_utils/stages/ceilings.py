@@ -13,7 +13,7 @@ import numpy as np
 from nla_utils.artefacts import Artefact, ChunkStore, derive_seed, json_hash, require_disk
 from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, RunConfig
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import SAMPLE_BATCH, Samples, SamplingSettings, pad, sample
+from nla_utils.lm.sampling import Samples, SamplingSettings, pad, sample
 from nla_utils.progress import Progress
 from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS, Protocol
 from nla_utils.run import Run
@@ -138,9 +138,9 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
     # Beside a backbone's runs, under a hash of all they depend on. The layer is not among it: a sweep draws them once.
     plan = {k: v for k, v in run.folder.identity.items() if k != "layer"}
     plan |= {"protocol": kind, "prompt": PROMPT, "sampling": settings.record()}
-    plan |= {"sources": json_hash(targets.sequences(rows)), "batch": SAMPLE_BATCH}
+    plan |= {"sources": json_hash(targets.sequences(rows)), "batch": backbone.sample_batch}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
-    drawn = chunks.fill(len(rows) * N_PARAPHRASES, SAMPLE_BATCH, draw, f"paraphrasing, {kind}", "text")
+    drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, f"paraphrasing, {kind}", "text")
     return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
 
 

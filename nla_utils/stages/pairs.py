@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional
+import math
+from dataclasses import dataclass, replace
+from typing import Iterable, Optional
 
 import numpy as np
 
@@ -24,8 +25,13 @@ class TextPairs:
     skipped: int
     changed: int
 
+    def take(self, indices: Iterable[int]) -> "TextPairs":
+        """Some of the pairs, in the order asked for."""
+        indices = list(indices)
+        return replace(self, rows=[self.rows[i] for i in indices], ids=[self.ids[i] for i in indices])
 
-def paper_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: int) -> TextPairs:
+
+def paper_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: float = math.inf) -> TextPairs:
     """The paper's training texts: decoded without special tokens, tokenized again, long ones skipped."""
     kept_rows, kept_ids, changed = [], [], 0
     special = set(backbone.tokenizer.all_special_ids)
@@ -65,5 +71,6 @@ def make_split(run: Run, targets: Targets, span: Optional[int] = None) -> Split:
         pairs = tail_pairs(targets, rows, span)
     rng = np.random.default_rng(derive_seed(run.seed, "split", 0))
     order = rng.permutation(len(pairs.rows))
-    n_val = max(1, round(VALIDATION_SHARE * len(order)))
+    # Two at least: what v is worth is asked by giving one the other's.
+    n_val = max(2, round(VALIDATION_SHARE * len(order)))
     return Split(pairs, order[n_val:], order[:n_val])

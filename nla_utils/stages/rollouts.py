@@ -13,14 +13,14 @@ import torch
 from nla_utils.artefacts import Artefact, ChunkStore, derive_seed, require_disk
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cross_entropy import head_logprobs
-from nla_utils.lm.sampling import SAMPLE_BATCH, SamplingSettings, pad, sample
+from nla_utils.lm.sampling import SamplingSettings, pad, sample
 from nla_utils.protocol import CORRECTED, PAPER, Protocol
 from nla_utils.run import Run
 from nla_utils.stages.encoding import re_encode
 from nla_utils.stages.targets import Targets
-from nla_utils.stages.training import ARTEFACT as AV_ARTEFACT
 from nla_utils.stages.training import load_av
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.stages.verbalizer import ARTEFACT as AV_ARTEFACT
+from nla_utils.stages.verbalizer import ActivationVerbalizer, text_hidden
 
 ARTEFACT = "rollouts"
 
@@ -95,7 +95,7 @@ def make_rollouts(run: Run, targets: Targets) -> Rollouts:
         part["logp_paper"] = paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
         return part
 
-    drawn = chunks.fill(len(rows), max(1, SAMPLE_BATCH // (k + 1)), draw, "rolling out", "target")
+    drawn = chunks.fill(len(rows), max(1, backbone.sample_batch // (k + 1)), draw, "rolling out", "target")
     facts = {"sampling": settings.record(), "seed": run.seed, "k": k}
     artefact = folder.save(ARTEFACT, {**drawn, "rows": rows}, made_from=parents, **facts)
     chunks.clear()
@@ -139,9 +139,7 @@ def rollout_logprobs(
     ids_BT, valid_BT = ids_BT.to(backbone.device), mask_BT.bool().to(backbone.device)
     prefix_BPd = av(v_Bd.to(backbone.device), backbone.dtype)
     table_Vd = backbone.model.get_input_embeddings().weight
-    inputs_BSd = torch.cat([prefix_BPd, table_Vd[ids_BT]], dim=1)
-    hidden_BSd = backbone.last_hidden(inputs_embeds=inputs_BSd)
-    hidden_nd = hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1][valid_BT]
+    hidden_nd = text_hidden(backbone, prefix_BPd, table_Vd[ids_BT])[valid_BT]
     logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
     logp_BT[valid_BT] = head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
     return (logp_BT.sum(1) / valid_BT.sum(1)).cpu().numpy()

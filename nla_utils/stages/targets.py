@@ -13,7 +13,7 @@ from nla_utils.config import FLOOR_ROWS, RunConfig
 from nla_utils.errors import CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, check_finite
 from nla_utils.lm.registry import fetch_targets
-from nla_utils.lm.sampling import SAMPLE_BATCH, Samples, SamplingSettings, sample
+from nla_utils.lm.sampling import Samples, SamplingSettings, sample
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import Protocol
 from nla_utils.run import Run
@@ -99,13 +99,13 @@ def make_targets(run: Run) -> Targets:
         return take_released(run)
     n, d, settings = run.sizes.n_targets, run.backbone.d, target_settings(run.config)
     require_disk(run.folder.path, 3 * n * (d + run.sizes.max_new_tokens) * 4)
-    plan = {**run.folder.identity, "n": n, "sampling": settings.record(), "batch": SAMPLE_BATCH}
+    plan = {**run.folder.identity, "n": n, "sampling": settings.record(), "batch": run.backbone.sample_batch}
     chunks = ChunkStore(run.folder.file("targets.chunks"), plan)
 
     def draw(c: int, rows: slice) -> dict[str, np.ndarray]:
         return draw_chunk(run.backbone, settings, rows.stop - rows.start, derive_seed(run.seed, "targets", c))
 
-    targets = save_targets(run, chunks.fill(n, SAMPLE_BATCH, draw, "drawing targets", "seq"))
+    targets = save_targets(run, chunks.fill(n, run.backbone.sample_batch, draw, "drawing targets", "seq"))
     chunks.clear()
     return targets
 

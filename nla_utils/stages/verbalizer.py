@@ -17,6 +17,8 @@ from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
 
+ARTEFACT = "best_av"
+
 
 class ActivationVerbalizer(nn.Module):
     """``proj`` (d×d, no bias, identity at first) and ``prefix_embeds`` (P, d, BOS embedding at first).
@@ -38,8 +40,11 @@ class ActivationVerbalizer(nn.Module):
         assert actual == expected, f"{actual} trainable parameters, d² + P·d = {expected}"
 
     @classmethod
-    def fresh(cls, backbone: Backbone, max_new_tokens: int = 64, span: Optional[int] = None) -> "ActivationVerbalizer":
-        """An untrained AV for a backbone, on its device; ``span``: it is to write the last n tokens alone."""
+    def fresh(
+        cls, backbone: Backbone, max_new_tokens: int = 64, span: Optional[int] = None, inject_norm: Optional[float] = None
+    ) -> "ActivationVerbalizer":
+        """An untrained AV for a backbone, on its device; ``span``: it is to write the last n tokens alone;
+        ``inject_norm``: v is rescaled to this norm."""
         config = AVConfig(
             backbone_id=backbone.spec.name,
             backbone_dtype=str(backbone.dtype).removeprefix("torch."),
@@ -47,6 +52,7 @@ class ActivationVerbalizer(nn.Module):
             num_prefix_tokens=backbone.spec.num_prefix_tokens,
             max_new_tokens=min(max_new_tokens, span or max_new_tokens),
             target_span=f"last:{span}" if span else "full",
+            inject_norm=inject_norm,
         )
         return cls.of(config, backbone)
 
@@ -59,7 +65,10 @@ class ActivationVerbalizer(nn.Module):
 
     def forward(self, v_Bd: Tensor, dtype: torch.dtype) -> Tensor:
         """Input embeddings ``[proj(v), prefix]`` (B, 1 + P, d) in the backbone's dtype."""
-        slot_B1d = self.proj(v_Bd.float())[:, None].to(dtype)
+        v_Bd = v_Bd.float()
+        if self.config.inject_norm is not None:
+            v_Bd = nn.functional.normalize(v_Bd, dim=-1) * self.config.inject_norm
+        slot_B1d = self.proj(v_Bd)[:, None].to(dtype)
         prefix_BPd = self.prefix_embeds.to(dtype).expand(len(v_Bd), -1, -1)
         return torch.cat([slot_B1d, prefix_BPd], dim=1)
 
@@ -85,6 +94,13 @@ class ActivationVerbalizer(nn.Module):
                 raise ArtefactError(f"{source}: {name} holds what is no finite number")
             p.data.copy_(tensors[name])
         return self
+
+
+def text_hidden(backbone: Backbone, prefix_BPd: Tensor, text_BTd: Tensor) -> Tensor:
+    """Final hidden states (B, T, d) from which the tokens of texts behind a prefix are predicted."""
+    hidden_BSd = backbone.last_hidden(inputs_embeds=torch.cat([prefix_BPd, text_BTd], dim=1))
+    # The last prefix position predicts the first token.
+    return hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1]
 
 
 def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: int) -> None:

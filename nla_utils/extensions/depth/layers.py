@@ -18,7 +18,6 @@ from safetensors.numpy import save
 from nla_utils.artefacts import ChunkStore, atomic_write, derive_seed, require_disk
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, ConfigError
-from nla_utils.lm.sampling import SAMPLE_BATCH
 from nla_utils.progress import Progress
 from nla_utils.run import Run
 from nla_utils.stages.targets import (
@@ -122,12 +121,13 @@ def _extract(run: Run, layers: list[int], missing: dict[int, Run], given: Option
     require_disk(run.folder.path, 2 * n * len(layers) * backbone.d * 4)
     # All the layers, missing or not: a sweep that was cut while some were kept already finds its chunks again.
     sampling = target_settings(run.config).record()
-    plan = {**plan, **run.folder.identity, "layer": layers, "n": n, "sampling": sampling, "batch": SAMPLE_BATCH}
+    plan = {**plan, **run.folder.identity, "layer": layers, "n": n, "sampling": sampling, "batch": backbone.sample_batch}
     chunks = ChunkStore(run.folder.file("layers.chunks"), plan)
-    starts = range(0, n, SAMPLE_BATCH)
+    batch = backbone.sample_batch
+    starts = range(0, n, batch)
     with Progress(total=n, desc=f"{'reading' if given else 'drawing'} targets, {len(layers)} layers", unit="seq") as bar:
         for c, first in enumerate(starts):
-            size = min(SAMPLE_BATCH, n - first)
+            size = min(batch, n - first)
             # All the layers of all chunks are never in memory at once, so they are not joined as other chunks are.
             if chunks.get(c) is None:
                 texts = {k: x[first : first + size] for k, x in given.items()} if given else _drawn(run, c, size)

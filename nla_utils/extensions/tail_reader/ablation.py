@@ -33,7 +33,7 @@ from nla_utils.progress import Progress
 from nla_utils.run import Run
 from nla_utils.stages.probe import fit_probe, fit_split, tail_features, token_counts
 from nla_utils.stages.targets import Targets
-from nla_utils.stages.training import Trainer, greedy_rollouts
+from nla_utils.stages.trainer import Recipe, Trainer, greedy_rollouts
 
 SHARES = (8, 4, 2, 1)
 Part = tuple[Targets, np.ndarray]
@@ -153,7 +153,7 @@ def ablate_reader(run: Run, targets: Targets, more: Sequence[Part] = ()) -> dict
 def _adapter_texts(run: Run, targets: Targets) -> list[list[int]]:
     """Greedy texts of the paper's AV when it is trained, as long as the run's, to write the end of the source alone."""
     apart = dataclasses.replace(run, folder=RunFolder(run.folder.file("adapter"), run.folder.identity))
-    trainer = Trainer(apart, targets, ADAPTER_SPAN)
+    trainer = Trainer(apart, targets, Recipe(span=ADAPTER_SPAN))
     trainer.train()
     trainer.av.load_trainable(trainer.best, "best step")
     return greedy_rollouts(run.backbone, trainer.av, targets.v[targets.held_out])

@@ -1,0 +1,82 @@
+"""Nats of the sources' own texts under their own v, another's, μ and no slot."""
+
+import numpy as np
+import pytest
+import torch
+
+from nla_utils.scores import rows
+from nla_utils.scores.source_loss import score_source_loss
+from nla_utils.stages.pairs import TextPairs, paper_pairs
+from nla_utils.stages.source_loss import CONDITIONS, make_source_loss, source_loss
+from nla_utils.stages.trainer import pair_loss
+from nla_utils.stages.training import load_av
+from nla_utils.stages.verbalizer import ActivationVerbalizer
+
+
+def slow_nats(backbone, inputs_1Sd, ids):
+    """−log p of each token by the library's own forward pass and full softmax."""
+    whole = torch.cat([inputs_1Sd, backbone.embed(torch.tensor([ids]))], 1)
+    with torch.no_grad():
+        logits = backbone.model(inputs_embeds=whole).logits[0, inputs_1Sd.shape[1] - 1 : -1].float()
+    return -torch.log_softmax(logits, -1)[range(len(ids)), ids].numpy()
+
+
+def test_each_condition_equals_an_independent_slow_computation(tiny_run):
+    run, targets = tiny_run
+    backbone, av = run.backbone, ActivationVerbalizer.fresh(run.backbone)
+    pairs = TextPairs([4, 9, 2], [[5, 6, 7, 8], [9, 10], [11]], 0, 0)
+    found = source_loss(backbone, av, targets, pairs, n_others=2).nats
+    v_Md = torch.from_numpy(targets.v[pairs.rows])
+    with torch.no_grad():
+        own, mean = av(v_Md, backbone.dtype), av(torch.from_numpy(targets.mu)[None], backbone.dtype)
+    for i, ids in enumerate(pairs.ids):
+        others = [slow_nats(backbone, own[j : j + 1], ids) for j in range(3) if j != i]
+        given = {"own": own[i : i + 1], "mean": mean, "none": own[i : i + 1, 1:]}
+        expected = {name: slow_nats(backbone, slot, ids) for name, slot in given.items()}
+        expected["other"] = np.mean(others, axis=0)
+        for name in CONDITIONS:
+            np.testing.assert_allclose(found[name][i, : len(ids)], expected[name], rtol=2e-4, atol=2e-5)
+            assert np.isnan(found[name][i, len(ids) :]).all()
+
+
+def test_own_loss_is_what_training_minimises(tiny_run):
+    run, targets = tiny_run
+    av = ActivationVerbalizer.fresh(run.backbone)
+    pairs = paper_pairs(run.backbone, targets, np.arange(6), 64)
+    own_MT = source_loss(run.backbone, av, targets, pairs, n_others=1).nats["own"]
+    trained = pair_loss(run.backbone, av, torch.from_numpy(targets.v[pairs.rows]), pairs.ids)
+    assert np.nanmean(own_MT) == pytest.approx(trained.item(), rel=1e-4)
+
+
+def test_a_verbalizer_that_cannot_see_v_saves_nothing(tiny_run):
+    run, targets = tiny_run
+    av = ActivationVerbalizer.fresh(run.backbone)
+    torch.nn.init.zeros_(av.proj.weight)
+    pairs = paper_pairs(run.backbone, targets, targets.held_out, 64)
+    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others=3))
+    for row in rows.NATS_GAINED[:2]:
+        assert column.values[row.key] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_text_that_v_alone_decides_is_read(gemma_run):
+    """The measure sees reading where there is some: four texts that only v tells apart."""
+    run, targets = gemma_run
+    backbone, av = run.backbone, ActivationVerbalizer.fresh(run.backbone)
+    chosen, optimizer = [0, 1, 2, 3], torch.optim.Adam(av.parameters(), lr=1e-2)
+    texts = [[20 + i] * 3 for i in chosen]
+    for _ in range(150):
+        optimizer.zero_grad()
+        pair_loss(backbone, av, torch.from_numpy(targets.v[chosen]), texts).backward()
+        optimizer.step()
+    column = score_source_loss(source_loss(backbone, av, targets, TextPairs(chosen, texts, 0, 0), n_others=3))
+    assert column.values[rows.NATS_GAINED[0].key] > 0.5
+    by_position = column.values["nats_by_position"]
+    assert by_position["other"][0] - by_position["own"][0] > 0.5
+
+
+def test_kept_losses_are_those_of_the_trained_verbalizer_and_the_held_out_targets(scored_run):
+    run, targets, _, _ = scored_run
+    kept = make_source_loss(run, targets, load_av(run))
+    assert set(kept.rows) <= set(targets.held_out)
+    again = make_source_loss(run, targets, None)  # what is on disk needs no verbalizer
+    np.testing.assert_array_equal(again.nats["own"], kept.nats["own"])
