@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 from nla_utils.config import RunConfig, parse_seeds
-from nla_utils.errors import ConfigError
+from nla_utils.errors import ConfigError, nearest
 from nla_utils.runner.options import Adopt, Layers, Sequences, app, finish, show, with_config
 
 
@@ -99,6 +99,30 @@ def replicate(
         raise ConfigError(f"--seeds {seeds}: a spread needs at least two seeds, for example 1,2,3")
     run = open_run(dataclasses.replace(config, seed=chosen[0]))
     typer.echo(f"  reader over seeds   {show(run.write_results(SEEDS_RESULTS, *repeat(run, chosen)))}")
+
+
+@with_config()
+def study(
+    config: RunConfig,
+    parts: Annotated[Optional[str], typer.Option(help="Which tables, with commas; all if not given.")] = None,
+) -> None:
+    """Train the AV in other ways, one factor at a time, and measure what it takes from v. Needs notebook 02."""
+    from nla_utils.extensions.training_study import study as of
+    from nla_utils.run import open_run
+    from nla_utils.stages.targets import load_targets
+
+    run = open_run(config)
+    targets = load_targets(run)
+    planned = of.study_of(run, targets)
+    known = list(dict.fromkeys(v.part for v in planned))
+    wanted = known if parts is None else [p.strip() for p in parts.split(",")]
+    for part in wanted:
+        if part not in known:
+            raise ConfigError(f"--parts {part!r}: {nearest(part, known)}")
+    records = of.study(run, targets, [v for v in planned if v.part in wanted])
+    made_from = {"targets": targets.sha256, "best_av": run.folder.sha256_of("best_av")}
+    path = run.write_results(of.RESULTS, {"variants": [*records, of.run_itself(run, targets)]}, made_from)
+    typer.echo(f"  training study      {show(path)}")
 
 
 @app.command()

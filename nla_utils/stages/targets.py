@@ -170,7 +170,7 @@ def describe(run: Run, targets: Targets) -> dict:
         "hidden_size": backbone.d,
         "length_mean": float(targets.lengths.mean()),
         "ended_share": float(np.isin(_last_ids(targets), backbone.eos_ids).mean()),
-        "embedding_norm_mean": _embedding_norm(targets, backbone),
+        "embedding_norm_mean": embedding_norm(targets, backbone),
         "v_norm_mean": float(np.linalg.norm(v, axis=1).mean()),
         "mu_norm": float(np.linalg.norm(mu)),
         "mean_square_share_along_mu": float((along**2).sum() / (v**2).sum()),
@@ -181,7 +181,7 @@ def describe(run: Run, targets: Targets) -> dict:
     }
 
 
-def _embedding_norm(targets: Targets, backbone: Backbone) -> float:
+def embedding_norm(targets: Targets, backbone: Backbone) -> float:
     """Mean norm of the token embeddings of one target's text after another, through the module."""
     ids = torch.tensor([i for s in targets.sequences(targets.in_sample) for i in s])
     with torch.inference_mode():

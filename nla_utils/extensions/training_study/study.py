@@ -1,0 +1,107 @@
+"""Training the AV in other ways, and what each takes from v: without sampling, and by its greedy text."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from typing import Sequence
+
+import numpy as np
+
+from nla_utils.artefacts import RunFolder, arrays_hash, json_hash, read_record, write_record
+from nla_utils.extensions.training_study.variants import SHORT, SHORT_TOKENS, TRAINED, Variant, variants
+from nla_utils.metrics import fve_matrix
+from nla_utils.protocol import CORRECTED
+from nla_utils.run import Run
+from nla_utils.scores import rows
+from nla_utils.scores.column import Column
+from nla_utils.scores.source_loss import score_source_loss
+from nla_utils.stages.encoding import re_encode
+from nla_utils.stages.pairs import TextPairs, paper_pairs, tail_pairs
+from nla_utils.stages.source_loss import N_OTHERS, source_loss
+from nla_utils.stages.targets import Targets, embedding_norm
+from nla_utils.stages.trainer import Recipe, Trainer, greedy_rollouts
+from nla_utils.stages.training import load_av
+from nla_utils.stages.verbalizer import ARTEFACT, ActivationVerbalizer
+
+RESULTS = "training_study"
+# Steps at the end over which the training loss is averaged.
+LAST_STEPS = 50
+
+
+def study_of(run: Run, targets: Targets) -> list[Variant]:
+    """The variants for the size of a run."""
+    whole = Trainer(run_in(run, "sizes"), targets)
+    return variants(len(whole.split.train), whole.total_steps, embedding_norm(targets, run.backbone))
+
+
+def run_in(run: Run, name: str) -> Run:
+    """The run with a folder of its own for what training leaves."""
+    return dataclasses.replace(run, folder=RunFolder(run.folder.file(f"study/{name}"), run.folder.identity))
+
+
+def run_itself(run: Run, targets: Targets) -> dict:
+    """The record of the run's own AV, measured as the variants are; needs notebook 02."""
+    pairs = paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
+    variant = Variant("learning curve", "all pairs, all steps: the run's own", Recipe())
+    own = run.folder.load(ARTEFACT).sidecar
+    return {
+        **asdict(variant), "pairs": own["train_pairs"], "steps": own["steps"],
+        "loss_last": float(np.mean(own["loss"][-LAST_STEPS:])), **measure(run, targets, load_av(run), pairs).to_json(),
+    }  # fmt: skip
+
+
+def study(run: Run, targets: Targets, chosen: Sequence[Variant]) -> list[dict]:
+    """A record of each variant, made or read back: its recipe, training loss, nats and greedy scores with intervals."""
+    short = shortened(run, targets) if any(v.asked_on == SHORT for v in chosen) else targets
+    return [_record(run, short if v.asked_on == SHORT else targets, v) for v in chosen]
+
+
+def _record(run: Run, targets: Targets, variant: Variant) -> dict:
+    plan = {**run.folder.identity, "targets": targets.sha256, "variant": asdict(variant)}
+    apart = run_in(run, json_hash(plan)[:16])
+    path = apart.folder.file("record.json")
+    if path.exists():
+        return read_record(path)
+    print(f"{variant.part}: {variant.label}")
+    trainer = Trainer(apart, targets, variant.recipe)
+    trainer.train()
+    column = measure(run, targets, trainer.av, _asked(run, targets, trainer, variant))
+    write_record(path, {
+        **asdict(variant), "pairs": len(trainer.split.train), "steps": trainer.step,
+        "loss_last": float(np.mean(trainer.history.loss[-LAST_STEPS:])), **column.to_json(),
+    })  # fmt: skip
+    trainer.state_file.unlink()
+    return read_record(path)
+
+
+def _asked(run: Run, targets: Targets, trainer: Trainer, variant: Variant) -> TextPairs:
+    """The pairs that a variant is measured on."""
+    if variant.asked_on == TRAINED:
+        return trainer.split.pairs.take(trainer.split.train)
+    if variant.recipe.span:
+        return tail_pairs(targets, targets.held_out, variant.recipe.span)
+    return paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
+
+
+def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs) -> Column:
+    """Nats of the pairs' texts by what stands in the slot, and the greedy texts' scores against own and other targets."""
+    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, N_OTHERS))
+    v_Md, m = targets.v[pairs.rows], len(pairs.rows)
+    greedy = greedy_rollouts(run.backbone, av, v_Md)
+    scores_MM = fve_matrix(v_Md, re_encode(run.backbone, greedy, CORRECTED.on_ids), targets.mu)
+    own_M = scores_MM.diagonal()
+    column.add(rows.GREEDY.cen, own_M)
+    column.add(rows.OTHERS_GREEDY.cen, (scores_MM.sum(axis=1) - own_M) / (m - 1))
+    column.difference(rows.GREEDY.cen, rows.OTHERS_GREEDY.cen)
+    same = [g[: len(t)] == t for g, t in zip(greedy, pairs.ids)]
+    column.add("greedy_is_source", np.array(same, dtype=float))
+    return column
+
+
+def shortened(run: Run, targets: Targets) -> Targets:
+    """The targets' first four tokens as sources of their own, v taken at the fourth."""
+    ids, lengths = targets.ids[:, :SHORT_TOKENS], np.minimum(targets.lengths, SHORT_TOKENS)
+    v = run.backbone.encode([row[:n].tolist() for row, n in zip(ids, lengths)], start=True)
+    arrays = {"ids": ids, "lengths": lengths, "v": v}
+    return dataclasses.replace(targets, **arrays, sha256=arrays_hash(arrays))

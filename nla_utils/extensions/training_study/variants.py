@@ -1,0 +1,57 @@
+"""The variants of a training study: positive controls, a learning curve, and recipes that change one factor at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nla_utils.stages.trainer import Recipe
+
+# The learning curve's factor, in steps and in pairs.
+FACTOR = 8
+N_MEMORISED, MEMORISING_STEPS = 64, 3000
+SHORT_TOKENS = 4
+SPAN = 8
+RATES = (1e-4, 3e-4, 1e-3)
+
+HELD_OUT, TRAINED, SHORT = "held out", "trained on", "held out, sources of 4 tokens"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training run of a study. ``part`` is the table it stands in, ``asked_on`` the texts it is measured on."""
+
+    part: str
+    label: str
+    recipe: Recipe
+    asked_on: str = HELD_OUT
+
+
+def variants(n_pairs: int, n_steps: int, norm: float) -> list[Variant]:
+    """The study of a run of so many training pairs and steps; ``norm`` is the mean norm of an embedding.
+
+    The learning curve's end is the run's own AV. Recipes have an eighth of its steps, and differ in one factor alone.
+    """
+    pairs, steps = max(1, n_pairs // FACTOR), max(1, n_steps // FACTOR)
+    curve = [
+        Variant("learning curve", "1/8 of the pairs, 1/8 of the steps", Recipe(pairs=pairs, steps=steps)),
+        Variant("learning curve", "all pairs, 1/8 of the steps", Recipe(steps=steps)),
+        Variant("learning curve", "1/8 of the pairs, all steps", Recipe(pairs=pairs, steps=n_steps)),
+    ]
+    factors = [
+        Variant("one factor", "v at an embedding's norm", Recipe(steps=steps, inject_norm=norm)),
+        *(Variant("one factor", f"rate {rate:g}", Recipe(steps=steps, learning_rate=rate)) for rate in RATES),
+        Variant("one factor", f"the last {SPAN} tokens alone", Recipe(steps=steps, span=SPAN)),
+    ]
+    together = [
+        *(Variant("together", f"v at an embedding's norm, rate {rate:g}, all steps", Recipe(None, n_steps, rate, norm))
+          for rate in RATES[1:]),
+        Variant("together", f"the same, the last {SPAN} tokens alone", Recipe(None, n_steps, RATES[-1], norm, SPAN)),
+    ]  # fmt: skip
+    controls = [
+        Variant("positive control", f"{N_MEMORISED} pairs learned by heart",
+                Recipe(N_MEMORISED, MEMORISING_STEPS, RATES[-1], norm), TRAINED),
+        Variant("positive control", f"sources of {SHORT_TOKENS} tokens, the paper's recipe", Recipe(steps=steps), SHORT),
+        Variant("positive control", f"sources of {SHORT_TOKENS} tokens, v at an embedding's norm, rate {RATES[-1]:g}",
+                Recipe(None, steps, RATES[-1], norm), SHORT),
+    ]  # fmt: skip
+    return [*controls, *factors, *curve, *together]

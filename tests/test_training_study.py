@@ -1,0 +1,68 @@
+"""Variants of training and what is measured of each."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import with_out
+
+from nla_utils.extensions.training_study.study import measure, run_itself, shortened, study, study_of
+from nla_utils.extensions.training_study.variants import SHORT, variants
+from nla_utils.metrics import fve
+from nla_utils.scores import rows
+from nla_utils.stages.pairs import tail_pairs
+from nla_utils.stages.trainer import Recipe, Trainer, greedy_rollouts
+from nla_utils.stages.verbalizer import ActivationVerbalizer
+
+
+def test_a_recipe_of_one_factor_differs_in_that_factor_alone():
+    planned = variants(800, 80, 2.5)
+    plain = Recipe(steps=10)
+    for variant in (v for v in planned if v.part == "one factor"):
+        differing = [f.name for f in dataclasses.fields(Recipe) if getattr(variant.recipe, f.name) != getattr(plain, f.name)]
+        assert len(differing) == 1
+    assert len({v.label for v in planned}) == len(planned)
+
+
+def test_short_sources_are_read_where_they_end(gemma_run):
+    run, targets = gemma_run
+    short = shortened(run, targets)
+    assert short.ids.shape[1] == short.lengths.max() == 4 and short.sha256 != targets.sha256
+    expected = run.backbone.encode([targets.sequence(5)[:4]], start=True)[0]
+    np.testing.assert_allclose(short.v[5], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_scores_are_those_of_each_text_with_its_own_and_with_the_other_targets(gemma_run):
+    run, targets = gemma_run
+    av = ActivationVerbalizer.fresh(run.backbone)
+    pairs = tail_pairs(targets, targets.held_out, 8)
+    column = measure(run, targets, av, pairs)
+    h = run.backbone.encode(greedy_rollouts(run.backbone, av, targets.v[pairs.rows]), start=True)
+    m, v = len(h), targets.v[pairs.rows]
+    own = [fve(h[i], v[i], targets.mu) for i in range(m)]
+    other = [np.mean([fve(h[j], v[i], targets.mu) for j in range(m) if j != i]) for i in range(m)]
+    assert column.values[rows.GREEDY.cen] == pytest.approx(np.mean(own), abs=1e-6)
+    assert column.values[rows.GREEDY_MINUS_OTHERS.cen] == pytest.approx(np.mean(own) - np.mean(other), abs=1e-6)
+
+
+def test_a_study_is_made_once_and_read_back(scored_run, tmp_path, monkeypatch):
+    run, targets, *_ = scored_run
+    apart = with_out(run, tmp_path)
+    chosen = [v for v in study_of(apart, targets) if v.part == "one factor" or v.asked_on == SHORT]
+    made = study(apart, targets, chosen)
+    assert [r["label"] for r in made] == [v.label for v in chosen]
+    assert all(r["steps"] >= 1 and np.isfinite(r["loss_last"]) for r in made)
+    monkeypatch.setattr(Trainer, "train", None)
+    assert study(apart, targets, chosen) == made
+    own = run_itself(run, targets)
+    assert own["steps"] == run.folder.load("best_av").sidecar["steps"]
+
+
+def test_what_only_v_tells_apart_is_learned_by_heart_and_read_from_v(gemma_run, tmp_path):
+    """The positive control at tiny size: where reading v is easy, this code learns to read it."""
+    run, targets = with_out(gemma_run[0], tmp_path), gemma_run[1]
+    trainer = Trainer(run, targets, Recipe(pairs=4, steps=300, learning_rate=1e-2, span=1))
+    trainer.train()
+    column = measure(run, targets, trainer.av, trainer.split.pairs.take(trainer.split.train))
+    assert column.values["greedy_is_source"] == 1
+    assert column.values[rows.NATS_GAINED[0].key] > 1
