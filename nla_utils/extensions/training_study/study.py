@@ -88,13 +88,15 @@ def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPai
     """Nats of the pairs' texts by what stands in the slot, and the greedy texts' scores against own and other targets."""
     column = score_source_loss(source_loss(run.backbone, av, targets, pairs, N_OTHERS))
     v_Md, m = targets.v[pairs.rows], len(pairs.rows)
-    greedy = greedy_rollouts(run.backbone, av, v_Md)
+    # As long as the texts can be: short sources are not to be compared with long texts.
+    longest = max(map(len, pairs.ids))
+    greedy = [ids[:longest] for ids in greedy_rollouts(run.backbone, av, v_Md)]
     scores_MM = fve_matrix(v_Md, re_encode(run.backbone, greedy, CORRECTED.on_ids), targets.mu)
     own_M = scores_MM.diagonal()
     column.add(rows.GREEDY.cen, own_M)
     column.add(rows.OTHERS_GREEDY.cen, (scores_MM.sum(axis=1) - own_M) / (m - 1))
     column.difference(rows.GREEDY.cen, rows.OTHERS_GREEDY.cen)
-    same = [g[: len(t)] == t for g, t in zip(greedy, pairs.ids)]
+    same = [ids[: len(text)] == text for ids, text in zip(greedy, pairs.ids)]
     column.add("greedy_is_source", np.array(same, dtype=float))
     return column
 
