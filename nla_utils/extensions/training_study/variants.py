@@ -43,13 +43,15 @@ def variants(n_pairs: int, n_steps: int, norm: float) -> list[Variant]:
         Variant("one factor", f"the last {SPAN} tokens alone", Recipe(steps=steps, span=SPAN)),
     ]
     together = [
-        *(Variant("together", f"v at an embedding's norm, rate {rate:g}, all steps", Recipe(None, n_steps, rate, norm))
-          for rate in RATES[1:]),
-        Variant("together", f"the same, the last {SPAN} tokens alone", Recipe(None, n_steps, RATES[-1], norm, SPAN)),
+        Variant("what helps", f"rate {RATES[-1]:g}, all steps", Recipe(None, n_steps, RATES[-1])),
+        Variant("what helps", f"rate {RATES[-1]:g}, all steps, the last {SPAN} tokens alone",
+                Recipe(None, n_steps, RATES[-1], None, SPAN)),
     ]  # fmt: skip
     controls = [
-        Variant("positive control", f"{N_MEMORISED} pairs learned by heart",
+        Variant("positive control", f"{N_MEMORISED} pairs learned by heart, v at an embedding's norm",
                 Recipe(N_MEMORISED, MEMORISING_STEPS, RATES[-1], norm), TRAINED),
+        Variant("positive control", f"{N_MEMORISED} pairs learned by heart, v at its own norm",
+                Recipe(N_MEMORISED, MEMORISING_STEPS, RATES[-1]), TRAINED),
         Variant("positive control", f"sources of {SHORT_TOKENS} tokens, the paper's recipe", Recipe(steps=steps), SHORT),
         Variant("positive control", f"sources of {SHORT_TOKENS} tokens, v at an embedding's norm, rate {RATES[-1]:g}",
                 Recipe(None, steps, RATES[-1], norm), SHORT),
