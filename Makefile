@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test paper report bench growth batch env clean
+.PHONY: reproduce test paper pdf report bench growth batch env clean
 
 # An environment runs the checkout that it was made in, wherever that has been moved or copied to since.
 env: $(VENV)/.installed
@@ -37,6 +37,10 @@ growth: env
 
 paper: env
 	$(NLA) paper
+
+# The section as a PDF, in build/; needs latexmk.
+pdf: env
+	cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error -outdir=../build section11.tex
 
 report: env
 	$(NLA) report

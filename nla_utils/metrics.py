@@ -32,6 +32,20 @@ def fve(h: Array, v: Array, mu: Optional[Array] = None) -> Array:
     return np.clip(0.5 * (1.0 + (_unit(h) * _unit(v)).sum(axis=-1)), 0.0, 1.0)
 
 
+def variance_explained(h: Array, v: Array, predictor: Array) -> Array:
+    """1 − ‖ĥ − v̂‖² / ‖v̂ − m‖² over the last axis, ĥ and v̂ at norm 1, m the ``predictor``: the mean of a pool's v̂.
+
+    1 where h has v's direction, 0 where it is no better a guess than m, below 0 where it is a worse one.
+    """
+    h, v = _unit(np.asarray(h, dtype=np.float64)), _unit(np.asarray(v, dtype=np.float64))
+    return 1 - ((h - v) ** 2).sum(axis=-1) / ((v - predictor) ** 2).sum(axis=-1)
+
+
+def mean_direction(pool_Pd: Array) -> Array:
+    """Mean (d,) of a pool's activations at norm 1: what :func:`variance_explained` compares with."""
+    return _unit(np.asarray(pool_Pd, dtype=np.float64)).mean(axis=0)
+
+
 def fve_matrix(a_Nd: Array, b_Md: Array, mu: Optional[Array] = None) -> Array:
     """fve of every row of ``a`` against every row of ``b``, (N, M)."""
     a, b = np.asarray(a_Nd, dtype=np.float64), np.asarray(b_Md, dtype=np.float64)

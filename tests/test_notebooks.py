@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -35,7 +34,7 @@ def code(notebook):
 
 
 def test_there_are_six_and_two_beside_them():
-    kept = (ROOT / "notebooks").glob("0*.ipynb"), (ROOT / "notebooks" / "extensions").glob("0*.ipynb")
+    kept = (ROOT / "notebooks").glob("0[1-9]*.ipynb"), (ROOT / "notebooks" / "extensions").glob("0*.ipynb")
     assert [len(list(found)) for found in kept] == [6, 2] and all(n.exists() for n in NOTEBOOKS)
     assert [n.stem[:2] for n in NOTEBOOKS[:6]] == [f"0{i}" for i in range(1, 7)]
 
@@ -94,15 +93,18 @@ def test_what_is_shown_by_hand_is_what_the_helpers_give(reproduced):
     def shown(notebook, word):
         cells = code(nbformat.read(folder / "executed" / f"{notebook}.ipynb", 4))
         (cell,) = (c for c in cells if word in c.source)
-        return ast.literal_eval(re.sub(r"np\.float64\(([^)]*)\)", r"\1", cell.outputs[-1]["data"]["text/plain"]))
+        text = cell.outputs[-1]["data"]["text/plain"]
+        if text.startswith("{"):
+            return ast.literal_eval(re.sub(r"np\.float64\(([^)]*)\)", r"\1", text))
+        return {label: float(x) for label, x in (line.rsplit(None, 1) for line in text.split("\n")[:-1])}
 
     by_hand, helper = shown("04_centred_eval", "a @ b"), shown("04_centred_eval", "fve(h, v).item()")
-    assert by_hand["½(1 + cos)"] == pytest.approx(helper["centred"], abs=1e-9)
-    assert shown("04_centred_eval", "raw = h @ v")["½(1 + cos)"] == pytest.approx(helper["raw"], abs=1e-9)
+    assert by_hand["½(1 + cos)"] == pytest.approx(helper["centred"], abs=1e-6)
+    assert shown("04_centred_eval", "raw = h @ v")["½(1 + cos)"] == pytest.approx(helper["raw"], abs=1e-6)
     results = json.loads((folder / "results" / "centered_eval.json").read_text())["protocols"]["corrected"]
-    assert shown("04_centred_eval", '"over one"')["over one"] == pytest.approx(results["rho_cen_greedy"], abs=1e-6)
+    assert shown("04_centred_eval", '"over one"')["over one"] == pytest.approx(results["rho_cen_greedy"], rel=1e-5, abs=1e-5)
     pair = shown("05_k_curve", "combinations(")
-    assert pair["mean over all pairs"] == pytest.approx(pair["closed form"], abs=1e-9)
+    assert pair["mean over all pairs"] == pytest.approx(pair["closed form"], abs=1e-6)
     curve = json.loads((folder / "results" / "rerank_eval.json").read_text())["protocols"]["corrected"]
     slopes = shown("05_k_curve", "slope_per_doubling(ks")
     assert slopes["rollouts"]["slope"] == pytest.approx(curve["slope_per_doubling_cen"], abs=1e-4)
@@ -256,8 +258,14 @@ def test_plain_papermill_works_and_refuses_unknown_parameters(tiny_folders, tmp_
         )
 
 
+def test_the_demo_is_committed_executed():
+    cells = code(nbformat.read(ROOT / "notebooks" / "00_demo.ipynb", 4))
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert all(c.outputs for c in cells)
+
+
 def test_committed_executed_notebooks_have_no_errors_and_no_machine_paths():
-    for path in Path(ROOT / "notebooks" / "executed").glob("*/*/*.ipynb"):
+    for path in [*(ROOT / "notebooks" / "executed").glob("*/*/*.ipynb"), ROOT / "notebooks" / "00_demo.ipynb"]:
         notebook = nbformat.read(path, 4)
         assert not any(o.output_type == "error" for c in code(notebook) for o in c.outputs), path
         assert not re.search("/(home|root|tmp|work|Users)/", path.read_text()), path

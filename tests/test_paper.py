@@ -2,22 +2,28 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from nla_utils import metrics
 from nla_utils.config import ROOT
 from nla_utils.extensions.depth.page import depth_page
 from nla_utils.extensions.tail_reader.page import reader_page
-from nla_utils.paper import tables
+from nla_utils.paper import findings, tables
+from nla_utils.paper.appendix import appendix_page
 from nla_utils.paper.published import BACKBONES, k_curve, published
-from nla_utils.paper.results import COMMITTED, NAMES, find_results
+from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results
 from nla_utils.paper.section import section_page
+from nla_utils.scores import rows
 
 EVERYTHING = find_results()
-PAGES = {"section11": section_page(), "tail_reader": reader_page(), "depth": depth_page()}
+PAGES = {"section11": section_page(), "appendix": appendix_page(), "tail_reader": reader_page(), "depth": depth_page()}
+TEX_ENGINE = next((name for name in ("latexmk", "tectonic") if shutil.which(name)), None)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -61,7 +67,8 @@ def test_every_committed_number_traces_to_a_run():
 
 
 def test_no_decimal_is_typed_into_the_prose():
-    sources = [ROOT / "nla_utils" / "paper" / name for name in ("section.py", "audit.py", "pages.py")]
+    modules = ("section", "appendix", "findings", "audit", "pages")
+    sources = [ROOT / "nla_utils" / "paper" / f"{name}.py" for name in modules]
     sources += (ROOT / "nla_utils" / "paper" / "templates").glob("*.j2")
     for path in sources:
         assert not re.findall(r"(?<![\w:.])\d+\.\d+", path.read_text(encoding="utf-8")), path
@@ -80,9 +87,10 @@ def test_pages_are_made_without_torch_in_seconds(tmp_path):
     program = (
         "import sys, pathlib; from nla_utils.runner import cli; from nla_utils.paper.section import section_page; "
         "from nla_utils.extensions.tail_reader.page import reader_page; "
-        "from nla_utils.extensions.depth.page import depth_page; "
+        "from nla_utils.extensions.depth.page import depth_page; from nla_utils.paper.appendix import appendix_page; "
         f"p = pathlib.Path({str(tmp_path)!r}); "
-        "[page().write(p / f'{i}.md', p / 'f') for i, page in enumerate((section_page, reader_page, depth_page))]; "
+        "pages = section_page, appendix_page, reader_page, depth_page; "
+        "[page().write(p / f'{i}.md', p / 'f') for i, page in enumerate(pages)]; "
         "bad = {'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
     )
     started = time.monotonic()
@@ -95,11 +103,52 @@ def test_pages_are_made_without_torch_in_seconds(tmp_path):
 
 def test_the_section_stands_on_published_numbers_alone(tmp_path):
     section_page([tmp_path / "none"]).write(tmp_path / "s.md", tmp_path / "f")
-    text = (tmp_path / "s.md").read_text(encoding="utf-8")
+    text = appendix_page([tmp_path / "none"]).text()
     assert "Gemma-2-2B, published" in text and (tmp_path / "f" / "fig1_k_curves.png").exists()
 
 
-def test_latex_tables_need_nothing_but_booktabs():
+def test_the_section_is_one_to_print():
+    lines = (ROOT / "paper" / "section11.md").read_text(encoding="utf-8").split("\n")
+    assert len(lines) <= 250
+    assert PAGES["section11"].tex(ROOT / "paper" / "section11.tex") == (ROOT / "paper" / "section11.tex").read_text()
+
+
+@pytest.mark.skipif(not TEX_ENGINE, reason="no TeX engine is installed")
+def test_the_section_compiles_and_its_tables_fit(tmp_path):
+    folder = shutil.copytree(ROOT / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("results", "sequences"))
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    way = {"latexmk": ["-pdf", "-interaction=nonstopmode", "-halt-on-error"], "tectonic": ["--keep-logs"]}[TEX_ENGINE]
+    done = subprocess.run([TEX_ENGINE, *way, "section11.tex"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (folder / "section11.pdf").stat().st_size > 100_000
+    too_wide = re.findall(r"Overfull .hbox .([\d.]+)pt", (folder / "section11.log").read_text(errors="replace"))
+    assert all(float(points) < 2 for points in too_wide), too_wide
+
+
+def test_variance_explained_of_the_table_is_that_of_the_arrays():
+    """From the three inner products that results hold, against the definition."""
+    rng = np.random.default_rng(0)
+    v, h, pool = rng.normal(1, 1, (40, 8)), rng.normal(1, 1, (40, 8)), rng.normal(1, 1, (300, 8))
+    m = metrics.mean_direction(pool)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    expected = 1 - ((unit(h) - unit(v)) ** 2).sum() / ((unit(v) - m) ** 2).sum()
+    raw = {rows.GREEDY.raw: metrics.fve(h, v).mean(), rows.FLOOR.raw: metrics.fve_matrix(v, pool).mean()}
+    within = (unit(pool) @ unit(pool).T).mean()
+    held = RunResults("", "", {
+        rows.EVALUATION_FILE: {"protocols": {"corrected": raw}}, rows.CEILING_FILE: {"protocols": {"corrected": raw}},
+        "targets": {"unrelated_cosine_raw_mean": within},
+    }, ROOT)  # fmt: skip
+    assert findings.variance_explained(held, rows.GREEDY) == pytest.approx(expected)
+
+
+def test_the_first_table_says_no_where_an_interval_says_no():
+    table = findings.findings_table(EVERYTHING)
+    assert len(table) <= 6
+    nearest = table.loc["Is greedy text closer than the nearest stored text?"]
+    assert nearest["answer"] == findings.NO and all(nearest.iloc[1:-1].str.startswith("-"))
+
+
+def test_latex_tables_are_ascii():
     for path in (ROOT / "paper" / "tables").glob("*.tex"):
         text = path.read_text(encoding="utf-8")
         assert text.isascii(), path.name

@@ -9,7 +9,7 @@ from scipy.stats import chi2_contingency
 
 from nla_utils.config import ROOT
 from nla_utils.lm.sampling import SamplingSettings, sample
-from nla_utils.stages.trainer import pair_loss
+from nla_utils.stages.trainer import greedy_rollouts, pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -36,6 +36,21 @@ def test_training_step_agrees(tiny_run):
     assert loss.item() == pytest.approx(theirs, rel=1e-5)
     for p, grad in zip(av.parameters(), expected):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
+
+
+def test_greedy_rollouts_are_the_librarys_token_for_token(tiny_run):
+    """From ``[proj(v), prefix]``, in float32, where nothing rounds two ways."""
+    run, targets = tiny_run
+    backbone, av = run.backbone, ActivationVerbalizer.fresh(run.backbone, 24)
+    v = targets.v[:12]
+    with torch.no_grad():
+        prompt_BPd = av(torch.from_numpy(v), backbone.dtype)
+        theirs = backbone.model.generate(
+            inputs_embeds=prompt_BPd, attention_mask=torch.ones(prompt_BPd.shape[:2], dtype=torch.long), do_sample=False,
+            max_new_tokens=24, eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
+        )  # fmt: skip
+    for ours, row in zip(greedy_rollouts(backbone, av, v), theirs.tolist()):
+        assert row[: len(ours)] == ours and set(row[len(ours) :]) <= {backbone.pad_id}
 
 
 def test_samples_come_from_the_librarys_distribution(tiny_run):

@@ -117,6 +117,13 @@ def scorecard(results: RunResults) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("claim")
 
 
+def short_scorecard(results: RunResults) -> pd.DataFrame:
+    """Every claim, its published value and ours under both protocols, each with the verdict on it."""
+    full = scorecard(results).drop(columns=["where", "quantity"])
+    controls = {c.sentence for c in CLAIMS if c.where == "control"}
+    return full.rename(index=lambda sentence: f"control: {sentence}" if sentence in controls else sentence)
+
+
 def claims_table() -> pd.DataFrame:
     """The claims as data: where each stands, its test, and what a pass and a fail mean."""
     table = [

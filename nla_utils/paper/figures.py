@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -71,7 +71,7 @@ def published_k_curves(ax: Axes) -> None:
             ax.axhline(floor, color=colour(name), linestyle=":", linewidth=0.8)
     log2_k_axis(ax, [1, 2, 4, 8, 16, 32, 64])
     ax.set_xlim(right=110)
-    style(ax, "K (rollouts, log₂)", "centred fve_nrm, best of K", "published; dashed: ceiling, dotted: floor")
+    style(ax, "K (rollouts, log₂)", "centred fve_nrm, best of K", "published; dashed: ceilings, dotted: floors")
 
 
 def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str, of: str = "AV") -> None:
@@ -96,17 +96,77 @@ def same_limits(axes: Sequence[Axes]) -> None:
 
 
 def figure_1(everything: Sequence[RunResults]) -> Figure:
-    """K-curves with each backbone's floor and ceiling: published on top, each run below under both protocols."""
-    n = len(everything)
-    fig = plt.figure(figsize=(9, 3.6 * (n + 1)), layout="constrained")
-    grid = fig.add_gridspec(n + 1, 2)
-    published_k_curves(fig.add_subplot(grid[0, :]))
-    for i, results in enumerate(everything, start=1):
-        axes = [fig.add_subplot(grid[i, j]) for j in (0, 1)]
-        for ax, protocol in zip(axes, ("paper", "corrected")):
+    """K-curves in one look: published, then each backbone's largest run, corrected, with its nulls as strong as the AV."""
+    shown = largest(everything)
+    fig, axes = plt.subplots(1, 1 + len(shown), figsize=(4 + 3.5 * len(shown), 3.6), layout="constrained", squeeze=False)
+    published_k_curves(axes[0, 0])
+    for ax, results in zip(axes[0, 1:], shown):
+        _corrected_panel(ax, results)
+    same_limits(axes[0])
+    return fig
+
+
+def _corrected_panel(ax: Axes, results: RunResults) -> None:
+    """The corrected K-curve of a run and its nulls, named at their ends."""
+    column, scale = results.column("rerank_eval", "corrected"), results.column("oracle_ceiling", "corrected")
+    curves = (
+        (rows.CURVE.cen, colour(results.backbone), "AV", "-"), (rows.CURVE_UNRELATED.cen, "black", "unrelated texts", "--"),
+        (rows.CURVE_OTHERS.cen, NULL_GREY, "AV of other targets", ":"),
+    )  # fmt: skip
+    ends = {}
+    for key, color, label, line in curves:
+        draw_curve(ax, column, key, color, label, line)
+        ends[label] = (list(column[key].values())[-1], color)
+    for row, label in ((rows.PARAPHRASE, "paraphrase, best of 8"), (rows.RETRIEVAL, "nearest stored text")):
+        y = scale[row.cen] if row is rows.PARAPHRASE else results.column(row.file, "corrected")[row.cen]
+        ax.hlines(y, 1, column["ks"][-1], color="black", linewidth=0.7)
+        ax.annotate(label, (1, y), (0, 2), textcoords="offset points", fontsize=7)
+    name_ends(ax, column["ks"][-1], ends)
+    log2_k_axis(ax, column["ks"])
+    ax.set_xlim(right=column["ks"][-1] * 5)
+    style(ax, "K (texts to choose from, log₂)", "", f"{results.label}; corrected, held out")
+
+
+def name_ends(ax: Axes, x: float, ends: Mapping[str, tuple[float, object]], least_gap: float = 0.04) -> None:
+    """Labels at the ends of lines, ``{label: (height, colour)}``, those that would touch pushed apart."""
+    heights = apart({label: y for label, (y, _) in ends.items()}, least_gap * np.ptp(ax.get_ylim()))
+    for label, y in heights.items():
+        ax.annotate(label, (x, y), (8, 0), textcoords="offset points", fontsize=7, va="center", color=ends[label][1])
+
+
+def apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """The heights, those that are closer than ``gap`` pushed upwards."""
+    placed: dict[str, float] = {}
+    for label, y in sorted(heights.items(), key=lambda item: item[1]):
+        placed[label] = max(y, max(placed.values(), default=-np.inf) + gap)
+    return placed
+
+
+def figure_by_run(everything: Sequence[RunResults]) -> Figure:
+    """K-curves with floor and ceiling, each run under both protocols."""
+    fig, axes = plt.subplots(len(everything), 2, figsize=(9, 3.6 * len(everything)), layout="constrained", squeeze=False)
+    for pair, results in zip(axes, everything):
+        for ax, protocol in zip(pair, ("paper", "corrected")):
             column, scale = results.column("rerank_eval", protocol), results.column("oracle_ceiling", protocol)
-            k_curve_panel(ax, column, scale, colour(results.backbone), f"{results.title}: {protocol}")
-        same_limits(axes)
+            k_curve_panel(ax, column, scale, colour(results.backbone), f"{results.label}: {protocol}")
+        same_limits(pair)
+    return fig
+
+
+def figure_reading(everything: Sequence[RunResults]) -> Figure:
+    """What its own v saves the AV on the sources' texts, by training step, against another target's v and against μ."""
+    shown = [r for r in largest(everything) if "nats_own" in r.data["training"]["validation"][0]]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for ax, name, label in zip(axes, ("other", "mean"), ("another target's v", "the mean μ")):
+        for results in shown:
+            validation = results.data["training"]["validation"]
+            saved = [r[f"nats_{name}"] - r["nats_own"] for r in validation]
+            ax.plot([r["step"] for r in validation], saved, "o-", markersize=3, color=colour(results.backbone),
+                    label=results.label)  # fmt: skip
+        ax.axhline(0, color="black", linewidth=0.8)
+        style(ax, "training step", "nats a token" if name == "other" else "", f"saved by v instead of {label}")
+    if shown:
+        axes[0].legend(frameon=False, fontsize=8)
     return fig
 
 
@@ -140,7 +200,7 @@ def figure_3(everything: Sequence[RunResults]) -> Figure:
         y = np.array([ladder[row.key] for row in rows.LADDER])
         error = np.abs(np.array([ladder["ci95"][row.key] for row in rows.LADDER]).T - y)
         ax.errorbar(range(len(y)), y, yerr=error, fmt="o-", color=colour(results.backbone), capsize=3,
-                    label=results.title)  # fmt: skip
+                    label=results.label)  # fmt: skip
     if ax.lines:
         ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.set_xticks(range(len(rows.LADDER)), [textwrap.fill(row.label, 14) for row in rows.LADDER], fontsize=8)
@@ -165,7 +225,7 @@ def figure_4(everything: Sequence[RunResults]) -> Figure:
             values = np.array([c[key] for c in steps.values()])
             low, high = np.array([c["ci95"][key] for c in steps.values()]).T
             ax.fill_betweenx(y, low, high, color=colour(results.backbone), alpha=0.15, linewidth=0)
-            ax.plot(values, y, "o-", color=colour(results.backbone), markersize=4, label=results.title)
+            ax.plot(values, y, "o-", color=colour(results.backbone), markersize=4, label=results.label)
             style(ax, "centred fve_nrm" if key[:3] != "rho" else "ρ_cen", "", title)
     axes[0].set_yticks(y, labels, fontsize=8)
     axes[0].invert_yaxis()

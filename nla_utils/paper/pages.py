@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Sequence
@@ -15,18 +16,19 @@ from matplotlib.figure import Figure
 from nla_utils.artefacts import atomic_write
 from nla_utils.config import ROOT
 from nla_utils.paper.results import RunResults
-from nla_utils.paper.tables import latex, markdown
+from nla_utils.paper.tables import latex, markdown, tex
 
 FIGURES = ROOT / "figures"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A generated table: file stem, caption, contents."""
+    """A generated table: file stem, caption, contents, and the widths of its columns where it has to wrap in print."""
 
     stem: str
     caption: str
     frame: pd.DataFrame
+    widths: tuple[float, ...] = ()
 
     @property
     def markdown(self) -> str:
@@ -47,25 +49,33 @@ def render(template: str, **values: object) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      undefined=jinja2.StrictUndefined)  # fmt: skip
+    environment.filters |= {"tex": tex, "fill": lambda text: textwrap.fill(text, 140, break_long_words=False)}
     return environment.get_template(template).render(**values)
 
 
 @dataclass(frozen=True)
 class Page:
     """A page before it is written: ``template`` names a file in ``paper/templates`` of the package, ``figures`` has the
-    results that each is drawn from, and ``values`` is what else the template may show."""
+    results that each is drawn from, ``values`` is what else the template may show, and ``tex_template`` the template of
+    the same page for LaTeX, if it is to be printed."""
 
     path: Path
     template: str
     tables: Sequence[Table]
     figures: Mapping[FigureSpec, Sequence[RunResults]]
     values: Mapping[str, object]
+    tex_template: Optional[str] = None
 
     def text(self, path: Optional[Path] = None, figure_folder: Path = FIGURES) -> str:
         """The page as Markdown; figures are named relative to ``path``."""
         where = Path(os.path.relpath(figure_folder, (path or self.path).parent))
         shown = [(spec.caption, (where / f"{spec.stem}.png").as_posix()) for spec in self.figures]
         return render(self.template, figures=shown, **self.values)
+
+    def tex(self, path: Path, figure_folder: Path = FIGURES) -> str:
+        """The page for LaTeX: tables are read from ``tables`` beside it, figures from their folder as PDF."""
+        where = Path(os.path.relpath(figure_folder, path.parent)).as_posix()
+        return render(self.tex_template, figures=self.figures, figure_folder=where, **self.values)
 
     def write(self, path: Optional[Path] = None, figure_folder: Path = FIGURES) -> list[Path]:
         """Write the page, its tables (Markdown and LaTeX, in ``tables`` beside it) and its figures (PNG and PDF).
@@ -75,13 +85,16 @@ class Page:
         path = path or self.path
         written = [path]
         for table in self.tables:
-            files = {"md": table.markdown, "tex": latex(table.frame, table.caption, f"tab:{table.stem}")}
+            files = {"md": table.markdown, "tex": latex(table.frame, table.caption, f"tab:{table.stem}", table.widths)}
             for end, text in files.items():
                 written.append(path.parent / "tables" / f"{table.stem}.{end}")
                 atomic_write(written[-1], text.encode())
         for spec, shown in self.figures.items():
             written += save_figure(spec.draw(shown), figure_folder, spec.stem)
         atomic_write(path, self.text(path, figure_folder).encode())
+        if self.tex_template:
+            written.append(path.with_suffix(".tex"))
+            atomic_write(written[-1], self.tex(path, figure_folder).encode())
         return written
 
 

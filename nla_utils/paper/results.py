@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Iterable, Optional
 
 from nla_utils.artefacts import read_record, sha256_file
-from nla_utils.config import ROOT
+from nla_utils.config import ROOT, RunConfig
 
 COMMITTED = ROOT / "paper" / "results"
 VARIED = re.compile(r"(layer|seed)\d+")
+# How the makers of the offline backbones write their names.
+NAMES_SHOWN = {"gemma3-270m": "Gemma-3-270M", "smollm2-135m": "SmolLM2-135M"}
 # The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
 NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
 
@@ -33,6 +35,11 @@ class RunResults:
     @property
     def title(self) -> str:
         return f"{self.backbone} · {self.profile}"
+
+    @property
+    def label(self) -> str:
+        """What a figure calls the run: ``Gemma-3-270M, 30,000 targets``."""
+        return f"{NAMES_SHOWN.get(self.backbone, self.backbone)}, {self.data['targets']['sizes']['N']:,} targets"
 
     @property
     def stem(self) -> str:
@@ -106,6 +113,15 @@ def largest(everything: Iterable[RunResults]) -> list[RunResults]:
         if results.backbone not in best or size > best[results.backbone].data["targets"]["sizes"]["N"]:
             best[results.backbone] = results
     return list(best.values())
+
+
+def foremost(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> Optional[RunResults]:
+    """The run that a section is about: ``own``, else the largest one of the default backbone, else of the first."""
+    shown = list(everything)
+    for results in shown:
+        if (results.backbone, results.profile) == own:
+            return results
+    return max(largest(shown), key=lambda r: r.backbone == RunConfig.backbone, default=None)
 
 
 def group(everything: Iterable[RunResults], alike, varied, least: int) -> list[dict[int, RunResults]]:

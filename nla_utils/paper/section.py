@@ -1,135 +1,66 @@
-"""``paper/section11.md``: §11 with its tables and figures, made from the JSON on disk and nothing else."""
+"""``paper/section11.md`` and ``.tex``: §11 as a section to print, made from the JSON on disk and nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
-
-import pandas as pd
+from typing import Iterable, Optional
 
 from nla_utils.config import ROOT
 from nla_utils.paper import claims, figures, tables
 from nla_utils.paper.audit import audit_table
-from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
-from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, largest, without_variants
+from nla_utils.paper.findings import findings_table, reading_table, verdict_counts
+from nla_utils.paper.pages import FigureSpec, Page, Table
+from nla_utils.paper.results import COMMITTED, RunResults, find_results, foremost, largest, without_variants
 from nla_utils.scores import rows
 
 SECTION = ROOT / "paper" / "section11.md"
-FIGURE_SPECS = (
-    FigureSpec("fig1_k_curves", figures.figure_1, "K-curves: published above, each run below under both protocols, "
-               "with floor, ceiling and the controls that the paper lacks. Bands are 95 % bootstrap intervals over "
-               "targets."),
-    FigureSpec("fig2_mu_and_floor", figures.figure_2, "‖μ‖ against the random floor: raw fve rises with ‖μ‖, centred "
-               "fve stays at one half."),
-    FigureSpec("fig3_replay_ladder", figures.figure_3, "Replay of the same targets: as published, and with the last "
-               "token, the text's lost ids and EOS, the missing BOS corrected. Which of them costs most differs "
-               "between backbones."),
-    FigureSpec("fig4_slip_by_slip", figures.figure_4, "Slip by slip: the paper's procedure at the top, each line below "
-               "corrects one more of its slips; the last is the corrected protocol. Bands are 95 % bootstrap "
-               "intervals."),
+FIGURE_1 = FigureSpec(
+    "fig1_k_curves", figures.figure_1,
+    "The best of K texts, centred. Left, as published: a curve that rises with K, its floor (dotted) and ceiling (dashed). "
+    "Right, ours, held out: the same rise is there for K texts that have nothing to do with v (black). What the AV adds is "
+    "the distance between the two curves; looking up the nearest stored text is above both. Bands are intervals.",
 )  # fmt: skip
-# What the first table asks, of the largest run of each backbone.
-QUESTIONS = (
-    ("The same text again, as published: does it score 1?", "paper", rows.REPLAY),
-    ("The same text again, corrected", "corrected", rows.REPLAY),
-    ("Is greedy text closer to its own v than to another's?", "corrected", rows.GREEDY_MINUS_OTHERS),
-    ("Are K rollouts worth more than K unrelated texts?", "corrected", rows.BEST_MINUS_UNRELATED),
-    ("Is greedy text closer than the nearest stored text?", "corrected", rows.GREEDY_MINUS_RETRIEVAL),
-)
+READING = FigureSpec(
+    "fig8_reading", figures.figure_reading,
+    "What v saves the AV, in nats a token of validation texts, while it is trained. Above zero it reads v. At first "
+    "the mean in every slot serves it better than the right vector.",
+)  # fmt: skip
 
 
-def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """The first thing to read: a few questions, and the answer of each backbone's largest run."""
-    table: dict[str, dict[str, str]] = {}
-    for results in largest(everything):
-        answers = {}
-        for question, protocol, row in QUESTIONS:
-            column = results.column(row.file, protocol)
-            value = tables.signed(column, row.cen) if "minus" in row.key else tables.with_interval(column, row.cen)
-            answers[question] = value
-        words = list(claims.verdicts(results).values())
-        verbs = {claims.STANDS: "stand", claims.FALLS: "fall", claims.UNDECIDED: "not decided"}
-        counts = [f"{words.count(word)} {verb}" for word, verb in verbs.items()]
-        table[results.title] = answers | {"§11's own claims, corrected": ", ".join(counts)}
-    found = pd.DataFrame(table)
-    found.index.name = "question (centred scores)"
-    return found
+def main_tables(results: RunResults) -> dict[str, Table]:
+    """The four tables of §11, the scorecard and the audit of one run, by name."""
+    made = {
+        "ceilings": ("Table 1. Ceilings, centred", tables.ceilings_table(results, "cen"), (28, 13, 25, 25)),
+        "evaluation": ("Table 2. Evaluation, centred", tables.evaluation_table(results, "cen"), (28, 13, 25, 25)),
+        "k-curve": ("Table 3. The best of K", tables.short_k_curve_table(results), (15, 13, 31, 31)),
+        "reranks": ("Table 4. Cheap reranks, centred", tables.rerank_table(results), (28, 13, 25, 25)),
+        "verdicts": ("Scorecard", claims.short_scorecard(results), (35, 16, 20, 20)),
+        "audit": ("Audit: what each slip moves", audit_table(results).drop(columns="acts in"), (18, 36, 38)),
+    }  # fmt: skip
+    return {key: Table(f"{results.stem}-{key}", *what) for key, what in made.items()}
 
 
-def runs_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """What each run is."""
-    table = []
-    for r in everything:
-        facts, training, s = r.data["targets"], r.data["training"], r.data["targets"]["sizes"]
-        table.append({
-            "run": r.title, "layer": f"{r.layer} of {facts['num_layers']}", "d": facts["hidden_size"], "N": s["N"],
-            "training pairs": training["train_pairs"], "steps": training["steps"], "M": s["M"], "K": s["K"],
-            "pool": s["pool"],
-        })  # fmt: skip
-    columns = ["run", "layer", "d", "N", "training pairs", "steps", "M", "K", "pool"]
-    return pd.DataFrame(table, columns=columns).set_index("run").map(lambda x: "–" if x is None else str(x))
-
-
-def keys_table() -> pd.DataFrame:
-    """Each row of the tables, its key in the results file, and its key in the published one."""
-    parts = (("ceilings", rows.CEILINGS), ("evaluation", rows.EVALUATION), ("ρ", rows.RHO), ("reranks", rows.RERANKS))
-    table = [
-        {"table": name, "row": row.title, "JSON key": f"`{row.key}`", "results file": f"{row.file}.json",
-         "published key": f"`{row.published_path}`" if row.published_path else "–"}
-        for name, registered in parts for row in registered
-    ]  # fmt: skip
-    return pd.DataFrame(table).set_index("table")
-
-
-def tables_of_run(results: RunResults) -> list[Table]:
-    """All tables of §11 for one run, beside the published numbers of §11's backbone."""
-    made = [("scorecard", "Scorecard", claims.scorecard(results))]
-    made.append(("headline", "Headline of §11", tables.headline_table(results)))
-    for kind, word in (("cen", "centred"), ("raw", "raw")):
-        made.append((f"ceilings-{kind}", f"Ceilings, {word} fve_nrm", tables.ceilings_table(results, kind)))
-        made.append((f"evaluation-{kind}", f"Evaluation, {word} fve_nrm", tables.evaluation_table(results, kind)))
-    made += [
-        ("rho", "ρ_cen", tables.rho_table(results)),
-        ("k-curve", "K-curve, centred fve_nrm", tables.k_curve_table(results)),
-        ("reranks", "Cheap reranks, centred fve_nrm", tables.rerank_table(results)),
-        ("audit", "Audit: what each slip moves", audit_table(results)),
-    ]
-    return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]
-
-
-def shared_tables(shown: Sequence[RunResults]) -> dict[str, Table]:
-    """Tables over all backbones and runs, by stem."""
-    made = (
-        Table("findings", "What was found", findings_table(shown)),
-        Table("runs", "The runs", runs_table(shown)),
-        Table("backbones", "The backbones side by side", tables.backbones_table(shown)),
-        Table("published-null", "Published best-of-K beside the null that the paper itself prints",
-              tables.published_null_table()),
-        Table("claims", "The claims and what a verdict on them means", claims.claims_table()),
-        Table("gap", "Centred gap, paraphrase best-of-8 minus floor", claims.gap_table(shown)),
-    )  # fmt: skip
-    return {t.stem: t for t in made}
-
-
-def seeds_tables(everything: Sequence[RunResults]) -> list[Table]:
-    """Tables over runs that differ in their seed alone."""
-    return [
-        Table(f"{next(iter(g.values())).stem}-seeds", "Repeated with other seeds", tables.seeds_table(g))
-        for g in tables.seed_groups(everything)
-    ]
+def _reading_runs(measured: list[RunResults]) -> str:
+    """The runs whose own v makes a source likelier than another's, by the whole interval."""
+    gained = rows.NATS_GAINED[0].key
+    return ", ".join(r.label for r in measured if r.data["centered_eval"]["source_loss"]["ci95"][gained][0] > 0)
 
 
 def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
-    """The section of the results below ``roots``; ``own`` (backbone, profile) is a run to show even if it is one of a
-    sweep."""
-    everything = find_results(roots)
-    shown = without_variants(everything, own)
-    shared, seeds = shared_tables(shown), seeds_tables(everything)
-    of_runs = {r.title: tables_of_run(r) for r in shown}
-    drawn = {spec: shown for spec in FIGURE_SPECS if shown or spec.draw is not figures.figure_4}
-    values = {
-        "shared": shared, "seeds": seeds, "of_runs": of_runs, "keys": tables.markdown(keys_table()),
-        "provenance": provenance(everything, NAMES),
+    """The section of the results below ``roots``; ``own`` (backbone, profile) is the run that it is about, if not the
+    largest of the default backbone."""
+    shown = without_variants(find_results(roots), own)
+    main = foremost(shown, own)
+    shared = {
+        "findings": Table("findings", "What was found", findings_table(shown), (30, 12, 19, 19, 9)),
+        "reading": Table("reading", "What the AV takes from v", reading_table(shown),
+                         (15, 6, 6, 14, 14, 14, 14)),
     }  # fmt: skip
-    made = [*shared.values(), *seeds, *(t for part in of_runs.values() for t in part)]
-    return Page(SECTION, "section11.md.j2", made, drawn, values)
+    own_tables = main_tables(main) if main else {}
+    read = [r for r in largest(shown) if r.data["centered_eval"].get("source_loss")]
+    drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
+    values = {
+        **shared, "main": own_tables, "about": main, "claims": [c for c in claims.CLAIMS if c.where != "control"],
+        "counts": verdict_counts(main) if main else "", "reads": _reading_runs(read),
+    }  # fmt: skip
+    return Page(SECTION, "section11.md.j2", [*shared.values(), *own_tables.values()], drawn, values, "section11.tex.j2")

@@ -138,6 +138,13 @@ def k_curve_table(results: RunResults) -> pd.DataFrame:
     return pd.DataFrame([*table, {"K": rows.SLOPE.label, PUBLISHED: number(published_slope), **slopes}]).set_index("K")
 
 
+def short_k_curve_table(results: RunResults) -> pd.DataFrame:
+    """The corrected K-curve beside the published one and beside its null."""
+    null = "control: unrelated text"
+    shown = k_curve_table(results)[[PUBLISHED, "corrected", f"{null}, corrected"]]
+    return shown.rename(columns={f"{null}, corrected": null})
+
+
 def _curve_point(column: dict, key: str, k: str) -> str:
     if k not in column[key]:
         return "–"
@@ -184,19 +191,24 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(disable_numparse=True) + "\n"
 
 
-def latex(table: pd.DataFrame, caption: str, label: str) -> str:
-    """A booktabs table; needs ``\\usepackage{booktabs}``."""
-    escaped = table.rename(columns=_tex, index=_tex).map(_tex)
-    escaped.index.name = _tex(escaped.index.name or "")
-    return escaped.to_latex(caption=_tex(caption), label=label, column_format="l" + "r" * len(table.columns))
+def latex(table: pd.DataFrame, caption: str, label: str, widths: Sequence[float] = ()) -> str:
+    """A booktabs table. ``widths``: of its columns, in hundredths of the text's; then they wrap, which needs array."""
+    escaped = table.reset_index().rename(columns=tex).map(tex)
+    columns = "".join(rf">{{\raggedright\arraybackslash}}p{{{w / 100:g}\linewidth}}" for w in widths)
+    columns = columns or "l" + "r" * len(table.columns)
+    return escaped.to_latex(caption=tex(caption), label=label, column_format=columns, index=False)
 
 
 TEX = {
     "&": r"\&", "%": r"\%", "_": r"\_", "<": "$<$", ">": "$>$", "‖": r"$\|$", "μ": r"$\mu$", "ρ": r"$\rho$",
     "−": "$-$", "–": "--", "·": r"$\cdot$", "²": "$^2$", "₂": "$_2$", "§": r"\S{}", "’": "'",
-    "→": r"$\rightarrow$", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
+    "→": r"$\rightarrow$", "½": r"$\frac12$", "ĥ": r"$\hat h$", "×": r"$\times$", "≤": r"$\leq$", "#": r"\#",
+    "“": "``", "”": "\'\'", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
 }  # fmt: skip
 
 
-def _tex(text: object) -> str:
-    return "".join(TEX.get(c, c) for c in str(text))
+def tex(text: object) -> str:
+    """Plain text for LaTeX, in ASCII; `code` becomes typewriter."""
+    parts = str(text).split("`")
+    escaped = ["".join(TEX.get(c, c) for c in part) for part in parts]
+    return "".join(rf"\texttt{{{part}}}" if i % 2 else part for i, part in enumerate(escaped))

@@ -150,13 +150,27 @@ def verbalize(
     if json_:
         typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
         return
-    typer.echo(f"{found.text!r}")
-    typer.echo(
-        f"  centred score {found.score:.3f}, best of {k} by {found.method}; the best of {k} unrelated texts "
-        f"scores less in {found.percentile:.1%}"
-    )
-    typer.echo(f"  greedy        {found.greedy_score:.3f}  {found.greedy!r}")
-    typer.echo(f"  retrieved     {found.retrieved_score:.3f}  {found.retrieved!r}")
+    typer.echo(str(found))
+
+
+@app.command()
+def explore(
+    text: Annotated[str, typer.Option(help="The text to look at.")],
+    to: Annotated[Path, typer.Option(help="The page to write.")] = Path("explore.html"),
+    backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
+    run: Annotated[Optional[Path], typer.Option(help="A finished run folder, if not the shipped verbalizers.")] = None,
+    layers: Layers = "all",
+    k: Annotated[int, typer.Option(help="How many readings of each activation.")] = 8,
+) -> None:
+    """Write one HTML page that shows what every token's activation reads as at every layer."""
+    from nla_utils.extensions.depth.layers import parse_layers
+    from nla_utils.extensions.release.api import NLA
+    from nla_utils.extensions.release.explore import explore as look
+    from nla_utils.extensions.release.explore import write_page
+
+    nla = NLA.load(backbone, run)
+    chosen = parse_layers(layers, nla.backbone.n_layers)
+    typer.echo(f"  page  {show(write_page(look(nla, text, chosen, k), to.resolve()))}")
 
 
 @with_config(profile="laptop")

@@ -130,10 +130,11 @@ def write_pages() -> None:
     """Write the repository's own pages, tables and figures anew, and say where they are."""
     from nla_utils.extensions.depth.page import depth_page
     from nla_utils.extensions.tail_reader.page import reader_page
+    from nla_utils.paper.appendix import appendix_page
     from nla_utils.paper.section import section_page
 
     typer.echo("\nthe repository's own")
-    for page in (section_page(), reader_page(), depth_page()):
+    for page in (section_page(), appendix_page(), reader_page(), depth_page()):
         typer.echo(f"  page                {show(page.write()[0])}")
     typer.echo(f"  tables              {show(ROOT / 'paper' / 'tables')}")
     typer.echo(f"  figures             {show(ROOT / 'figures')}")

@@ -9,19 +9,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from nla_utils.config import ROOT
 from nla_utils.extensions.depth.tables import AV_CURVE, RESULTS, TEXT_CURVES, Columns, Depth, depth_table, depths
-from nla_utils.paper.figures import NULL_GREY, colour, style
+from nla_utils.paper.figures import NULL_GREY, colour, name_ends, style
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, RunResults, find_results
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
 PAGE = ROOT / "paper" / "depth.md"
-# Between two names at the ends of curves, as a share of the axis.
-LEAST_GAP = 0.04
+# Room to the right of the last layer for the names of the curves.
+ROOM = 1.5
 READER_WIDTH = 2.5
 # Of each curve of TEXT_CURVES, in its order.
 LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-", "-")
@@ -30,18 +29,19 @@ LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-", "-")
 def figure_7(everything: Sequence[RunResults]) -> Figure:
     """Against depth: centred scores, ‖μ‖, raw floor; one row for each backbone that was looked at by depth."""
     found = depths(everything)
-    fig, axes = plt.subplots(len(found), 3, figsize=(12, 4.4 * len(found)), layout="constrained", squeeze=False,
-                             width_ratios=(2.4, 1, 1))  # fmt: skip
+    fig, axes = plt.subplots(len(found), 3, figsize=(15, 4.4 * len(found)), layout="constrained", squeeze=False)
     for panels, depth in zip(axes, found):
-        shade = colour(depth.backbone)
+        shade, label = colour(depth.backbone), next(iter(depth.runs.values())).label
         _draw_scores(panels[0], depth, shade)
-        style(panels[0], "layer", "centred fve_nrm", depth.title)
+        style(panels[0], "layer", "centred fve_nrm", f"{label}: what text can reach")
         of_pool = {layer: columns("corrected", rows.CEILING_FILE) for layer, columns in depth.texts.items()}
-        for ax, key, label in ((panels[1], "mu_norm", "‖μ‖"), (panels[2], rows.FLOOR.raw, "raw floor")):
+        for ax, key, what in (
+            (panels[1], "mu_norm", "‖μ‖, norm of the mean"), (panels[2], rows.FLOOR.raw, "raw score of unrelated pairs")
+        ):  # fmt: skip
             ax.plot(list(of_pool), [c[key] for c in of_pool.values()], "o-", color=shade, markersize=4)
-            style(ax, "layer", label)
+            style(ax, "layer", what)
         for ax in panels:
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_xticks([layer for layer in depth.texts if layer % 2])
     return fig
 
 
@@ -58,20 +58,11 @@ def _draw_scores(ax: Axes, depth: Depth, shade: str) -> None:
         ax.plot(x, y, linestyle=line, linewidth=width, color=color, label=label)
         ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         ends[label] = (y[-1], color)
-    heights = _apart({label: y for label, (y, _) in ends.items()}, LEAST_GAP * np.ptp(ax.get_ylim()))
-    for label, y in heights.items():
-        ax.annotate(label, (x[-1], y), (8, 0), textcoords="offset points", fontsize=7, va="center", color=ends[label][1])
     x, y, low, high = _series(depth.evaluated, "corrected", AV_CURVE)
     ax.errorbar(x, y, [y - low, high - y], fmt="o", color="black", markersize=4, label=AV_CURVE.label)
-    ax.annotate(AV_CURVE.label, (x[-1], y[-1]), (5, 5), textcoords="offset points", fontsize=7)
-
-
-def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """The heights, those that are closer than ``gap`` pushed upwards."""
-    placed: dict[str, float] = {}
-    for label, y in sorted(heights.items(), key=lambda item: item[1]):
-        placed[label] = max(y, max(placed.values(), default=-np.inf) + gap)
-    return placed
+    ends[AV_CURVE.label] = (y[-1], "black")
+    name_ends(ax, max(depth.texts), ends)
+    ax.set_xlim(right=max(depth.texts) * ROOM)
 
 
 def _series(by_layer: dict[int, Columns], protocol: str, row: Row) -> tuple[np.ndarray, ...]:

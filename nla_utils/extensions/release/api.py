@@ -24,26 +24,32 @@ from nla_utils.extensions.tail_reader.rollouts import guided_search
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
-from nla_utils.metrics import fve
+from nla_utils.metrics import fve, mean_direction, variance_explained
 
 METHODS = ("reader", "guided", "av")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
+# Characters of a text that are printed.
+SHOWN = 90
 
 
 @dataclass(frozen=True)
 class Verbalization:
     """A text for an activation and how much it is worth.
 
-    ``score`` is the centred fve_nrm of the re-encoded text, in [0, 1]; ``percentile`` the chance that the best of
-    as many unrelated texts scores less; ``greedy`` the text chosen without looking at v again, with its score;
-    ``retrieved`` the stored text whose activation is nearest to v, with its score.
+    ``score`` is ½(1 + ``cosine``) of the re-encoded text, in [0, 1], ``cosine`` the centred cosine; both are the paper's
+    measure, called fve_nrm there. ``variance_explained`` is what other work calls so: of activations at norm 1, against
+    the pool's mean as the guess to beat. ``percentile`` is the chance that the best of as many unrelated texts scores
+    less; ``greedy`` the text chosen without looking at v again, with its score; ``retrieved`` the stored text whose
+    activation is nearest to v, with its score.
     """
 
     method: str
     k: int
     text: str
     score: float
+    cosine: float
+    variance_explained: float
     percentile: float
     greedy: str
     greedy_score: float
@@ -52,6 +58,21 @@ class Verbalization:
 
     def to_json(self) -> dict:
         return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join((
+            repr(_end_of(self.text)),
+            f"  score      {self.score:.3f}  ½(1 + cosine), centred; the best of {self.k} by {self.method}",
+            f"  cosine     {self.cosine:.3f}  variance explained {self.variance_explained:.2f}",
+            f"  chance     the best of {self.k} unrelated texts scores less in {self.percentile:.1%}",
+            f"  greedy     {self.greedy_score:.3f}  {_end_of(self.greedy)!r}",
+            f"  retrieved  {self.retrieved_score:.3f}  {_end_of(self.retrieved)!r}",
+        ))  # fmt: skip
+
+
+def _end_of(text: str) -> str:
+    """The end of a text, which is where v was taken."""
+    return text if len(text) <= SHOWN else "…" + text[-SHOWN:]
 
 
 class NLA:
@@ -78,14 +99,14 @@ class NLA:
 
         ``token`` counts from 0, or from the end if negative. Raises ``ConfigError`` if there is no such token.
         """
-        ids = self._ids(text)
+        ids = self.token_ids(text)
         if not -len(ids) <= token < len(ids):
             raise ConfigError(f"token {token} is out of range: the text has {len(ids)} tokens")
         return self.backbone.encode([ids[: token % len(ids) + 1]], start=True)[0]
 
     def trace(self, text: str) -> list[tuple[str, np.ndarray]]:
         """Each token of a text and the activation there: (token as text, v (d,))."""
-        ids = self._ids(text)
+        ids = self.token_ids(text)
         h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
         return [(self.backbone.tokenizer.decode([i]), h) for i, h in zip(ids, h_nd)]
 
@@ -114,16 +135,19 @@ class NLA:
                 self.bundle.reader, self.backbone, v[None], mu, np.array(texts[1:])[None], h[None, 1:], GUIDED_TOKENS
             )  # fmt: skip
             text = found.ids[0].tolist()
-        value = self._score(text, v)
+        h = self._as_read(text)
+        value, explained = float(fve(h, v, mu)), float(variance_explained(h, v, mean_direction(self.bundle.pool_v)))
         null = fve(self.bundle.pool_v, v, mu)
         near = int(null.argmax())
         return Verbalization(
-            method=method, k=k, text=self._text(text), score=value, percentile=float((null < value).mean() ** k),
-            greedy=self._text(texts[0]), greedy_score=self._score(texts[0], v),
+            method=method, k=k, text=self._text(text), score=value, cosine=2 * value - 1,
+            variance_explained=explained, percentile=float((null < value).mean() ** k),
+            greedy=self._text(texts[0]), greedy_score=float(fve(self._as_read(texts[0]), v, mu)),
             retrieved=self._text(self.bundle.pool_texts[near]), retrieved_score=float(null[near]),
         )  # fmt: skip
 
-    def _ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a text without BOS; raises ``ConfigError`` for a text without tokens, or one that begins with BOS."""
         ids = self.backbone.tokenize_text(text)
         if not ids:
             raise ConfigError(f"the text {text!r} has no tokens")
@@ -142,10 +166,10 @@ class NLA:
             raise ConfigError("the activation holds NaN or infinity")
         return v
 
-    def _score(self, ids: Sequence[int], v: np.ndarray) -> float:
-        """The score that anyone gets who reads the text again: tokenized from its letters, and encoded alone."""
+    def _as_read(self, ids: Sequence[int]) -> np.ndarray:
+        """h (d,) that anyone gets who reads the text again: tokenized from its letters, and encoded alone."""
         as_read = self.backbone.tokenize_text(self._text(ids)) or list(ids)
-        return float(fve(self.backbone.encode([as_read], start=True), v, self.bundle.mu)[0])
+        return self.backbone.encode([as_read], start=True)[0]
 
     def _reader(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
         """The greedy text first, then k draws."""

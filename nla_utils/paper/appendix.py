@@ -1,0 +1,106 @@
+"""``paper/appendix.md``: what stands behind the section, run by run, and where each number comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import pandas as pd
+
+from nla_utils.config import ROOT
+from nla_utils.paper import claims, figures, tables
+from nla_utils.paper.findings import STUDY, study_table
+from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
+from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, without_variants
+from nla_utils.scores import rows
+
+APPENDIX = ROOT / "paper" / "appendix.md"
+FIGURE_SPECS = (
+    FigureSpec("figA_k_curves_by_run", figures.figure_by_run, "K-curves of every run under both protocols, with floor, "
+               "ceiling and controls. Bands are intervals."),
+    FigureSpec("fig2_mu_and_floor", figures.figure_2, "‖μ‖ against the random floor: raw scores of unrelated pairs rise "
+               "with ‖μ‖, centred ones stay at one half."),
+    FigureSpec("fig3_replay_ladder", figures.figure_3, "Replay of the same targets: as published, and with the last "
+               "token, the text's lost ids and EOS, the missing BOS corrected. Which of them costs most differs "
+               "between backbones."),
+    FigureSpec("fig4_slip_by_slip", figures.figure_4, "The paper's procedure at the top, each line below corrects one "
+               "more of its slips; the last is the corrected protocol. Bands are intervals."),
+)  # fmt: skip
+
+
+def runs_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """What each run is."""
+    table = []
+    for r in everything:
+        facts, training, s = r.data["targets"], r.data["training"], r.data["targets"]["sizes"]
+        table.append({
+            "run": r.title, "layer": f"{r.layer} of {facts['num_layers']}", "d": facts["hidden_size"], "N": s["N"],
+            "training pairs": training["train_pairs"], "steps": training["steps"], "M": s["M"], "K": s["K"],
+            "pool": s["pool"],
+        })  # fmt: skip
+    columns = ["run", "layer", "d", "N", "training pairs", "steps", "M", "K", "pool"]
+    return pd.DataFrame(table, columns=columns).set_index("run").map(lambda x: "–" if x is None else str(x))
+
+
+def keys_table() -> pd.DataFrame:
+    """Each row of the tables, its key in the results file, and its key in the published one."""
+    parts = (("ceilings", rows.CEILINGS), ("evaluation", rows.EVALUATION), ("ρ", rows.RHO), ("reranks", rows.RERANKS))
+    table = [
+        {"table": name, "row": row.title, "JSON key": f"`{row.key}`", "results file": f"{row.file}.json",
+         "published key": f"`{row.published_path}`" if row.published_path else "–"}
+        for name, registered in parts for row in registered
+    ]  # fmt: skip
+    return pd.DataFrame(table).set_index("table")
+
+
+def tables_of_run(results: RunResults) -> list[Table]:
+    """All tables of §11 for one run, beside the published numbers of §11's backbone."""
+    made = [("scorecard", "Scorecard", claims.scorecard(results))]
+    made.append(("headline", "Headline of §11", tables.headline_table(results)))
+    for kind, word in (("cen", "centred"), ("raw", "raw")):
+        made.append((f"ceilings-{kind}", f"Ceilings, {word} fve_nrm", tables.ceilings_table(results, kind)))
+        made.append((f"evaluation-{kind}", f"Evaluation, {word} fve_nrm", tables.evaluation_table(results, kind)))
+    made += [
+        ("rho", "ρ_cen", tables.rho_table(results)),
+        ("k-curve-all", "K-curve, centred fve_nrm", tables.k_curve_table(results)),
+        ("reranks-cen", "Cheap reranks, centred fve_nrm", tables.rerank_table(results)),
+    ]
+    if results.optional(STUDY):
+        made.append(("study", "Training in other ways", study_table(results)))
+    return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]
+
+
+def shared_tables(shown: Sequence[RunResults]) -> dict[str, Table]:
+    """Tables over all backbones and runs, by stem."""
+    made = (
+        Table("runs", "The runs", runs_table(shown)),
+        Table("backbones", "The backbones side by side", tables.backbones_table(shown)),
+        Table("published-null", "Published best-of-K beside the null that the paper itself prints",
+              tables.published_null_table()),
+        Table("claims", "The claims and what a verdict on them means", claims.claims_table()),
+        Table("gap", "Centred gap, paraphrase best-of-8 minus floor", claims.gap_table(shown)),
+    )  # fmt: skip
+    return {t.stem: t for t in made}
+
+
+def seeds_tables(everything: Sequence[RunResults]) -> list[Table]:
+    """Tables over runs that differ in their seed alone."""
+    return [
+        Table(f"{next(iter(g.values())).stem}-seeds", "Repeated with other seeds", tables.seeds_table(g))
+        for g in tables.seed_groups(everything)
+    ]
+
+
+def appendix_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
+    """The appendix of the results below ``roots``."""
+    everything = find_results(roots)
+    shown = without_variants(everything)
+    shared, seeds = shared_tables(shown), seeds_tables(everything)
+    of_runs = {r.title: tables_of_run(r) for r in shown}
+    drawn = {spec: shown for spec in FIGURE_SPECS if shown}
+    values = {
+        "shared": shared, "seeds": seeds, "of_runs": of_runs, "keys": tables.markdown(keys_table()),
+        "provenance": provenance(everything, (*NAMES, STUDY)),
+    }  # fmt: skip
+    made = [*shared.values(), *seeds, *(t for part in of_runs.values() for t in part)]
+    return Page(APPENDIX, "appendix.md.j2", made, drawn, values)
