@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nla_utils.paper.published import BACKBONES, TITLES, ceiling, k_curve, published
-from nla_utils.paper.results import RunResults, largest
+from nla_utils.paper.results import NAMES_SHOWN, RunResults, largest
 from nla_utils.scores import rows
 
 # Okabe-Ito: told apart by colour-blind readers and in grey print.
@@ -71,7 +71,7 @@ def published_k_curves(ax: Axes) -> None:
             ax.axhline(floor, color=colour(name), linestyle=":", linewidth=0.8)
     log2_k_axis(ax, [1, 2, 4, 8, 16, 32, 64])
     ax.set_xlim(right=110)
-    style(ax, "K (rollouts, log₂)", "centred fve_nrm, best of K", "published; dashed: ceilings, dotted: floors")
+    style(ax, "K (rollouts, log₂)", "centred fve_nrm, best of K", "published\ndashed: ceilings, dotted: floors")
 
 
 def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str, of: str = "AV") -> None:
@@ -98,7 +98,7 @@ def same_limits(axes: Sequence[Axes]) -> None:
 def figure_1(everything: Sequence[RunResults]) -> Figure:
     """K-curves in one look: published, then each backbone's largest run, corrected, with its nulls as strong as the AV."""
     shown = largest(everything)
-    fig, axes = plt.subplots(1, 1 + len(shown), figsize=(4 + 3.5 * len(shown), 3.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, 1 + len(shown), figsize=(4.2 + 4.2 * len(shown), 3.9), layout="constrained", squeeze=False)
     published_k_curves(axes[0, 0])
     for ax, results in zip(axes[0, 1:], shown):
         _corrected_panel(ax, results)
@@ -120,11 +120,11 @@ def _corrected_panel(ax: Axes, results: RunResults) -> None:
     for row, label in ((rows.PARAPHRASE, "paraphrase, best of 8"), (rows.RETRIEVAL, "nearest stored text")):
         y = scale[row.cen] if row is rows.PARAPHRASE else results.column(row.file, "corrected")[row.cen]
         ax.hlines(y, 1, column["ks"][-1], color="black", linewidth=0.7)
-        ax.annotate(label, (1, y), (0, 2), textcoords="offset points", fontsize=7)
+        ends[label] = (y, "black")
     name_ends(ax, column["ks"][-1], ends)
     log2_k_axis(ax, column["ks"])
     ax.set_xlim(right=column["ks"][-1] * 5)
-    style(ax, "K (texts to choose from, log₂)", "", f"{results.label}; corrected, held out")
+    style(ax, "K (texts to choose from, log₂)", "", f"{results.label}\ncorrected, held out")
 
 
 def name_ends(ax: Axes, x: float, ends: Mapping[str, tuple[float, object]], least_gap: float = 0.04) -> None:
@@ -180,7 +180,8 @@ def figure_2(everything: Sequence[RunResults]) -> Figure:
     for results in largest(everything):
         column = results.column("oracle_ceiling", "paper")
         floors = {k: column[rows.FLOOR.at(k)] for k in ("raw", "cen")}
-        points.append((column["mu_norm"], floors, colour(results.backbone), results.backbone))
+        name = NAMES_SHOWN.get(results.backbone, results.backbone)
+        points.append((column["mu_norm"], floors, colour(results.backbone), name))
     for x, floors, c, label in points:
         ax.plot(x, floors["raw"], "o", color=c)
         ax.plot(x, floors["cen"], "s", color=c, markerfacecolor="white")
@@ -204,6 +205,7 @@ def figure_3(everything: Sequence[RunResults]) -> Figure:
     if ax.lines:
         ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.set_xticks(range(len(rows.LADDER)), [textwrap.fill(row.label, 14) for row in rows.LADDER], fontsize=8)
+    ax.margins(x=0.1)
     style(ax, "", "replay, centred fve_nrm", "the same targets, re-encoded five ways")
     return fig
 

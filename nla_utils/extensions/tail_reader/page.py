@@ -44,7 +44,7 @@ def figure_5(everything: Sequence[RunResults]) -> Figure:
     chosen = largest(everything)
     fig, axes = plt.subplots(1, len(chosen), figsize=(5.2 * len(chosen), 3.8), layout="constrained", squeeze=False)
     for ax, results in zip(axes[0], chosen):
-        draw_compute(ax, results.optional(tables.RESULTS)["compute"], colour(results.backbone), results.title)
+        draw_compute(ax, results.optional(tables.RESULTS)["compute"], colour(results.backbone), results.label)
         level(ax, results.column("centered_eval", "corrected")[rows.RETRIEVAL.cen], "black", rows.RETRIEVAL.label, ":")
         ax.legend(frameon=False, fontsize=7)
     same_limits(axes[0])
@@ -61,7 +61,7 @@ def figure_6(everything: Sequence[RunResults]) -> Figure:
             y = np.array([p[who]["mean"] for p in scaling])
             error = np.abs(np.array([p[who]["ci95"] for p in scaling]).T - y)
             ax.errorbar(x, y, yerr=error, fmt=line, color=colour(results.backbone), capsize=3, markersize=4,
-                        label=f"{results.title}: {tables.SCALED[who]}")  # fmt: skip
+                        label=f"{results.label}: {tables.SCALED[who]}")  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
