@@ -112,6 +112,13 @@ def study_table(results: RunResults) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("variant")
 
 
+def easy_table(results: RunResults) -> pd.DataFrame:
+    """The variants of a study where reading v is easy: what such an AV takes from v, and how many sources it repeats."""
+    full = study_table(results)
+    shown = full[full["part"] == "positive control"]
+    return shown[["measured on", "another's − own", "same as its source"]]
+
+
 def verdict_counts(results: RunResults) -> str:
     """How many of §11's own claims stand, fall and are not decided, corrected."""
     words = list(claims.verdicts(results).values())
