@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from nla_utils.artefacts import ChunkStore, RunFolder, atomic_write, derive_seed, read_json, require_disk
+from nla_utils.artefacts import RunFolder, atomic_write, derive_seed, read_json, require_disk
+from nla_utils.chunks import ChunkStore
 from nla_utils.config import PROFILES, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError, SourceError
 from nla_utils.lm.registry import REGISTRY, check_hash, resolve, weight_hash

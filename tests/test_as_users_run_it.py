@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3Config, LlamaConfig, OPTConfig
 from typer.testing import CliRunner
 
-from nla_utils.artefacts import ChunkStore
+from nla_utils.chunks import ChunkStore
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.extensions.release.api import NLA, read_vector

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "nla_utils"
 # Each part imports parts of a lower number, and itself.
 LEVEL = {
     "__init__": -1, "errors": 0, "metrics": 0, "progress": 0, "workers": 0, "protocol": 1, "config": 1,
-    "artefacts": 2, "lm": 3, "run": 4, "stages": 5, "scores": 6, "paper": 7, "extensions": 8, "runner": 9, "__main__": 10,
+    "artefacts": 2, "chunks": 3, "lm": 4, "run": 5, "stages": 6, "scores": 7, "paper": 8, "extensions": 9, "runner": 10,
+    "__main__": 11,
 }  # fmt: skip
 # Arrays in, numbers out: types aside, neither scores nor pages know the model.
 WITHOUT_THE_MODEL = {"scores": {"lm", "run", "stages"}, "paper": {"lm", "run", "stages"}}

@@ -17,7 +17,8 @@ import torch
 from conftest import tiny_config, with_out
 
 from nla_utils import artefacts
-from nla_utils.artefacts import ChunkStore, arrays_hash, json_hash
+from nla_utils.artefacts import arrays_hash, json_hash
+from nla_utils.chunks import ChunkStore
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, NLAError
 from nla_utils.extensions.release import bundle as bundles

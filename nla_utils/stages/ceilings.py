@@ -10,7 +10,8 @@ from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
-from nla_utils.artefacts import Artefact, ChunkStore, derive_seed, json_hash, require_disk
+from nla_utils.artefacts import Artefact, derive_seed, json_hash, require_disk
+from nla_utils.chunks import ChunkStore
 from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import Samples, SamplingSettings, pad, sample

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, ChunkStore, derive_seed, require_disk
+from nla_utils.artefacts import Artefact, derive_seed, require_disk
+from nla_utils.chunks import ChunkStore
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cross_entropy import head_logprobs
 from nla_utils.lm.sampling import SamplingSettings, pad, sample

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, ChunkStore, derive_seed, require_disk
+from nla_utils.artefacts import Artefact, derive_seed, require_disk
+from nla_utils.chunks import ChunkStore
 from nla_utils.config import FLOOR_ROWS, RunConfig
 from nla_utils.errors import CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, check_finite

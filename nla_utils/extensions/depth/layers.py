@@ -15,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nla_utils.artefacts import ChunkStore, atomic_write, derive_seed, require_disk
+from nla_utils.artefacts import atomic_write, derive_seed, require_disk
+from nla_utils.chunks import ChunkStore
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.progress import Progress

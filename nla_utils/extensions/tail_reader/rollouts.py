@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, ChunkStore, derive_seed
+from nla_utils.artefacts import Artefact, derive_seed
+from nla_utils.chunks import ChunkStore
 from nla_utils.extensions.tail_reader.reader import ARTEFACT as READER_ARTEFACT
 from nla_utils.extensions.tail_reader.reader import TailReader, load_reader, read_tails
 from nla_utils.lm.backbone import Backbone
