@@ -132,7 +132,7 @@ def verbalize(
     token: Annotated[int, typer.Option(help="Which token of the text; negative counts from the end.")] = -1,
     backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
     run: Annotated[Optional[Path], typer.Option(help="A finished run folder, if not the shipped verbalizers.")] = None,
-    method: Annotated[str, typer.Option(help="reader, guided or av.")] = "reader",
+    method: Annotated[str, typer.Option(help="reader, guided, av, lens or patchscope.")] = "reader",
     k: Annotated[int, typer.Option(help="How many texts to choose from.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nla_utils.config import RunConfig
 from nla_utils.errors import ConfigError, nearest
+from nla_utils.extensions.release.baselines import lens_tokens, patchscope
 from nla_utils.extensions.release.bundle import Bundle, load_bundle
 from nla_utils.extensions.tail_reader.reader import read_tails
 from nla_utils.extensions.tail_reader.rollouts import guided_search
@@ -26,7 +27,7 @@ from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.metrics import fve, mean_direction, variance_explained
 
-METHODS = ("reader", "guided", "av")
+METHODS = ("reader", "guided", "av", "lens", "patchscope")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
 # Characters of a text that are printed.
@@ -115,7 +116,8 @@ class NLA:
 
         Args:
             method: ``reader`` (closed form, writes the last tokens), ``guided`` (the reader's texts improved by
-                search) or ``av`` (the paper's adapter, writes from the beginning).
+                search), ``av`` (the paper's adapter, writes from the beginning), ``lens`` (the k likeliest tokens of
+                the logit lens, one token a text) or ``patchscope`` (v in an identity prompt).
 
         Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method or k is out of range.
         """
@@ -124,7 +126,8 @@ class NLA:
             raise ConfigError(f"unknown method {method!r}: {nearest(method, METHODS)}")
         if k < 1:
             raise ConfigError(f"k is {k}; at least one text is needed")
-        texts = self._av(v, k, seed) if method == "av" else self._reader(v, k, seed)
+        ways = {"av": self._av, "lens": self._lens, "patchscope": self._patchscope}
+        texts = ways.get(method, self._reader)(v, k, seed)
         mu = self.bundle.mu
         h = self.backbone.encode(texts, start=True)
         score = fve(h, v, mu)
@@ -184,6 +187,17 @@ class NLA:
         greedy_B = torch.arange(k + 1, device=self.backbone.device) == 0
         samples = sample(self.backbone, self.bundle.av(v_Bd, self.backbone.dtype), settings, seed, greedy_B=greedy_B)
         return [samples.sequence(i) for i in range(k + 1)]
+
+    def _lens(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
+        """The likeliest token, and then it and the k − 1 next to it: nothing is drawn."""
+        ids_k = lens_tokens(self.backbone, torch.from_numpy(v)[None].to(self.backbone.device), k)[0].tolist()
+        return [[ids_k[0]], *([i] for i in ids_k)]
+
+    def _patchscope(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
+        """The greedy text first, then k draws, each as long as the reader's."""
+        v_Bd = torch.from_numpy(v).to(self.backbone.device).expand(k + 1, -1)
+        greedy_B = torch.arange(k + 1, device=self.backbone.device) == 0
+        return patchscope(self.backbone, v_Bd, self.bundle.reader.n, seed, greedy_B)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.backbone.decode_text(ids)

@@ -11,9 +11,9 @@ import pandas as pd
 from nla_utils.artefacts import RunFolder, atomic_write, sha256_file
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.registry import REGISTRY
+from nla_utils.paper.appendix import tables_of_run
 from nla_utils.paper.pages import render
 from nla_utils.paper.results import RunResults, load_results
-from nla_utils.paper.section import tables_of_run
 
 EVALUATION = ("oracle_ceiling", "centered_eval", "rerank_eval")
 
