@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Iterable, Optional, Sequence
 
 import pandas as pd
 
@@ -91,10 +91,10 @@ def seeds_tables(everything: Sequence[RunResults]) -> list[Table]:
     ]
 
 
-def appendix_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
-    """The appendix of the results below ``roots``."""
+def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
+    """The appendix of the results below ``roots``; ``own`` (backbone, profile) is a run to show in any case."""
     everything = find_results(roots)
-    shown = without_variants(everything)
+    shown = without_variants(everything, own)
     shared, seeds = shared_tables(shown), seeds_tables(everything)
     of_runs = {r.title: tables_of_run(r) for r in shown}
     drawn = {spec: shown for spec in FIGURE_SPECS if shown}
