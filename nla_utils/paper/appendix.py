@@ -9,6 +9,7 @@ import pandas as pd
 
 from nla_utils.config import ROOT
 from nla_utils.paper import claims, figures, tables
+from nla_utils.paper.audit import audit_table
 from nla_utils.paper.findings import STUDY, study_table
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, without_variants
@@ -65,6 +66,7 @@ def tables_of_run(results: RunResults) -> list[Table]:
         ("k-curve-all", "K-curve, centred fve_nrm", tables.k_curve_table(results)),
         ("reranks-cen", "Cheap reranks, centred fve_nrm", tables.rerank_table(results)),
     ]
+    made.append(("slips", "Audit: what each slip moves", audit_table(results)))
     if results.optional(STUDY):
         made.append(("study", "Training in other ways", study_table(results)))
     return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]

@@ -58,7 +58,7 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     }  # fmt: skip
     own_tables = main_tables(main) if main else {}
     if main and main.optional(STUDY):
-        own_tables["easy"] = Table(f"{main.stem}-easy", "Where reading is easy", easy_table(main), (40, 25, 17, 12))
+        own_tables["easy"] = Table(f"{main.stem}-easy", "Where reading is easy", easy_table(main), (36, 24, 18, 13))
     read = [r for r in largest(shown) if r.data["centered_eval"].get("source_loss")]
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
     values = {

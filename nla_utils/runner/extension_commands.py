@@ -173,6 +173,29 @@ def explore(
     typer.echo(f"  page  {show(write_page(look(nla, text, chosen, k), to.resolve()))}")
 
 
+@app.command()
+def directions(
+    backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
+    run: Annotated[Optional[Path], typer.Option(help="A finished run folder, if not the shipped verbalizers.")] = None,
+    methods: Annotated[str, typer.Option(help="Which ways of reading, with commas.")] = "reader,guided,av,lens,patchscope",
+    n: Annotated[int, typer.Option(help="How many vectors of each kind.")] = 16,
+    k: Annotated[int, typer.Option(help="How many texts to choose from.")] = 16,
+    to: Annotated[Path, typer.Option(help="The results file to write.")] = Path("directions.json"),
+) -> None:
+    """Read vectors that are no activation of a text: which way of reading scores well on them all the same?"""
+    from nla_utils.artefacts import code_version, library_versions, write_record
+    from nla_utils.extensions.release.api import NLA
+    from nla_utils.extensions.release.directions import RESULTS, read_directions
+
+    nla = NLA.load(backbone, run)
+    records = read_directions(nla, [m.strip() for m in methods.split(",")], n, k)
+    about = {"name": RESULTS, "identity": nla.backbone.identity(), "code": code_version(), "libraries": library_versions()}
+    write_record(to.resolve(), {**about, "rows": records})
+    for r in records:
+        typer.echo(f"  {r['method']:<10} {r['kind']:<24} {r['score']:.3f}  unrelated score less in {r['percentile']:.0%}")
+    typer.echo(f"  {show(to.resolve())}")
+
+
 @with_config(profile="laptop")
 def bundle(config: RunConfig) -> None:
     """Pack a run's verbalizers into bundles/<backbone>, from where `nla verbalize` takes them."""

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -94,6 +94,11 @@ class NLA:
         folder = None if run is None else Path(run)
         loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=Bundle.layer_of(backbone, folder)))
         return cls(loaded, load_bundle(loaded, folder))
+
+    def without_last(self, n: int) -> "NLA":
+        """The same with the last n stored texts forgotten: for reading what was made from them."""
+        bundle = replace(self.bundle, pool_v=self.bundle.pool_v[:-n], pool_texts=self.bundle.pool_texts[:-n])
+        return NLA(self.backbone, bundle)
 
     def activation(self, text: str, token: int = -1) -> np.ndarray:
         """v (d,) float32 at a token of ``text`` behind BOS: ``hidden_states[ℓ]``, the last token by default.
