@@ -16,7 +16,7 @@ from nla_utils.extensions.depth import layers, tables
 from nla_utils.extensions.depth.layers import extract_layers, parse_layers
 from nla_utils.extensions.depth.page import figure_7
 from nla_utils.lm.backbone import Backbone
-from nla_utils.paper import section
+from nla_utils.paper import appendix
 from nla_utils.paper.results import RunResults, family_of, find_results, without_variants
 from nla_utils.paper.tables import seed_groups, seeds_table
 from nla_utils.runner import notebooks
@@ -142,12 +142,12 @@ def no_record(monkeypatch):
 
 def test_variants_stand_in_the_tables_of_sweeps_alone(swept, monkeypatch):
     base, everything = swept
-    monkeypatch.setattr(section, "find_results", lambda roots: everything)
-    stems = [t.stem for t in section.section_page().tables]
+    monkeypatch.setattr(appendix, "find_results", lambda roots: everything)
+    stems = [t.stem for t in appendix.appendix_page().tables]
     assert f"{base.stem}-seeds" in stems
     assert not [s for s in stems if "layer" in s or "-seed2" in s]
     own = (base.backbone, f"{base.profile}-layer6")
-    assert f"{base.stem}-layer6-headline" in [t.stem for t in section.section_page(own=own).tables]
+    assert f"{base.stem}-layer6-headline" in [t.stem for t in appendix.appendix_page(own=own).tables]
 
 
 def test_depth_and_seeds_are_told_apart(swept, no_record):

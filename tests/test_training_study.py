@@ -37,7 +37,8 @@ def test_greedy_scores_are_those_of_each_text_with_its_own_and_with_the_other_ta
     av = ActivationVerbalizer.fresh(run.backbone)
     pairs = tail_pairs(targets, targets.held_out, 8)
     column = measure(run, targets, av, pairs)
-    h = run.backbone.encode(greedy_rollouts(run.backbone, av, targets.v[pairs.rows]), start=True)
+    greedy = [ids[:8] for ids in greedy_rollouts(run.backbone, av, targets.v[pairs.rows])]
+    h = run.backbone.encode(greedy, start=True)
     m, v = len(h), targets.v[pairs.rows]
     own = [fve(h[i], v[i], targets.mu) for i in range(m)]
     other = [np.mean([fve(h[j], v[i], targets.mu) for j in range(m) if j != i]) for i in range(m)]
