@@ -36,6 +36,10 @@ class Run:
     def seed(self) -> int:
         return self.config.seed
 
+    def inside(self, name: str) -> "Run":
+        """The run with a folder of its own within this run's, for training that is not the run's."""
+        return dataclasses.replace(self, folder=RunFolder(self.folder.file(name), self.folder.identity))
+
     def at(self, layer: int) -> "Run":
         """The run at another layer; at the layer this one was opened at it is this run's own folder."""
         config = dataclasses.replace(self.config, layer=None if layer == self.backbone.layer else layer)

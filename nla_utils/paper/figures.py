@@ -108,7 +108,7 @@ def figure_1(everything: Sequence[RunResults]) -> Figure:
 
 def _corrected_panel(ax: Axes, results: RunResults) -> None:
     """The corrected K-curve of a run and its nulls, named at their ends."""
-    column, scale = results.column("rerank_eval", "corrected"), results.column("oracle_ceiling", "corrected")
+    column = results.column("rerank_eval", "corrected")
     curves = (
         (rows.CURVE.cen, colour(results.backbone), "AV", "-"), (rows.CURVE_UNRELATED.cen, "black", "unrelated texts", "--"),
         (rows.CURVE_OTHERS.cen, NULL_GREY, "AV of other targets", ":"),
@@ -118,7 +118,7 @@ def _corrected_panel(ax: Axes, results: RunResults) -> None:
         draw_curve(ax, column, key, color, label, line)
         ends[label] = (list(column[key].values())[-1], color)
     for row, label in ((rows.PARAPHRASE, "paraphrase, best of 8"), (rows.RETRIEVAL, "nearest stored text")):
-        y = scale[row.cen] if row is rows.PARAPHRASE else results.column(row.file, "corrected")[row.cen]
+        y = results.column(row.file, "corrected")[row.cen]
         ax.hlines(y, 1, column["ks"][-1], color="black", linewidth=0.7)
         ends[label] = (y, "black")
     name_ends(ax, column["ks"][-1], ends)

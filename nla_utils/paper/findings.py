@@ -44,11 +44,12 @@ def _signed(row: Row) -> Callable[[RunResults], tuple[str, str]]:
 
 def _replay(results: RunResults) -> tuple[str, str]:
     shown = [tables.number(results.column(rows.REPLAY.file, p)[rows.REPLAY.cen]) for p in ("paper", "corrected")]
-    return f"{NO}; corrected, {YES}", f"{shown[0]}; {shown[1]}"
+    published, corrected = (YES if value == tables.number(1) else NO for value in shown)
+    return f"{published}; corrected, {corrected}", "; ".join(shown)
 
 
 def _read(results: RunResults) -> tuple[str, str]:
-    column = results.data["centered_eval"].get("source_loss")
+    column = results.source_loss
     if column is None:
         return "not measured", "–"
     key = rows.NATS_GAINED[0].key
@@ -81,7 +82,7 @@ def reading_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """Nats a token of the held-out sources behind their own v, and what it saves; greedy text and best-of-K beside it."""
     table = []
     for r in everything:
-        column = r.data["centered_eval"].get("source_loss")
+        column = r.source_loss
         if column is None:
             continue
         evaluation, other, mean = r.column("centered_eval", "corrected"), *rows.NATS_GAINED[:2]

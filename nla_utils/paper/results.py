@@ -68,6 +68,11 @@ class RunResults:
         """One protocol's numbers in a results file."""
         return self.data[name]["protocols"][protocol]
 
+    @property
+    def source_loss(self) -> Optional[dict]:
+        """What v is worth to the AV in nats of the sources; ``None`` in results from before it was measured."""
+        return self.data["centered_eval"].get("source_loss")
+
     def optional(self, name: str) -> Optional[dict]:
         """A results file that not every run has; ``None`` without it."""
         path = self.folder / f"{name}.json"

@@ -43,7 +43,7 @@ def main_tables(results: RunResults) -> dict[str, Table]:
 def _reading_runs(measured: list[RunResults]) -> str:
     """The runs whose own v makes a source likelier than another's, by the whole interval."""
     gained = rows.NATS_GAINED[0].key
-    return ", ".join(r.label for r in measured if r.data["centered_eval"]["source_loss"]["ci95"][gained][0] > 0)
+    return ", ".join(r.label for r in measured if r.source_loss["ci95"][gained][0] > 0)
 
 
 def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
@@ -59,7 +59,7 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     own_tables = main_tables(main) if main else {}
     if main and main.optional(STUDY):
         own_tables["easy"] = Table(f"{main.stem}-easy", "Where reading is easy", easy_table(main), (36, 24, 18, 13))
-    read = [r for r in largest(shown) if r.data["centered_eval"].get("source_loss")]
+    read = [r for r in largest(shown) if r.source_loss]
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
     values = {
         **shared, "main": own_tables, "about": main, "claims": [c for c in claims.CLAIMS if c.where != "control"],

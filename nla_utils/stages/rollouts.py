@@ -13,7 +13,6 @@ import torch
 from nla_utils.artefacts import Artefact, derive_seed, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cross_entropy import head_logprobs
 from nla_utils.lm.sampling import SamplingSettings, pad, sample
 from nla_utils.protocol import CORRECTED, PAPER, Protocol
 from nla_utils.run import Run
@@ -21,7 +20,7 @@ from nla_utils.stages.encoding import re_encode
 from nla_utils.stages.targets import Targets
 from nla_utils.stages.training import load_av
 from nla_utils.stages.verbalizer import ARTEFACT as AV_ARTEFACT
-from nla_utils.stages.verbalizer import ActivationVerbalizer, text_hidden
+from nla_utils.stages.verbalizer import ActivationVerbalizer, text_logprobs
 
 ARTEFACT = "rollouts"
 
@@ -140,9 +139,7 @@ def rollout_logprobs(
     ids_BT, valid_BT = ids_BT.to(backbone.device), mask_BT.bool().to(backbone.device)
     prefix_BPd = av(v_Bd.to(backbone.device), backbone.dtype)
     table_Vd = backbone.model.get_input_embeddings().weight
-    hidden_nd = text_hidden(backbone, prefix_BPd, table_Vd[ids_BT])[valid_BT]
-    logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
-    logp_BT[valid_BT] = head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
+    logp_BT = text_logprobs(backbone, prefix_BPd, ids_BT, table_Vd[ids_BT], valid_BT)
     return (logp_BT.sum(1) / valid_BT.sum(1)).cpu().numpy()
 
 

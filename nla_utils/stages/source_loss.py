@@ -14,14 +14,13 @@ from torch import Tensor
 
 from nla_utils.artefacts import Artefact
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cross_entropy import head_logprobs
 from nla_utils.lm.sampling import pad
 from nla_utils.progress import Progress
 from nla_utils.run import Run
 from nla_utils.stages.pairs import TextPairs, paper_pairs
 from nla_utils.stages.targets import Targets
 from nla_utils.stages.verbalizer import ARTEFACT as AV_ARTEFACT
-from nla_utils.stages.verbalizer import ActivationVerbalizer, text_hidden
+from nla_utils.stages.verbalizer import ActivationVerbalizer, text_logprobs
 
 ARTEFACT = "source_loss"
 # What stands in the slot; ``none``: the prefix alone, without one.
@@ -108,7 +107,5 @@ def _prompt(backbone: Backbone, av: ActivationVerbalizer, v_Bd: np.ndarray) -> T
 def _batch_nats(backbone: Backbone, prefix_BPd: Tensor, texts: list[list[int]]) -> np.ndarray:
     ids_BT, valid_BT = (x.to(backbone.device) for x in pad(texts, backbone.pad_id, "right"))
     valid_BT = valid_BT.bool()
-    hidden_nd = text_hidden(backbone, prefix_BPd, backbone.embed(ids_BT))[valid_BT]
-    nats_BT = torch.full(ids_BT.shape, torch.nan, device=backbone.device)
-    nats_BT[valid_BT] = -head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap).float()
-    return nats_BT.cpu().numpy()
+    logp_BT = text_logprobs(backbone, prefix_BPd, ids_BT, backbone.embed(ids_BT), valid_BT)
+    return (-logp_BT).masked_fill(~valid_BT, torch.nan).cpu().numpy()

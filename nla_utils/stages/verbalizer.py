@@ -16,6 +16,7 @@ from nla_utils.artefacts import atomic_write, write_json
 from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.cross_entropy import head_logprobs
 
 ARTEFACT = "best_av"
 
@@ -101,6 +102,17 @@ def text_hidden(backbone: Backbone, prefix_BPd: Tensor, text_BTd: Tensor) -> Ten
     hidden_BSd = backbone.last_hidden(inputs_embeds=torch.cat([prefix_BPd, text_BTd], dim=1))
     # The last prefix position predicts the first token.
     return hidden_BSd[:, prefix_BPd.shape[1] - 1 : -1]
+
+
+@torch.inference_mode()
+def text_logprobs(
+    backbone: Backbone, prefix_BPd: Tensor, ids_BT: Tensor, text_BTd: Tensor, valid_BT: Tensor
+) -> Tensor:
+    """log p of each valid token of texts behind a prefix (B, T), 0 elsewhere; ``text_BTd`` are their embeddings."""
+    hidden_nd = text_hidden(backbone, prefix_BPd, text_BTd)[valid_BT]
+    logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
+    logp_BT[valid_BT] = head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
+    return logp_BT
 
 
 def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: int) -> None:

@@ -121,10 +121,9 @@ def _extract(run: Run, layers: list[int], missing: dict[int, Run], given: Option
     n, backbone = run.sizes.n_targets, run.backbone
     require_disk(run.folder.path, 2 * n * len(layers) * backbone.d * 4)
     # All the layers, missing or not: a sweep that was cut while some were kept already finds its chunks again.
-    sampling = target_settings(run.config).record()
-    plan = {**plan, **run.folder.identity, "layer": layers, "n": n, "sampling": sampling, "batch": backbone.sample_batch}
+    sampling, batch = target_settings(run.config).record(), backbone.sample_batch
+    plan = {**plan, **run.folder.identity, "layer": layers, "n": n, "sampling": sampling, "batch": batch}
     chunks = ChunkStore(run.folder.file("layers.chunks"), plan)
-    batch = backbone.sample_batch
     starts = range(0, n, batch)
     with Progress(total=n, desc=f"{'reading' if given else 'drawing'} targets, {len(layers)} layers", unit="seq") as bar:
         for c, first in enumerate(starts):

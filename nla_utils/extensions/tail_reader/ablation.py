@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nla_utils import metrics
-from nla_utils.artefacts import RunFolder
 from nla_utils.extensions.tail_reader.reader import (
     TailReader,
     best_ridge,
@@ -152,8 +151,7 @@ def ablate_reader(run: Run, targets: Targets, more: Sequence[Part] = ()) -> dict
 
 def _adapter_texts(run: Run, targets: Targets) -> list[list[int]]:
     """Greedy texts of the paper's AV when it is trained, as long as the run's, to write the end of the source alone."""
-    apart = dataclasses.replace(run, folder=RunFolder(run.folder.file("adapter"), run.folder.identity))
-    trainer = Trainer(apart, targets, Recipe(span=ADAPTER_SPAN))
+    trainer = Trainer(run.inside("adapter"), targets, Recipe(span=ADAPTER_SPAN))
     trainer.train()
     trainer.av.load_trainable(trainer.best, "best step")
     return greedy_rollouts(run.backbone, trainer.av, targets.v[targets.held_out])

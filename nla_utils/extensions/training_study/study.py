@@ -8,7 +8,7 @@ from typing import Sequence
 
 import numpy as np
 
-from nla_utils.artefacts import RunFolder, arrays_hash, json_hash, read_record, write_record
+from nla_utils.artefacts import arrays_hash, json_hash, read_record, write_record
 from nla_utils.extensions.training_study.variants import SHORT, SHORT_TOKENS, TRAINED, Variant, variants
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import CORRECTED
@@ -17,10 +17,10 @@ from nla_utils.scores import rows
 from nla_utils.scores.column import Column
 from nla_utils.scores.source_loss import score_source_loss
 from nla_utils.stages.encoding import re_encode
-from nla_utils.stages.pairs import TextPairs, paper_pairs, tail_pairs
+from nla_utils.stages.pairs import TextPairs, make_split, paper_pairs, tail_pairs
 from nla_utils.stages.source_loss import N_OTHERS, source_loss
 from nla_utils.stages.targets import Targets, embedding_norm
-from nla_utils.stages.trainer import Recipe, Trainer, greedy_rollouts
+from nla_utils.stages.trainer import Recipe, Trainer, batches_of_epoch, greedy_rollouts
 from nla_utils.stages.training import load_av
 from nla_utils.stages.verbalizer import ARTEFACT, ActivationVerbalizer
 
@@ -31,13 +31,9 @@ LAST_STEPS = 50
 
 def study_of(run: Run, targets: Targets) -> list[Variant]:
     """The variants for the size of a run."""
-    whole = Trainer(run_in(run, "sizes"), targets)
-    return variants(len(whole.split.train), whole.total_steps, embedding_norm(targets, run.backbone))
-
-
-def run_in(run: Run, name: str) -> Run:
-    """The run with a folder of its own for what training leaves."""
-    return dataclasses.replace(run, folder=RunFolder(run.folder.file(f"study/{name}"), run.folder.identity))
+    split = make_split(run, targets)
+    n_steps = len(batches_of_epoch(run, split, 0)) * run.sizes.epochs
+    return variants(len(split.train), n_steps, embedding_norm(targets, run.backbone))
 
 
 def run_itself(run: Run, targets: Targets) -> dict:
@@ -59,7 +55,7 @@ def study(run: Run, targets: Targets, chosen: Sequence[Variant]) -> list[dict]:
 
 def _record(run: Run, targets: Targets, variant: Variant) -> dict:
     plan = {**run.folder.identity, "targets": targets.sha256, "variant": asdict(variant)}
-    apart = run_in(run, json_hash(plan)[:16])
+    apart = run.inside(f"study/{json_hash(plan)[:16]}")
     path = apart.folder.file("record.json")
     if path.exists():
         return read_record(path)
