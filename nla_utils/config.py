@@ -59,7 +59,8 @@ DTYPES = ("bfloat16", "float32", "float16")
 DEVICE = re.compile(r"(auto|split|cpu|mps|cuda)|(cuda|cpu):\d+")
 # Of the parameters that papermill may have read as another kind of value: ``-p out 2026``, ``-p seed abc``.
 TYPES = {name: (str,) for name in ("backbone", "profile", "out", "device", "dtype")}
-TYPES |= {"seed": (int,), "layer": (int, type(None)), "av": (str, type(None)), "released_targets": (str, type(None))}
+TYPES |= {"seed": (int,), "layer": (int, type(None))}
+TYPES |= {name: (str, type(None)) for name in ("av", "released_targets", "corpus")}
 SIZES = ("n_targets", "n_eval", "n_rollouts", "pool_size")
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-5
@@ -78,7 +79,8 @@ class RunConfig:
     """One run: a backbone, a profile, a seed, and where its artefacts go.
 
     ``av``: a released AV to evaluate instead of training one, ``released_targets``: targets to use instead of drawing
-    them; each ``hub:org/name[@commit]`` or a folder. ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and
+    them; each ``hub:org/name[@commit]`` or a folder. ``corpus``: texts to take targets from instead of the model's
+    samples, a ``.jsonl`` or a folder of ``.txt``. ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and
     ``pool_size`` are overrides; ``None`` means the backbone's or the profile's own value.
     """
 
@@ -95,6 +97,7 @@ class RunConfig:
     dtype: str = "bfloat16"
     av: Optional[str] = None
     released_targets: Optional[str] = None
+    corpus: Optional[str] = None
 
     def __post_init__(self) -> None:
         for name, kinds in TYPES.items():
@@ -108,6 +111,8 @@ class RunConfig:
             raise ConfigError(f"device {self.device!r} is none of auto, cpu, mps, split, cuda, or cuda:1 and the like")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r}: {nearest(self.dtype, DTYPES)}")
+        if self.corpus is not None and self.released_targets is not None:
+            raise ConfigError(f"targets come from {self.released_targets} or from {self.corpus}, not from both")
         check_sizes(self.sizes)
 
     @property
@@ -123,9 +128,9 @@ class RunConfig:
         for name in ("layer", *SIZES):
             if getattr(self, name) is not None:
                 parts.append(f"{name}{getattr(self, name)}")
-        for kind, source in (("av", self.av), ("targets", self.released_targets)):
+        for kind, source in (("av", self.av), ("targets", self.released_targets), ("corpus", self.corpus)):
             if source is not None:
-                parts.append(f"{kind}-" + source.split("@")[0].rstrip("/").split("/")[-1])
+                parts.append(f"{kind}-" + source.split("@")[0].rstrip("/").split("/")[-1].removesuffix(".jsonl"))
         if self.seed != 1:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)

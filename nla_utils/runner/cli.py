@@ -10,11 +10,12 @@ import typer
 
 from nla_utils.config import ROOT, RunConfig, parse_seeds
 from nla_utils.runner import extension_commands  # noqa: F401, whose commands register themselves
-from nla_utils.runner.options import Adopt, app, finish, show, with_config, write_pages
+from nla_utils.runner.options import Adopt, app, finish, show, where, with_config, write_pages
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
 AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
 TARGETS_HELP = "Released targets instead of drawing them: hub:org/name[@commit] or a folder."
+CORPUS_HELP = "Targets from texts of your own instead: a .jsonl with a field 'text', or a folder of .txt files."
 SEEDS_HELP = "Seeds of targets, training and rollouts, with commas; each is a run of its own."
 WITH_HELP = "What to run beside §11, with commas: tail-reader, depth."
 
@@ -29,6 +30,7 @@ def reproduce(
     with_: Annotated[str, typer.Option("--with", help=WITH_HELP)] = "",
     av: Annotated[Optional[str], typer.Option(help=AV_HELP)] = None,
     targets: Annotated[Optional[str], typer.Option(help=TARGETS_HELP)] = None,
+    corpus: Annotated[Optional[Path], typer.Option(help=CORPUS_HELP)] = None,
     adopt: Adopt = False,
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is finished and matches is skipped."""
@@ -36,8 +38,9 @@ def reproduce(
     from nla_utils.runner.notebooks import reproduce as run_all
     from nla_utils.runner.notebooks import select_stages
 
+    texts = None if corpus is None else where(corpus)
     configs = [
-        dataclasses.replace(config, backbone=b, seed=seed, av=av, released_targets=targets)
+        dataclasses.replace(config, backbone=b, seed=seed, av=av, released_targets=targets, corpus=texts)
         for b in map(settled, backbone) for seed in parse_seeds(seeds)
     ]  # fmt: skip
     run_all(configs, lambda folder: finish(folder, adopt), select_stages(first, last, with_))

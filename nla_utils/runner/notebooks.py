@@ -18,6 +18,7 @@ from nla_utils.lm.registry import fetch_av, fetch_targets
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
+from nla_utils.stages.corpus import read_texts
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         fetch_av(config.av)
     if config.released_targets is not None:
         fetch_targets(config.released_targets)
+    if config.corpus is not None:
+        read_texts(ROOT / config.corpus)
     if all(stage.results is None for stage in stages):
         _require_results(folder)
     else:

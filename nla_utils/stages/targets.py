@@ -10,14 +10,15 @@ import torch
 
 from nla_utils.artefacts import Artefact, derive_seed, require_disk
 from nla_utils.chunks import ChunkStore
-from nla_utils.config import FLOOR_ROWS, RunConfig
-from nla_utils.errors import CollapsedTargetsError
+from nla_utils.config import FLOOR_ROWS, ROOT, RunConfig
+from nla_utils.errors import ArtefactError, CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, check_finite
 from nla_utils.lm.registry import fetch_targets
 from nla_utils.lm.sampling import Samples, SamplingSettings, sample
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import Protocol
 from nla_utils.run import Run
+from nla_utils.stages.corpus import corpus_hash, corpus_targets
 from nla_utils.stages.released import read_released
 
 ARTEFACT = "targets"
@@ -89,7 +90,7 @@ def target_settings(config: RunConfig) -> SamplingSettings:
 
 
 def make_targets(run: Run) -> Targets:
-    """The run's targets: from disk, from a release if the run names one, or drawn and extracted.
+    """The run's targets: from disk, from a release or a corpus if the run names one, or drawn and extracted.
 
     Raises ``ArtefactError`` if what is on disk is another run's or there is no room, ``CollapsedTargetsError`` or
     ``BackboneError`` if the activations are not healthy.
@@ -98,6 +99,8 @@ def make_targets(run: Run) -> Targets:
         return load_targets(run)
     if run.config.released_targets is not None:
         return take_released(run)
+    if run.config.corpus is not None:
+        return take_corpus(run)
     n, d, settings = run.sizes.n_targets, run.backbone.d, target_settings(run.config)
     require_disk(run.folder.path, 3 * n * (d + run.sizes.max_new_tokens) * 4)
     plan = {**run.folder.identity, "n": n, "sampling": settings.record(), "batch": run.backbone.sample_batch}
@@ -126,9 +129,21 @@ def take_released(run: Run) -> Targets:
     return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
 
 
+def take_corpus(run: Run) -> Targets:
+    """The first N texts of the run's corpus as its targets; raises ``ArtefactError`` if they do not do."""
+    path = ROOT / run.config.corpus
+    tensors = corpus_targets(path, run.backbone, run.sizes.n_targets, run.sizes.max_new_tokens)
+    facts = {"corpus": path.name, "corpus_sha256": corpus_hash(path), "health": check_health(tensors["v"])}
+    return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
+
+
 def load_targets(run: Run) -> Targets:
-    """Targets made by notebook 01; raises ``ArtefactError`` if they are missing, of another run or broken."""
-    return Targets.of(run.folder.load(ARTEFACT), run.config)
+    """Targets made by notebook 01; raises ``ArtefactError`` if they are missing, of another run or corpus, or broken."""
+    artefact = run.folder.load(ARTEFACT)
+    corpus = None if run.config.corpus is None else ROOT / run.config.corpus
+    if corpus is not None and corpus.exists() and corpus_hash(corpus) != artefact.sidecar["corpus_sha256"]:
+        raise ArtefactError(f"{artefact.path} was made when {corpus} held other texts; choose another --out, or delete it")
+    return Targets.of(artefact, run.config)
 
 
 def draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict[str, np.ndarray]:
