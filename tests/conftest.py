@@ -145,6 +145,18 @@ def readings(scored_run):
 
 
 @pytest.fixture(scope="session")
+def nla(scored_run, readings):
+    """The verbalizers of ``scored_run``."""
+    from nla_utils import NLA
+    from nla_utils.extensions.release.bundle import load_bundle
+    from nla_utils.stages.targets import describe
+
+    run, targets, *_ = scored_run
+    run.write_results("targets", describe(run, targets), {"targets": targets.sha256})
+    return NLA(run.backbone, load_bundle(run.backbone, run.folder.path))
+
+
+@pytest.fixture(scope="session")
 def reproduced_tiny(tiny_folders, tmp_path_factory):
     """By name, (the command's words, what it said, the folder) of a smoke run of a tiny backbone with everything that
     it can leave; each made once."""

@@ -10,20 +10,12 @@ from typer.testing import CliRunner
 from nla_utils import NLA
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.extensions.release import bundle as bundles
-from nla_utils.extensions.release.api import METHODS
 from nla_utils.extensions.release.bundle import write_bundle
+from nla_utils.extensions.release.methods import METHODS
 from nla_utils.metrics import fve
 from nla_utils.runner.cli import app
-from nla_utils.stages.targets import describe
 
 TEXT = "the lighthouse keeper wound the clock and"
-
-
-@pytest.fixture(scope="module")
-def nla(scored_run, readings):
-    run, targets, *_ = scored_run
-    run.write_results("targets", describe(run, targets), {"targets": targets.sha256})
-    return NLA(run.backbone, bundles.load_bundle(run.backbone, run.folder.path))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ import pandas as pd
 from nla_utils.config import ROOT
 from nla_utils.paper import claims, figures, tables
 from nla_utils.paper.audit import audit_table
-from nla_utils.paper.findings import STUDY, study_table
+from nla_utils.paper.findings import ITERATION, STUDY, iteration_table, study_table
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, without_variants
 from nla_utils.scores import rows
@@ -69,6 +69,8 @@ def tables_of_run(results: RunResults) -> list[Table]:
     made.append(("slips", "Audit: what each slip moves", audit_table(results)))
     if results.optional(STUDY):
         made.append(("study", "Training in other ways", study_table(results)))
+    if results.optional(ITERATION):
+        made.append(("iteration", "Search made into a policy", iteration_table(results)))
     return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]
 
 
@@ -102,7 +104,7 @@ def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str,
     drawn = {spec: shown for spec in FIGURE_SPECS if shown}
     values = {
         "shared": shared, "seeds": seeds, "of_runs": of_runs, "keys": tables.markdown(keys_table()),
-        "provenance": provenance(everything, (*NAMES, STUDY)),
+        "provenance": provenance(everything, (*NAMES, STUDY, ITERATION)),
     }  # fmt: skip
     made = [*shared.values(), *seeds, *(t for part in of_runs.values() for t in part)]
     return Page(APPENDIX, "appendix.md.j2", made, drawn, values)

@@ -12,6 +12,7 @@ from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
 STUDY = "training_study"
+ITERATION = "expert_iteration"
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "not decided", "it differs"
 
 
@@ -111,6 +112,18 @@ def study_table(results: RunResults) -> pd.DataFrame:
             "same as its source": f"{v['greedy_is_source']:.0%}",
         })  # fmt: skip
     return pd.DataFrame(table).set_index("variant")
+
+
+def iteration_table(results: RunResults) -> pd.DataFrame:
+    """Search made into a policy: what an AV takes from v and writes, before and after training on texts that were found."""
+    other, record = rows.NATS_GAINED[0].key, results.optional(ITERATION)
+    table = [
+        {"AV": r["label"], "teachers' score": tables.number(r["teachers_cen"]), "another's − own": tables.signed(r, other),
+         "greedy": tables.with_interval(r, rows.GREEDY.cen),
+         "greedy − others' greedy": tables.signed(r, rows.GREEDY_MINUS_OTHERS.cen)}
+        for r in record["rounds"]
+    ]  # fmt: skip
+    return pd.DataFrame(table).set_index("AV")
 
 
 def easy_table(results: RunResults) -> pd.DataFrame:

@@ -108,6 +108,7 @@ def study(
 ) -> None:
     """Train the AV in other ways, one factor at a time, and measure what it takes from v. Needs notebook 02."""
     from nla_utils.extensions.training_study import study as of
+    from nla_utils.paper.findings import STUDY
     from nla_utils.run import open_run
     from nla_utils.stages.targets import load_targets
 
@@ -121,8 +122,29 @@ def study(
             raise ConfigError(f"--parts {part!r}: {nearest(part, known)}")
     records = of.study(run, targets, [v for v in planned if v.part in wanted])
     made_from = {"targets": targets.sha256, "best_av": run.folder.sha256_of("best_av")}
-    path = run.write_results(of.RESULTS, {"variants": [*records, of.run_itself(run, targets)]}, made_from)
+    path = run.write_results(STUDY, {"variants": [*records, of.run_itself(run, targets)]}, made_from)
     typer.echo(f"  training study      {show(path)}")
+
+
+@with_config()
+def iterate(
+    config: RunConfig,
+    n: Annotated[int, typer.Option(help="How many training targets it writes for.")] = 256,
+    k: Annotated[int, typer.Option(help="How many rollouts the best is chosen from.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Rounds of expert iteration.")] = 2,
+    av: Annotated[Optional[str], typer.Option(help="The released AV that the run has, if it trained none.")] = None,
+) -> None:
+    """Train a run's AV on the best of its own texts, and on the guided search's. Needs notebook 02."""
+    from nla_utils.extensions.training_study.iteration import iterate as of
+    from nla_utils.paper.findings import ITERATION
+    from nla_utils.run import open_run
+    from nla_utils.stages.targets import load_targets
+
+    run = open_run(dataclasses.replace(config, av=av))
+    targets = load_targets(run)
+    made_from = {"targets": targets.sha256, "best_av": run.folder.sha256_of("best_av")}
+    path = run.write_results(ITERATION, {"k": k, "rounds": of(run, targets, n, k, rounds)}, made_from)
+    typer.echo(f"  expert iteration    {show(path)}")
 
 
 @app.command()
@@ -135,6 +157,7 @@ def verbalize(
     method: Annotated[str, typer.Option(help="reader, guided, av, lens or patchscope.")] = "reader",
     k: Annotated[int, typer.Option(help="How many texts to choose from.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    fluency: Annotated[float, typer.Option(help="What a nat a token of the text's own cost takes off its score.")] = 0.0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put one activation into words: the best of k texts, its score, and what chance and retrieval give."""
@@ -146,7 +169,7 @@ def verbalize(
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         nla = NLA.load(backbone, run)
-    found = nla.verbalize(nla.activation(text, token) if given is None else given, k, method, seed)
+    found = nla.verbalize(nla.activation(text, token) if given is None else given, k, method, seed, fluency)
     if json_:
         typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
         return
@@ -174,25 +197,29 @@ def explore(
 
 
 @app.command()
-def directions(
+def compare(
     backbone: Annotated[str, typer.Option(help="Registry name, hub id or folder.")] = "gemma3-270m",
     run: Annotated[Optional[Path], typer.Option(help="A finished run folder, if not the shipped verbalizers.")] = None,
-    methods: Annotated[str, typer.Option(help="Which ways of reading, with commas.")] = "reader,guided,av,lens,patchscope",
-    n: Annotated[int, typer.Option(help="How many vectors of each kind.")] = 16,
-    k: Annotated[int, typer.Option(help="How many texts to choose from.")] = 16,
-    to: Annotated[Path, typer.Option(help="The results file to write.")] = Path("directions.json"),
+    n: Annotated[int, typer.Option(help="How many sources, each with a twin.")] = 64,
+    k: Annotated[int, typer.Option(help="The budget of each way of reading: so many rollouts of the AV.")] = 16,
+    directions: Annotated[int, typer.Option(help="How many vectors of each kind that are no activation of a text.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the sources and the draws.")] = 1,
+    to: Annotated[Path, typer.Option(help="The results file to write.")] = Path("comparison.json"),
 ) -> None:
-    """Read vectors that are no activation of a text: which way of reading scores well on them all the same?"""
+    """Compare the ways of reading on new sources: score, fluency, and what they hold beyond the last words."""
     from nla_utils.artefacts import code_version, library_versions, write_record
+    from nla_utils.extensions.comparison.measure import compare as measure
+    from nla_utils.extensions.comparison.tables import RESULTS
     from nla_utils.extensions.release.api import NLA
-    from nla_utils.extensions.release.directions import RESULTS, read_directions
 
     nla = NLA.load(backbone, run)
-    records = read_directions(nla, [m.strip() for m in methods.split(",")], n, k)
-    about = {"name": RESULTS, "identity": nla.backbone.identity(), "code": code_version(), "libraries": library_versions()}
-    write_record(to.resolve(), {**about, "rows": records})
-    for r in records:
-        typer.echo(f"  {r['method']:<10} {r['kind']:<24} {r['score']:.3f}  unrelated score less in {r['percentile']:.0%}")
+    record = {
+        "name": RESULTS, "identity": nla.backbone.identity(), "made_from": nla.bundle.made_from, "code": code_version(),
+        "libraries": library_versions(), **measure(nla, n, k, directions, seed),
+    }  # fmt: skip
+    write_record(to.resolve(), record)
+    for row in record["rows"]:
+        typer.echo(f"  {row['method']:<24} {row['best_cen']:.3f}  {row['best_nats']:.2f} nats a token")
     typer.echo(f"  {show(to.resolve())}")
 
 

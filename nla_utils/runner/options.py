@@ -100,10 +100,9 @@ def _config(out: Path, set_: list[str], backbone: str = RunConfig.backbone, **va
     return RunConfig(backbone=settled(backbone), out=where(out), **values, **size_overrides(set_))
 
 
-def where(out: Path) -> str:
-    """``out`` as a run's configuration holds it: from the repository's root where it lies inside."""
-    out = out.resolve()
-    return str(out.relative_to(ROOT)) if out.is_relative_to(ROOT) else str(out)
+def where(path: Path) -> str:
+    """A path as a run's configuration holds it: from the repository's root where it lies inside."""
+    return show(path.resolve())
 
 
 def show(path: Path) -> str:
@@ -128,13 +127,14 @@ def finish(folder: RunFolder, adopt: bool) -> None:
 
 def write_pages() -> None:
     """Write the repository's own pages, tables and figures anew, and say where they are."""
+    from nla_utils.extensions.comparison.page import comparison_page
     from nla_utils.extensions.depth.page import depth_page
     from nla_utils.extensions.tail_reader.page import reader_page
     from nla_utils.paper.appendix import appendix_page
     from nla_utils.paper.section import section_page
 
     typer.echo("\nthe repository's own")
-    for page in (section_page(), appendix_page(), reader_page(), depth_page()):
+    for page in (section_page(), appendix_page(), reader_page(), depth_page(), comparison_page()):
         typer.echo(f"  page                {show(page.write()[0])}")
     typer.echo(f"  tables              {show(ROOT / 'paper' / 'tables')}")
     typer.echo(f"  figures             {show(ROOT / 'figures')}")

@@ -10,8 +10,11 @@ import torch
 from nla_utils.lm.backbone import Backbone, check_finite
 from nla_utils.lm.sampling import pad
 from nla_utils.protocol import Protocol
+from nla_utils.stages.verbalizer import text_logprobs
 
 TEXT_BATCH = 16
+# Texts whose own likelihood is taken together.
+LIKELIHOOD_BATCH = 256
 
 
 def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: Protocol) -> np.ndarray:
@@ -48,3 +51,21 @@ def encode_padded(backbone: Backbone, rows: list[list[int]]) -> np.ndarray:
         h_Nd[first : first + len(batch)] = h_BTd[torch.arange(len(batch)), index_B].float().cpu().numpy()
     check_finite(h_Nd, "texts encoded as the authors do")
     return h_Nd
+
+
+def nats_per_token(backbone: Backbone, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Mean cross-entropy (N,) of a text's tokens behind the start token, no v in sight: its fluency; e to it is its
+    perplexity. ``texts`` are ids, an EOS among them counted."""
+    start_11d = backbone.embed(torch.tensor([[backbone.start_id]]))
+    nats_N = np.empty(len(texts))
+    # Of similar length together; a stable order, so that equal texts make equal batches.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for first in range(0, len(order), LIKELIHOOD_BATCH):
+        batch = order[first : first + LIKELIHOOD_BATCH]
+        ids_BT, valid_BT = (x.to(backbone.device) for x in pad([list(texts[i]) for i in batch], backbone.pad_id, "right"))
+        valid_BT = valid_BT.bool()
+        logp_BT = text_logprobs(
+            backbone, start_11d.expand(len(batch), -1, -1), ids_BT, backbone.embed(ids_BT), valid_BT
+        )  # fmt: skip
+        nats_N[batch] = (-logp_BT.sum(dim=1) / valid_BT.sum(dim=1)).cpu().numpy()
+    return nats_N

@@ -103,13 +103,22 @@ class Recipe:
 
 
 class Trainer:
-    """Training of one AV; its complete state is in one file, replaced atomically at every validation."""
+    """Training of one AV; its complete state is in one file, replaced atomically at every validation.
 
-    def __init__(self, run: Run, targets: Targets, recipe: Recipe = Recipe()):
+    ``split``: what is trained and validated on, the run's own pairs if not given. ``start``: the AV to go on from, which
+    is left as it is; a fresh one if not given.
+    """
+
+    def __init__(
+        self, run: Run, targets: Targets, recipe: Recipe = Recipe(), split: Optional[Split] = None,
+        start: Optional[ActivationVerbalizer] = None,
+    ):  # fmt: skip
         self.run, self.backbone, self.targets, self.recipe = run, run.backbone, targets, recipe
-        split = make_split(run, targets, recipe.span)
+        split = split or make_split(run, targets, recipe.span)
         self.split = replace(split, train=split.train[: recipe.pairs])
         self.av = ActivationVerbalizer.fresh(run.backbone, run.sizes.max_new_tokens, recipe.span, recipe.inject_norm)
+        if start is not None:
+            self.av.load_trainable(start.trainable(), "the AV to go on from")
         self.params = [self.av.proj.weight, self.av.prefix_embeds]
         self.optimizer = torch.optim.AdamW(self.params, lr=recipe.learning_rate, weight_decay=0.0)
         self.history = History()

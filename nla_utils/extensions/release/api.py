@@ -18,16 +18,14 @@ from torch import Tensor
 
 from nla_utils.config import RunConfig
 from nla_utils.errors import ConfigError, nearest
-from nla_utils.extensions.release.baselines import lens_tokens, patchscope
 from nla_utils.extensions.release.bundle import Bundle, load_bundle
-from nla_utils.extensions.tail_reader.reader import read_tails
+from nla_utils.extensions.release.methods import METHODS, draw_texts
 from nla_utils.extensions.tail_reader.rollouts import guided_search
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.metrics import fve, mean_direction, variance_explained
+from nla_utils.stages.encoding import nats_per_token
 
-METHODS = ("reader", "guided", "av", "lens", "patchscope")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
 # Characters of a text that are printed.
@@ -41,8 +39,9 @@ class Verbalization:
     ``score`` is ½(1 + ``cosine``) of the re-encoded text, in [0, 1], ``cosine`` the centred cosine; both are the paper's
     measure, called fve_nrm there. ``variance_explained`` is what other work calls so: of activations at norm 1, against
     the pool's mean as the guess to beat. ``percentile`` is the chance that the best of as many unrelated texts scores
-    less; ``greedy`` the text chosen without looking at v again, with its score; ``retrieved`` the stored text whose
-    activation is nearest to v, with its score.
+    less; ``nats`` what a token of the text costs the language model, behind BOS and without v; ``greedy`` the text chosen
+    without looking at v again, with its score; ``retrieved`` the stored text whose activation is nearest to v, with its
+    score and its nats.
     """
 
     method: str
@@ -52,10 +51,12 @@ class Verbalization:
     cosine: float
     variance_explained: float
     percentile: float
+    nats: float
     greedy: str
     greedy_score: float
     retrieved: str
     retrieved_score: float
+    retrieved_nats: float
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -66,6 +67,7 @@ class Verbalization:
             f"  score      {self.score:.3f}  ½(1 + cosine), centred; the best of {self.k} by {self.method}",
             f"  cosine     {self.cosine:.3f}  variance explained {self.variance_explained:.2f}",
             f"  chance     the best of {self.k} unrelated texts scores less in {self.percentile:.1%}",
+            f"  fluency    {self.nats:.1f} nats a token without v; the retrieved text has {self.retrieved_nats:.1f}",
             f"  greedy     {self.greedy_score:.3f}  {_end_of(self.greedy)!r}",
             f"  retrieved  {self.retrieved_score:.3f}  {_end_of(self.retrieved)!r}",
         ))  # fmt: skip
@@ -116,42 +118,49 @@ class NLA:
         h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
         return [(self.backbone.tokenizer.decode([i]), h) for i, h in zip(ids, h_nd)]
 
-    def verbalize(self, v: np.ndarray | Tensor, k: int = 64, method: str = "reader", seed: int = 0) -> Verbalization:
+    def verbalize(
+        self, v: np.ndarray | Tensor, k: int = 64, method: str = "reader", seed: int = 0, fluency: float = 0.0
+    ) -> Verbalization:
         """The best of k texts for v (d,), chosen by re-encoding.
 
         Args:
             method: ``reader`` (closed form, writes the last tokens), ``guided`` (the reader's texts improved by
                 search), ``av`` (the paper's adapter, writes from the beginning), ``lens`` (the k likeliest tokens of
                 the logit lens, one token a text) or ``patchscope`` (v in an identity prompt).
+            fluency: taken off a text's score, when the best is chosen, for every nat a token that its words cost the
+                language model; 0.02 is where ``guided`` begins to pay for fluent words (paper/comparison.md).
 
-        Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method or k is out of range.
+        Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method, k or fluency is out of range.
         """
         v = self._checked(v)
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}: {nearest(method, METHODS)}")
         if k < 1:
             raise ConfigError(f"k is {k}; at least one text is needed")
-        ways = {"av": self._av, "lens": self._lens, "patchscope": self._patchscope}
-        texts = ways.get(method, self._reader)(v, k, seed)
+        if not 0 <= fluency < np.inf:
+            raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
+        drawing = "reader" if method == "guided" else method
+        (texts,) = draw_texts(self.backbone, self.bundle, drawing, v[None], k, seed)
         mu = self.bundle.mu
         h = self.backbone.encode(texts, start=True)
-        score = fve(h, v, mu)
-        best = 1 + int(score[1:].argmax())
-        text = texts[best]
+        worth = fve(h, v, mu) - (fluency * nats_per_token(self.backbone, texts) if fluency else 0)
+        text = texts[1 + int(worth[1:].argmax())]
         if method == "guided":
             found = guided_search(
-                self.bundle.reader, self.backbone, v[None], mu, np.array(texts[1:])[None], h[None, 1:], GUIDED_TOKENS
+                self.bundle.reader, self.backbone, v[None], mu, np.array(texts[1:])[None], h[None, 1:], GUIDED_TOKENS,
+                fluency,
             )  # fmt: skip
             text = found.ids[0].tolist()
         h = self._as_read(text)
         value, explained = float(fve(h, v, mu)), float(variance_explained(h, v, mean_direction(self.bundle.pool_v)))
         null = fve(self.bundle.pool_v, v, mu)
-        near = int(null.argmax())
+        near = self.bundle.pool_texts[int(null.argmax())]
+        nats, near_nats = nats_per_token(self.backbone, [self._read_again(text), near])
         return Verbalization(
             method=method, k=k, text=self._text(text), score=value, cosine=2 * value - 1,
-            variance_explained=explained, percentile=float((null < value).mean() ** k),
+            variance_explained=explained, percentile=float((null < value).mean() ** k), nats=float(nats),
             greedy=self._text(texts[0]), greedy_score=float(fve(self._as_read(texts[0]), v, mu)),
-            retrieved=self._text(self.bundle.pool_texts[near]), retrieved_score=float(null[near]),
+            retrieved=self._text(near), retrieved_score=float(null.max()), retrieved_nats=float(near_nats),
         )  # fmt: skip
 
     def token_ids(self, text: str) -> list[int]:
@@ -175,34 +184,12 @@ class NLA:
         return v
 
     def _as_read(self, ids: Sequence[int]) -> np.ndarray:
-        """h (d,) that anyone gets who reads the text again: tokenized from its letters, and encoded alone."""
-        as_read = self.backbone.tokenize_text(self._text(ids)) or list(ids)
-        return self.backbone.encode([as_read], start=True)[0]
+        """h (d,) that anyone gets who reads the text again, alone."""
+        return self.backbone.encode([self._read_again(ids)], start=True)[0]
 
-    def _reader(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
-        """The greedy text first, then k draws."""
-        v_Bd = torch.from_numpy(v).to(self.backbone.device).expand(k + 1, -1)
-        ids_Bn, _ = read_tails(self.bundle.reader, v_Bd, seed, torch.arange(k + 1) == 0)
-        return ids_Bn.tolist()
-
-    @torch.inference_mode()
-    def _av(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
-        v_Bd = torch.from_numpy(v).to(self.backbone.device).expand(k + 1, -1)
-        settings = SamplingSettings(max_new_tokens=self.bundle.av.config.max_new_tokens)
-        greedy_B = torch.arange(k + 1, device=self.backbone.device) == 0
-        samples = sample(self.backbone, self.bundle.av(v_Bd, self.backbone.dtype), settings, seed, greedy_B=greedy_B)
-        return [samples.sequence(i) for i in range(k + 1)]
-
-    def _lens(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
-        """The likeliest token, and then it and the k − 1 next to it: nothing is drawn."""
-        ids_k = lens_tokens(self.backbone, torch.from_numpy(v)[None].to(self.backbone.device), k)[0].tolist()
-        return [[ids_k[0]], *([i] for i in ids_k)]
-
-    def _patchscope(self, v: np.ndarray, k: int, seed: int) -> list[list[int]]:
-        """The greedy text first, then k draws, each as long as the reader's."""
-        v_Bd = torch.from_numpy(v).to(self.backbone.device).expand(k + 1, -1)
-        greedy_B = torch.arange(k + 1, device=self.backbone.device) == 0
-        return patchscope(self.backbone, v_Bd, self.bundle.reader.n, seed, greedy_B)
+    def _read_again(self, ids: Sequence[int]) -> list[int]:
+        """Ids of the text as they are tokenized from its letters."""
+        return self.backbone.tokenize_text(self._text(ids)) or list(ids)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.backbone.decode_text(ids)

@@ -36,13 +36,15 @@ IDENTITY = ("backbone", "weight_hash", "layer", "start_id")
 
 @dataclass
 class Bundle:
-    """``mu`` (d,); ``pool_v`` (P, d) and ``pool_texts``, the stored activations and the ids they came from."""
+    """``mu`` (d,); ``pool_v`` (P, d) and ``pool_texts``, the stored activations and the ids they came from;
+    ``made_from``: hashes of the files or artefacts that all this was read from."""
 
     reader: TailReader
     av: ActivationVerbalizer
     mu: np.ndarray
     pool_v: np.ndarray
     pool_texts: list[list[int]]
+    made_from: dict[str, str]
 
     @staticmethod
     def layer_of(backbone: str, run: Optional[Path]) -> Optional[int]:
@@ -66,7 +68,8 @@ def _of_run(backbone: Backbone, path: Path) -> Bundle:
     )
     run = Run(config, folder, backbone)
     targets, av = load_targets(run), import_av(path / "av", backbone).eval()
-    return Bundle(load_reader(run), av, targets.mu, targets.v[targets.pool], targets.sequences(targets.pool))
+    made_from = {name: folder.sha256_of(name) for name in ("targets", "best_av", "reader")}
+    return Bundle(load_reader(run), av, targets.mu, targets.v[targets.pool], targets.sequences(targets.pool), made_from)
 
 
 def _shipped(backbone: Backbone) -> Bundle:
@@ -91,7 +94,7 @@ def _shipped(backbone: Backbone) -> Bundle:
     texts = [row[:n].tolist() for row, n in zip(reference["ids"], reference["lengths"])]
     return Bundle(
         _unpack_reader({**tensors["reader.safetensors"], **reference}, backbone), av.eval(), reference["mu"],
-        backbone.encode(texts, start=True), texts,
+        backbone.encode(texts, start=True), texts, record["sha256"],
     )  # fmt: skip
 
 

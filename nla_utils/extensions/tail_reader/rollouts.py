@@ -18,7 +18,7 @@ from nla_utils.lm.backbone import Backbone
 from nla_utils.metrics import fve
 from nla_utils.protocol import CORRECTED, PAPER
 from nla_utils.run import Run
-from nla_utils.stages.encoding import re_encode
+from nla_utils.stages.encoding import nats_per_token, re_encode
 from nla_utils.stages.rollouts import Rollouts
 from nla_utils.stages.targets import Targets
 
@@ -34,7 +34,8 @@ GUIDED_BATCH = 32
 @dataclass
 class GuidedSearch:
     """``ids`` (M, n) and ``h`` (M, d) of the best tail; ``curve`` (M, rounds + 1): its centred score after each
-    round; ``spent`` (rounds + 1,): forward tokens per target by then, the K first tails included."""
+    round, less what it pays for its words; ``spent`` (rounds + 1,): forward tokens per target by then, the K first
+    tails included."""
 
     ids: np.ndarray
     h: np.ndarray
@@ -44,31 +45,44 @@ class GuidedSearch:
 
 def guided_search(
     reader: TailReader, backbone: Backbone, v_Md: np.ndarray, mu_d: np.ndarray,
-    ids_MKn: np.ndarray, h_MKd: np.ndarray, budget: int,
+    ids_MKn: np.ndarray, h_MKd: np.ndarray, budget: int, fluency: float = 0.0,
 ) -> GuidedSearch:  # fmt: skip
     """Improve the best of K tails until ``budget`` forward tokens per target are spent.
 
     Each round takes one position, the last first, and tries the 16 tokens there that would best explain what
-    the re-encoded tail still leaves of v, for the two best tails of each target.
+    the re-encoded tail still leaves of v, for the two best tails of each target. The best is the one whose score is
+    highest after ``fluency`` was taken off for every nat a token that its words cost the language model.
     """
     m, k, n = ids_MKn.shape
-    score_MK = fve(h_MKd, v_Md[:, None], mu_d)
-    top = np.argsort(-score_MK, axis=1)[:, :BEAMS]
+    worth_MK = _worth(backbone, v_Md, mu_d, ids_MKn, h_MKd, fluency)
+    top = np.argsort(-worth_MK, axis=1)[:, :BEAMS]
     at = np.arange(m)[:, None]
-    beams = (ids_MKn[at, top], h_MKd[at, top], score_MK[at, top])
-    spent, curve = [k * (n + 1)], [beams[2][:, 0]]
-    per_round = BEAMS * SWAPS * (n + 1)
+    beams = (ids_MKn[at, top], h_MKd[at, top], worth_MK[at, top])
+    # A tail is read to the layer, and to the head too where its words are paid for.
+    reads = (n + 1) * (2 if fluency else 1)
+    spent, curve = [k * reads], [beams[2][:, 0]]
+    per_round = BEAMS * SWAPS * reads
     rounds = max(0, (budget - spent[0]) // per_round)
     for r in range(rounds):
         proposed = _propose(reader, v_Md, beams[0], beams[1], r % n)
         h = backbone.encode(proposed.reshape(-1, n).tolist(), start=True).reshape(*proposed.shape[:2], -1)
-        score = fve(h, v_Md[:, None], mu_d)
+        worth = _worth(backbone, v_Md, mu_d, proposed, h, fluency)
         # A proposal that is a beam already would push out a different one.
-        score[(proposed[:, :, None] == beams[0][:, None]).all(axis=3).any(axis=2)] = -1.0
-        beams = _best(*(np.concatenate(pair, axis=1) for pair in zip(beams, (proposed, h, score))))
+        worth[(proposed[:, :, None] == beams[0][:, None]).all(axis=3).any(axis=2)] = -np.inf
+        beams = _best(*(np.concatenate(pair, axis=1) for pair in zip(beams, (proposed, h, worth))))
         spent.append(spent[-1] + per_round)
         curve.append(beams[2][:, 0])
     return GuidedSearch(beams[0][:, 0], beams[1][:, 0], np.stack(curve, axis=1), np.array(spent))
+
+
+def _worth(
+    backbone: Backbone, v_Md: np.ndarray, mu_d: np.ndarray, ids_MKn: np.ndarray, h_MKd: np.ndarray, fluency: float
+) -> np.ndarray:
+    """Centred score of each tail (M, K), less ``fluency`` times its nats a token."""
+    score_MK = fve(h_MKd, v_Md[:, None], mu_d)
+    if not fluency:
+        return score_MK
+    return score_MK - fluency * nats_per_token(backbone, ids_MKn.reshape(score_MK.size, -1).tolist()).reshape(score_MK.shape)
 
 
 @torch.inference_mode()
@@ -85,11 +99,11 @@ def _propose(reader: TailReader, v_Md: np.ndarray, ids_MBn: np.ndarray, h_MBd: n
     return proposed.reshape(m, -1, n)
 
 
-def _best(ids: np.ndarray, h: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best(ids: np.ndarray, h: np.ndarray, worth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The BEAMS best of each target, best first."""
-    top = np.argsort(-score, axis=1, kind="stable")[:, :BEAMS]
+    top = np.argsort(-worth, axis=1, kind="stable")[:, :BEAMS]
     at = np.arange(len(ids))[:, None]
-    return ids[at, top], h[at, top], score[at, top]
+    return ids[at, top], h[at, top], worth[at, top]
 
 
 @dataclass

@@ -24,7 +24,6 @@ from nla_utils.stages.trainer import Recipe, Trainer, batches_of_epoch, greedy_r
 from nla_utils.stages.training import load_av
 from nla_utils.stages.verbalizer import ARTEFACT, ActivationVerbalizer
 
-RESULTS = "training_study"
 # Steps at the end over which the training loss is averaged.
 LAST_STEPS = 50
 

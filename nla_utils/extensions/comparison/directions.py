@@ -5,15 +5,16 @@ Each kind is made from the bundle's stored activations, measured from their mean
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Callable
 
 import numpy as np
 
+from nla_utils.extensions.comparison import texts as of
 from nla_utils.extensions.release.api import NLA
-from nla_utils.progress import Progress
+from nla_utils.extensions.release.methods import DRAWING
+from nla_utils.metrics import fve, fve_matrix
 from nla_utils.scores.column import Column
 
-RESULTS = "directions"
 SEED = 0
 
 
@@ -57,20 +58,22 @@ def vectors(nla: NLA, n: int) -> dict[str, np.ndarray]:
     return found
 
 
-def read_directions(nla: NLA, methods: Sequence[str], n: int, k: int) -> list[dict]:
-    """For each method and kind: the score of the best of k texts and the chance that unrelated texts score less, means
-    over n vectors with intervals. Texts that vectors were made from are kept out of what they are compared with."""
-    of_kind, records = vectors(nla, n), []
-    kept = nla.without_last(n)
-    with Progress(total=len(methods) * len(of_kind) * n, desc="reading directions", unit="vector") as bar:
-        for method in methods:
-            for kind, v_nd in of_kind.items():
-                read = []
-                for v in v_nd:
-                    read.append(kept.verbalize(v, k, method))
-                    bar.update()
-                column = Column("corrected", n)
-                column.add("score", np.array([r.score for r in read]))
-                column.add("percentile", np.array([r.percentile for r in read]))
-                records.append({"method": method, "kind": kind, "k": k, **column.to_json()})
+def read_directions(nla: NLA, n: int, budget: int, seed: int) -> list[dict]:
+    """For each way of reading and kind of vector: the score of the best text that the budget buys, and the chance that the
+    best of as many unrelated texts scores less; means over n vectors with intervals.
+
+    Texts that vectors were made from are kept out of what they are compared with.
+    """
+    kept, records = nla.without_last(n), []
+    mu, pool_v = kept.bundle.mu, kept.bundle.pool_v
+    for kind, v_nd in vectors(nla, n).items():
+        drawn = {method: of.draw(kept, method, v_nd, budget, seed) for method in DRAWING}
+        for method, texts in {**drawn, "guided": of.guided(kept, drawn["reader"], v_nd, budget)}.items():
+            score_n = fve(texts.h[:, 1:], v_nd[:, None], mu).max(axis=1)
+            # The guided search has looked at as many texts as it had tokens for.
+            k = drawn["reader"].k if method == "guided" else texts.k
+            column = Column("corrected", n)
+            column.add("score", score_n)
+            column.add("percentile", (fve_matrix(v_nd, pool_v, mu) < score_n[:, None]).mean(axis=1) ** k)
+            records.append({"method": method, "kind": kind, "k": k, **column.to_json()})
     return records

@@ -1,0 +1,132 @@
+"""Search made into a policy: the AV trained on the best of its own texts, round after round, or on the guided search's.
+
+Held-out targets are never written for. The control trains as long, on the sources' own texts again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+
+from nla_utils.artefacts import arrays_hash, derive_seed, json_hash
+from nla_utils.chunks import ChunkStore
+from nla_utils.config import BATCH_SIZE
+from nla_utils.extensions.tail_reader.reader import fit_reader
+from nla_utils.extensions.tail_reader.rollouts import GUIDED_BATCH, av_forward_tokens, guided_search, read_rollouts
+from nla_utils.extensions.training_study.study import measure
+from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.metrics import fve
+from nla_utils.run import Run
+from nla_utils.stages.pairs import Split, TextPairs, make_split, paper_pairs, tail_pairs
+from nla_utils.stages.targets import Targets
+from nla_utils.stages.trainer import Recipe, Trainer
+from nla_utils.stages.training import load_av
+from nla_utils.stages.verbalizer import ActivationVerbalizer
+
+EPOCHS, RATE = 4, 3e-4
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Texts to train on: ``ids`` of each row's, and their mean centred score, ``None`` for the sources themselves."""
+
+    pairs: TextPairs
+    score: Optional[float] = None
+
+
+def iterate(run: Run, targets: Targets, n: int, k: int, rounds: int) -> list[dict]:
+    """Records of the run's own AV, of each round of expert iteration, of one round with the guided search's texts as
+    teachers, and of as much training on the sources' own texts; each measured on held-out targets as a study measures."""
+    split = make_split(run, targets)
+    sources = split.pairs.take(split.train[:n])
+    full = paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
+    start = load_av(run)
+    records, av = [_record(run, targets, "the run's own AV", start, full)], start
+    for r in range(1, rounds + 1):
+        teachers = best_rollouts(run, targets, av, sources.rows, k, r)
+        av = train_on(run, targets, av, teachers)
+        records.append(_record(run, targets, f"round {r}: its own best of {k}", av, full, teachers))
+    again = Teachers(sources)
+    records.append(
+        _record(run, targets, "control: the sources again", train_on(run, targets, start, again), full, again)
+    )
+    teachers = guided_texts(run, targets, sources.rows, k)
+    length = len(teachers.pairs.ids[0])
+    ends = tail_pairs(targets, targets.held_out, length)
+    records.append(_record(run, targets, f"the run's own AV, first {length} tokens", start, ends))
+    taught = train_on(run, targets, start, teachers)
+    records.append(_record(run, targets, f"the guided search's {length} tokens", taught, ends, teachers))
+    return records
+
+
+def _record(
+    run: Run, targets: Targets, label: str, av: ActivationVerbalizer, asked: TextPairs, teachers: Optional[Teachers] = None
+) -> dict:
+    return {
+        "label": label, "pairs": len(teachers.pairs.rows) if teachers else None,
+        "teachers_cen": teachers.score if teachers else None, **measure(run, targets, av, asked).to_json(),
+    }  # fmt: skip
+
+
+def best_rollouts(
+    run: Run, targets: Targets, av: ActivationVerbalizer, rows: list[int], k: int, number: int
+) -> Teachers:
+    """The best of k rollouts of each row by centred score, re-encoded behind BOS."""
+    backbone, settings = run.backbone, SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
+    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(rows), "av": _hash(av)}
+    chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
+
+    @torch.inference_mode()
+    def draw(c: int, part: slice) -> dict[str, np.ndarray]:
+        v_Md = targets.v[rows[part]]
+        prompt_BPd = av(torch.from_numpy(v_Md).to(backbone.device), backbone.dtype).repeat_interleave(k, dim=0)
+        found = sample(backbone, prompt_BPd, settings, derive_seed(run.seed, f"iteration {number}", c))
+        h = backbone.encode([found.sequence(i) for i in range(len(prompt_BPd))], start=True)
+        score_MK = fve(h.reshape(len(v_Md), k, -1), v_Md[:, None], targets.mu)
+        best = np.arange(len(v_Md)) * k + score_MK.argmax(axis=1)
+        return {"ids": found.ids[best], "lengths": found.lengths[best], "score": score_MK.max(axis=1)}
+
+    per_chunk = max(1, backbone.sample_batch // k)
+    found = chunks.fill(len(rows), per_chunk, draw, f"best of {k}, round {number}", "target")
+    ids = [row[:length].tolist() for row, length in zip(found["ids"], found["lengths"])]
+    return Teachers(TextPairs(list(rows), ids, 0, 0), float(found["score"].mean()))
+
+
+def guided_texts(run: Run, targets: Targets, rows: list[int], k: int) -> Teachers:
+    """What the guided search finds for each row, from k draws of the reader, for the forward tokens of an AV's best-of-K."""
+    backbone, reader = run.backbone, fit_reader(run, targets)
+    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(rows), "by": "guided search"}
+    chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
+
+    def search(c: int, part: slice) -> dict[str, np.ndarray]:
+        v_Md, seed = targets.v[rows[part]], derive_seed(run.seed, "taught", c)
+        drawn = read_rollouts(reader, backbone, torch.from_numpy(v_Md).to(backbone.device), k, seed)
+        ids, h, budget = drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run)
+        found = guided_search(reader, backbone, v_Md, targets.mu, ids, h, budget)
+        return {"ids": found.ids, "score": found.curve[:, -1]}
+
+    found = chunks.fill(len(rows), GUIDED_BATCH, search, "guided search", "target")
+    return Teachers(TextPairs(list(rows), found["ids"].tolist(), 0, 0), float(found["score"].mean()))
+
+
+def train_on(run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers) -> ActivationVerbalizer:
+    """The AV after some epochs on the teachers' texts, from where it stands; it is left as it was."""
+    pairs = teachers.pairs
+    split = make_split(run, targets)
+    # Validated on the sources, whatever is trained on: the curves are comparable.
+    validation = split.pairs.take(split.validation)
+    together = TextPairs(pairs.rows + validation.rows, pairs.ids + validation.ids, 0, 0)
+    own = Split(together, np.arange(len(pairs.rows)), np.arange(len(pairs.rows), len(together.rows)))
+    apart = run.inside(f"iteration/{json_hash({'texts': pairs.ids, 'from': _hash(av)})[:16]}")
+    recipe = Recipe(steps=EPOCHS * math.ceil(len(pairs.rows) / BATCH_SIZE), learning_rate=RATE)
+    trainer = Trainer(apart, targets, recipe, own, av)
+    trainer.train()
+    return trainer.av.eval()
+
+
+def _hash(av: ActivationVerbalizer) -> str:
+    return arrays_hash({name: tensor.numpy() for name, tensor in av.trainable().items()})
