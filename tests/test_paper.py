@@ -12,6 +12,7 @@ import pytest
 
 from nla_utils import metrics
 from nla_utils.config import ROOT
+from nla_utils.extensions.comparison.page import comparison_page
 from nla_utils.extensions.depth.page import depth_page
 from nla_utils.extensions.tail_reader.page import reader_page
 from nla_utils.paper import findings, tables
@@ -22,7 +23,10 @@ from nla_utils.paper.section import section_page
 from nla_utils.scores import rows
 
 EVERYTHING = find_results()
-PAGES = {"section11": section_page(), "appendix": appendix_page(), "tail_reader": reader_page(), "depth": depth_page()}
+PAGES = {
+    "section11": section_page(), "appendix": appendix_page(), "tail_reader": reader_page(), "depth": depth_page(),
+    "comparison": comparison_page(),
+}  # fmt: skip
 TEX_ENGINE = next((name for name in ("latexmk", "tectonic") if shutil.which(name)), None)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -88,8 +92,9 @@ def test_pages_are_made_without_torch_in_seconds(tmp_path):
         "import sys, pathlib; from nla_utils.runner import cli; from nla_utils.paper.section import section_page; "
         "from nla_utils.extensions.tail_reader.page import reader_page; "
         "from nla_utils.extensions.depth.page import depth_page; from nla_utils.paper.appendix import appendix_page; "
+        "from nla_utils.extensions.comparison.page import comparison_page; "
         f"p = pathlib.Path({str(tmp_path)!r}); "
-        "pages = section_page, appendix_page, reader_page, depth_page; "
+        "pages = section_page, appendix_page, reader_page, depth_page, comparison_page; "
         "[page().write(p / f'{i}.md', p / 'f') for i, page in enumerate(pages)]; "
         "bad = {'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
     )

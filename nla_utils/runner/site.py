@@ -24,7 +24,8 @@ def build_site(out: Path, root: Path = ROOT) -> list[Path]:
     section = root / "paper" / "section11.md"
     if not section.exists():
         raise ArtefactError(f"{section} does not exist; run `nla paper` first")
-    beside = {"appendix": "Appendix", "tail_reader": "The tail reader", "depth": "Depth", "PROTOCOL": "The measurement"}
+    beside = {"appendix": "Appendix", "tail_reader": "The tail reader", "depth": "Depth", "comparison": "Ways of reading",
+              "PROTOCOL": "The measurement"}
     notebooks = sorted((root / "notebooks" / "executed").glob("*/*/*.ipynb"))
     names = {n: f"{n.parts[-3]}-{n.parts[-2]}-{n.stem}.html" for n in notebooks}
     pages = {"index.html": ("§11, reproduced and audited", _markdown(section))}

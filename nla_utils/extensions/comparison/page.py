@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nla_utils.config import ROOT
-from nla_utils.extensions.comparison.cases import SHARED
 from nla_utils.extensions.comparison.tables import RESULTS, directions_table, ends_table, price_table, ways_table
 from nla_utils.paper.figures import NULL_GREY, colour, same_limits, style
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
@@ -69,7 +68,7 @@ def comparison_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     shown = [r for r in everything if r.optional(RESULTS)]
     of_runs = {r.label: tables_of_run(r) for r in shown}
     values = {
-        "of_runs": of_runs, "facts": {r.label: r.optional(RESULTS) for r in shown}, "shared": SHARED,
+        "of_runs": of_runs, "facts": {r.label: r.optional(RESULTS) for r in shown},
         "provenance": provenance(everything, (RESULTS,)),
     }  # fmt: skip
     made = [table for tables in of_runs.values() for table in tables]
