@@ -28,6 +28,8 @@ from nla_utils.stages.training import load_av
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 EPOCHS, RATE = 4, 3e-4
+# Other targets whose v each held-out source is predicted from.
+N_OTHERS = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _record(
 ) -> dict:
     return {
         "label": label, "pairs": len(teachers.pairs.rows) if teachers else None,
-        "teachers_cen": teachers.score if teachers else None, **measure(run, targets, av, asked).to_json(),
+        "teachers_cen": teachers.score if teachers else None, **measure(run, targets, av, asked, N_OTHERS).to_json(),
     }  # fmt: skip
 
 

@@ -79,9 +79,12 @@ def _asked(run: Run, targets: Targets, trainer: Trainer, variant: Variant) -> Te
     return paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
 
 
-def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs) -> Column:
-    """Nats of the pairs' texts by what stands in the slot, and the greedy texts' scores against own and other targets."""
-    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, N_OTHERS))
+def measure(
+    run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs, n_others: int = N_OTHERS
+) -> Column:
+    """Nats of the pairs' texts by what stands in the slot (``n_others`` others' v in turn), and the greedy texts' scores
+    against own and other targets."""
+    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others))
     v_Md, m = targets.v[pairs.rows], len(pairs.rows)
     # As long as the texts can be: short sources are not to be compared with long texts.
     longest = max(map(len, pairs.ids))
