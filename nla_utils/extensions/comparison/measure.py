@@ -40,8 +40,8 @@ def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int) -> 
         rows.append(_row(nla, cases, of.guided(nla, few, cases.v[:n], budget, fluency), fluency))
     alike = fve(cases.v[:n], cases.twin_v[:n], nla.bundle.mu)
     return {
-        "n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED, "twins_alike": float(alike.mean()), "rows": rows,
-        "directions": read_directions(nla, n_directions, budget, seed),
+        "n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED, "twins_alike": float(alike.mean()),
+        "rows": rows, "directions": read_directions(nla, n_directions, budget, seed),
     }  # fmt: skip
 
 
