@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,18 +10,13 @@ import filelock
 import nbformat
 import numpy as np
 import pytest
-import torch
-from conftest import build_tokenizer, save_tiny, tiny_config
-from safetensors.torch import save_file
-from transformers import Gemma3Config, LlamaConfig, OPTConfig
+from conftest import tiny_config
 from typer.testing import CliRunner
 
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import ROOT, RunConfig
-from nla_utils.errors import BackboneError, ConfigError, SourceError
-from nla_utils.extensions.release.api import NLA, read_vector
-from nla_utils.lm.checks import check_backbone
-from nla_utils.lm.loading import load_backbone, pick_device
+from nla_utils.errors import ConfigError
+from nla_utils.lm.loading import pick_device
 from nla_utils.lm.registry import resolve
 from nla_utils.run import open_run
 from nla_utils.runner import notebooks
@@ -135,142 +129,6 @@ def test_two_at_once_in_one_folder_are_refused_and_a_crash_leaves_no_lock(tiny_f
     assert CliRunner().invoke(app, command).exit_code == 0
     with filelock.FileLock(folder / "run.lock", timeout=0):
         pass
-
-
-# Models
-
-
-def saved(folder, config, **tokenizer):
-    return save_tiny(folder, config, build_tokenizer("right", False, True, **tokenizer))
-
-
-def test_every_id_that_the_generation_configuration_calls_eos_ends_a_sequence(tiny_folders, tmp_path):
-    folder = shutil.copytree(tiny_folders["tiny-llama"], tmp_path / "model")
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, 50]}))
-    assert load_backbone(tiny_config(folder, tmp_path)).eos_ids == (1, 50)
-
-
-def test_a_multimodal_model_is_refused_by_name_before_weights_load(tmp_path):
-    (tmp_path / "model").mkdir()
-    Gemma3Config().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="is multimodal .Gemma3Config.*kind gemma3_text"):
-        load_backbone(tiny_config(tmp_path / "model", tmp_path))
-
-
-@pytest.mark.parametrize("text", ['{"model_type": "nosuch"}', "{}", '{"a": ', '{"model_type": "llama", "hidden_size": "x"}'])
-def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(text)
-    with pytest.raises(SourceError, match="config.json is no configuration of a model known here"):
-        load_backbone(tiny_config(tmp_path / "model", tmp_path))
-
-
-def test_embeddings_of_another_width_are_refused_by_name(tmp_path):
-    (tmp_path / "model").mkdir()
-    OPTConfig(hidden_size=32, word_embed_proj_dim=16).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="embeddings have width 16, its layers 32"):
-        load_backbone(tiny_config(tmp_path / "model", tmp_path))
-
-
-def test_an_id_without_an_embedding_is_refused_by_name(tmp_path):
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
-    folder = saved(tmp_path / "model", lambda ids: LlamaConfig(**shape, **(ids | {"vocab_size": 300})))
-    backbone = load_backbone(tiny_config(folder, tmp_path))
-    with pytest.raises(BackboneError, match="token id 350 has no embedding, there are 300"):
-        backbone.encode([[5, 350]], start=True)
-
-
-def test_a_model_that_sees_one_token_a_step_is_refused(gemma_run, monkeypatch):
-    backbone = gemma_run[0].backbone
-    forward = type(backbone.model.base_model).forward
-
-    def forgetful(self, *args, past_key_values=None, use_cache=None, **inputs):
-        return forward(self, *args, use_cache=False, **inputs)
-
-    monkeypatch.setattr(type(backbone.model.base_model), "forward", forgetful)
-    with pytest.raises(BackboneError, match="key-value cache and one forward pass disagree"):
-        check_backbone(backbone)
-
-
-def test_a_model_without_such_a_cache_is_refused(gemma_run, monkeypatch):
-    backbone = gemma_run[0].backbone
-    forward = type(backbone.model.base_model).forward
-
-    def picky(self, *args, past_key_values=None, **inputs):
-        if past_key_values is not None:
-            raise AttributeError("no conv_states")
-        return forward(self, *args, **inputs)
-
-    monkeypatch.setattr(type(backbone.model.base_model), "forward", picky)
-    with pytest.raises(BackboneError, match="key-value cache fails .no conv_states"):
-        check_backbone(backbone)
-
-
-# Vectors and texts
-
-
-@pytest.mark.parametrize("shape", [(32,), (1, 32), (1, 1, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("end", ["safetensors", "pt", "npy"])
-def test_a_users_own_hidden_state_is_read(tmp_path, shape, dtype, end):
-    v, path = torch.randn(shape).to(dtype), tmp_path / f"v.{end}"
-    if end == "npy":
-        if dtype == torch.bfloat16:
-            pytest.skip("numpy has no such type")
-        np.save(path, v.numpy())
-    else:
-        save_file({"v": v}, path) if end == "safetensors" else torch.save(v, path)
-    nla = object.__new__(NLA)
-    nla.backbone = type("b", (), {"d": 32, "name": "b"})
-    np.testing.assert_array_equal(nla._checked(read_vector(path)), v.float().numpy().reshape(-1))
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("v.npy", b"", "was not read"), ("v.safetensors", b"", "was not read"), ("v.pt", b"", "was not read"),
-    ("v.npy", b"\x93NUMPY\x01\x00", "was not read"), ("v.txt", b"1 2 3", "is read from"),
-    ("v.safetensors", (10**12).to_bytes(8, "little") + b"{}", "was not read"),
-])  # fmt: skip
-def test_what_is_no_vector_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as refused:
-        read_vector(tmp_path / name)
-    assert name in str(refused.value)
-
-
-@pytest.mark.parametrize("name", ["v.safetensors", "v.npy"])
-def test_a_header_that_claims_a_trillion_rows_costs_no_memory(tmp_path, name):
-    rows = 10**12
-    header = json.dumps({"v": {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, 128 * rows]}}).encode()
-    if name == "v.npy":
-        with open(tmp_path / name, "wb") as f:
-            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (rows, 32)})
-            f.write(bytes(128))
-    else:
-        (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header + bytes(128))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match=f"{name} was not read"):
-        read_vector(tmp_path / name)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert peak * (1 if sys.platform == "darwin" else 1024) < 50_000_000
-
-
-@pytest.mark.parametrize("tensors, message", [
-    ({"a": torch.zeros(3), "b": torch.zeros(3)}, r"holds \['a', 'b'\]"),
-    ({"a": torch.zeros(3, dtype=torch.int64)}, "floats"),
-])  # fmt: skip
-def test_files_of_other_tensors_are_named(tmp_path, tensors, message):
-    save_file(tensors, tmp_path / "v.safetensors")
-    with pytest.raises(ConfigError, match=message):
-        read_vector(tmp_path / "v.safetensors")
-
-
-def test_a_literal_start_token_in_a_text_is_refused(gemma_run):
-    nla = NLA(gemma_run[0].backbone, None)
-    for call in (nla.activation, nla.trace):
-        with pytest.raises(ConfigError, match="begins with '<bos>'"):
-            call("<bos>a text")
-    nla.activation("a text")
 
 
 # Files that were altered

@@ -167,3 +167,11 @@ def test_committed_figures_exist_in_both_formats():
 def test_results_are_plain_json():
     for path in COMMITTED.rglob("*.json"):
         json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda c: pytest.fail(f"{path} holds {c}"))
+
+
+def test_executed_notebooks_are_labelled_with_the_commit_that_they_ran_at():
+    lines = (ROOT / "notebooks" / "executed" / "README.md").read_text(encoding="utf-8").splitlines()
+    for folder in (ROOT / "notebooks" / "executed").glob("*/*"):
+        results = next(r for r in EVERYTHING if (r.backbone, r.profile) == (folder.parent.name, folder.name))
+        (line,) = [line for line in lines if f"`{folder.parent.name}/{folder.name}`" in line]
+        assert all(results.data[name]["code"]["git_commit"][:12] in line for name in NAMES)

@@ -37,9 +37,9 @@ def ends_table(record: dict) -> pd.DataFrame:
         minus = {key.rsplit("_", 1)[1]: key for key in row if key.startswith("best_minus_last_")}
         table.append({
             "way of reading": row["method"],
-            "names its twin, likeliest": "–" if row["k"] == 1 else with_interval(row, "greedy_names_twin", 2),
-            "names its twin, best": with_interval(row, "best_names_twin", 2),
-            **{f"− source's last {n}": signed(row, key) for n, key in minus.items()},
+            "right of two twins, likeliest": "–" if row["k"] == 1 else with_interval(row, "greedy_names_twin", 2),
+            "right of two twins, best": with_interval(row, "best_names_twin", 2),
+            **{f"best − source's last {n}": signed(row, key) for n, key in minus.items()},
         })  # fmt: skip
     return pd.DataFrame(table).set_index("way of reading")
 
