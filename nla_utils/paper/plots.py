@@ -75,26 +75,26 @@ def training_curves(training: dict, backbone: str) -> Figure:
 
 def source_loss_curves(training: dict, backbone: str) -> Figure:
     """What v saves the AV in nats a token of the source's text, by training step: against another v, and against μ."""
-    fig, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
-    steps = [r["step"] for r in training["validation"]]
-    for name, label, color in (("other", "another target's v", colour(backbone)), ("mean", "μ", NULL_GREY)):
-        saved = [r[f"nats_{name}"] - r["nats_own"] for r in training["validation"]]
-        ax.plot(steps, saved, "o-", color=color, label=f"instead of {label}")
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.legend(frameon=False, fontsize=8)
-    style(ax, "step", "saved by its own v\n(nats / token)")
-    return fig
+    validation = training["validation"]
+    nats = {name: np.array([r[f"nats_{name}"] for r in validation]) for name in ("own", "other", "mean")}
+    return _saved([r["step"] for r in validation], nats, backbone, "o-", "step", "nats / token")
 
 
 def source_loss_by_position(column: dict, backbone: str) -> Figure:
     """What v saves at each token of the source's text."""
-    fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
     nats = {name: np.array(values, dtype=float) for name, values in column["nats_by_position"].items()}
+    return _saved(range(1, len(nats["own"]) + 1), nats, backbone, "-", "token of the source", "nats")
+
+
+def _saved(
+    x: Sequence[int], nats: Mapping[str, np.ndarray], backbone: str, line: str, x_label: str, unit: str
+) -> Figure:
+    fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
     for name, label, color in (("other", "another target's v", colour(backbone)), ("mean", "μ", NULL_GREY)):
-        ax.plot(range(1, len(nats["own"]) + 1), nats[name] - nats["own"], color=color, label=f"instead of {label}")
+        ax.plot(x, nats[name] - nats["own"], line, color=color, label=f"instead of {label}")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.legend(frameon=False, fontsize=8)
-    style(ax, "token of the source", "saved by its own v\n(nats)")
+    style(ax, x_label, f"saved by its own v\n({unit})")
     return fig
 
 

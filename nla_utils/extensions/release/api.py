@@ -23,7 +23,7 @@ from nla_utils.extensions.release.methods import METHODS, draw_texts
 from nla_utils.extensions.tail_reader.rollouts import guided_search
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
-from nla_utils.metrics import fve, mean_direction, variance_explained
+from nla_utils.metrics import fve, variance_explained
 from nla_utils.stages.encoding import nats_per_token
 
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
@@ -152,7 +152,7 @@ class NLA:
             )  # fmt: skip
             text = found.ids[0].tolist()
         h = self._as_read(text)
-        value, explained = float(fve(h, v, mu)), float(variance_explained(h, v, mean_direction(self.bundle.pool_v)))
+        value, explained = float(fve(h, v, mu)), float(variance_explained(h, v, self.bundle.mean_direction))
         null = fve(self.bundle.pool_v, v, mu)
         near = self.bundle.pool_texts[int(null.argmax())]
         nats, near_nats = nats_per_token(self.backbone, [self._read_again(text), near])

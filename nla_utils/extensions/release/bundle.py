@@ -8,6 +8,7 @@ precision, prior), ``reference.safetensors`` (means, whitening, some of the pool
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Optional
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 
+from nla_utils import metrics
 from nla_utils.artefacts import RunFolder, atomic_write, code_version, read_record, sha256_file, write_record
 from nla_utils.config import DATA, AVConfig, RunConfig
 from nla_utils.errors import ArtefactError
@@ -45,6 +47,11 @@ class Bundle:
     pool_v: np.ndarray
     pool_texts: list[list[int]]
     made_from: dict[str, str]
+
+    @cached_property
+    def mean_direction(self) -> np.ndarray:
+        """The guess (d,) that variance explained compares with."""
+        return metrics.mean_direction(self.pool_v)
 
     @staticmethod
     def layer_of(backbone: str, run: Optional[Path]) -> Optional[int]:
