@@ -12,6 +12,7 @@ from nla_utils.config import ROOT, RunConfig
 
 COMMITTED = ROOT / "paper" / "results"
 VARIED = re.compile(r"(layer|seed)\d+")
+CORPUS = re.compile(r"corpus-(.+)$")
 # How the makers of the offline backbones write their names.
 NAMES_SHOWN = {"gemma3-270m": "Gemma-3-270M", "smollm2-135m": "SmolLM2-135M"}
 # The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
@@ -38,8 +39,10 @@ class RunResults:
 
     @property
     def label(self) -> str:
-        """What a figure calls the run: ``Gemma-3-270M, 30,000 targets``."""
-        return f"{NAMES_SHOWN.get(self.backbone, self.backbone)}, {self.data['targets']['sizes']['N']:,} targets"
+        """What a figure calls the run: ``Gemma-3-270M, 30,000 targets``, and of which corpus if it has one."""
+        corpus = CORPUS.search(self.family)
+        of = f" of {corpus[1]}" if corpus else ""
+        return f"{NAMES_SHOWN.get(self.backbone, self.backbone)}, {self.data['targets']['sizes']['N']:,} targets{of}"
 
     @property
     def stem(self) -> str:
