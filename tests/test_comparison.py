@@ -181,4 +181,4 @@ def test_the_command_writes_what_the_page_shows(long_nla, scored_run, tmp_path):
     page = comparison_page([tmp_path / "here"])
     written = page.write(tmp_path / "page.md", tmp_path / "figures")
     text = written[0].read_text(encoding="utf-8")
-    assert "patchscope" in text and "coordinates shuffled" in text and f"the source's last {SHARED}" in text
+    assert "Patchscope" in text and "coordinates shuffled" in text and f"the source's last {SHARED}" in text

@@ -147,6 +147,9 @@ def iterate(
     typer.echo(f"  expert iteration    {show(path)}")
 
 
+FLUENCY_HELP = "What every nat a token that the text's words cost takes off its score; guided has 0.02 if not given."
+
+
 @app.command()
 def verbalize(
     text: Annotated[Optional[str], typer.Option(help="Take the activation of this text.")] = None,
@@ -157,7 +160,7 @@ def verbalize(
     method: Annotated[str, typer.Option(help="reader, guided, av, lens or patchscope.")] = "reader",
     k: Annotated[int, typer.Option(help="How many texts to choose from.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    fluency: Annotated[float, typer.Option(help="What a nat a token of the text's own cost takes off its score.")] = 0.0,
+    fluency: Annotated[Optional[float], typer.Option(help=FLUENCY_HELP)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put one activation into words: the best of k texts, its score, and what chance and retrieval give."""

@@ -10,12 +10,24 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nla_utils.config import ROOT
-from nla_utils.extensions.comparison.tables import RESULTS, directions_table, ends_table, price_table, ways_table
+from nla_utils.extensions.comparison.tables import (
+    RESULTS,
+    directions_table,
+    ends_table,
+    findings_table,
+    price_table,
+    shown,
+    ways_table,
+)
 from nla_utils.paper.figures import NULL_GREY, colour, same_limits, style
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, RunResults, find_results
 
 PAGE = ROOT / "paper" / "comparison.md"
+# Where labels stand, in points from their dot, that would touch another there.
+BESIDE = {
+    "guided": (-40, 9), "reader": (7, -9), "patchscope": (-60, 9), "lens": (-90, 9), "the source's last 4": (-35, -13),
+}  # fmt: skip
 
 
 def figure_9(everything: Sequence[RunResults]) -> Figure:
@@ -39,8 +51,8 @@ def _draw_frontier(ax: plt.Axes, ways: Sequence[dict], shade: str) -> None:
         ax.plot(*zip(*ends), ":", color=shade if written else NULL_GREY, linewidth=0.8)
         ax.plot(*ends[0], "o", markersize=5, color=shade, markerfacecolor="white")
         ax.plot(*ends[1], "o", markersize=5, color=shade if written or way in searched else NULL_GREY)
-        label = f"{way['method']}, best of {way['k']}" if written else way["method"]
-        ax.annotate(label, ends[1], (6, 3), textcoords="offset points", fontsize=7)
+        label = shown(way["method"]) + (f", best of {way['k']}" if written else "")
+        ax.annotate(label, ends[1], BESIDE.get(way["method"], (7, 3)), textcoords="offset points", fontsize=7)
 
 
 FRONTIER = FigureSpec(
@@ -65,11 +77,12 @@ def tables_of_run(results: RunResults) -> list[Table]:
 def comparison_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     """The page of the results below ``roots``."""
     everything = find_results(roots)
-    shown = [r for r in everything if r.optional(RESULTS)]
-    of_runs = {r.label: tables_of_run(r) for r in shown}
+    compared = [r for r in everything if r.optional(RESULTS)]
+    of_runs = {r.label: tables_of_run(r) for r in compared}
+    facts = {r.label: r.optional(RESULTS) for r in compared}
+    findings = Table("comparison-findings", "What was found", findings_table(facts))
     values = {
-        "of_runs": of_runs, "facts": {r.label: r.optional(RESULTS) for r in shown},
-        "provenance": provenance(everything, (RESULTS,)),
+        "findings": findings, "of_runs": of_runs, "facts": facts, "provenance": provenance(everything, (RESULTS,)),
     }  # fmt: skip
-    made = [table for tables in of_runs.values() for table in tables]
-    return Page(PAGE, "comparison.md.j2", made, {FRONTIER: shown} if shown else {}, values)
+    made = [findings, *(table for tables in of_runs.values() for table in tables)]
+    return Page(PAGE, "comparison.md.j2", made, {FRONTIER: compared} if compared else {}, values)

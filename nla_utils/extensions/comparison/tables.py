@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Callable, Mapping
+
 import pandas as pd
 
+from nla_utils.paper.findings import NO, UNDECIDED, UNEQUAL, YES
 from nla_utils.paper.tables import number, signed, with_interval
 
 RESULTS = "comparison"
+# What a reader is shown for a method.
+SHOWN = {
+    "av": "the paper's AV", "reader": "tail reader", "guided": "tail reader, guided", "lens": "logit lens",
+    "patchscope": "Patchscope", "retrieved": "nearest stored text",
+}  # fmt: skip
+
+
+def shown(method: str) -> str:
+    """A way of reading as tables and figures name it."""
+    return SHOWN.get(method, method)
+
+
+def _above(key: str, chance: float) -> Callable[[dict], tuple[str, str]]:
+    def ask(row: dict) -> tuple[str, str]:
+        low, high = row["ci95"][key]
+        shown = signed(row, key) if chance == 0 else with_interval(row, key, 2)
+        return YES if low > chance else NO if high < chance else UNDECIDED, shown
+
+    return ask
+
+
+# Question, the way of reading that it is asked of, and how it is answered from that way's row.
+QUESTIONS = (
+    ("Is the reader's likeliest text right of two twins more often than half?", "reader", _above("greedy_names_twin", 0.5)),
+    ("Is the AV's?", "av", _above("greedy_names_twin", 0.5)),
+    ("Are the guided search's last 4 tokens closer than the source's own?", "guided", _above("best_minus_last_4", 0)),
+    ("Are those of the AV's best text?", "av", _above("best_minus_last_4", 0)),
+    ("Is the AV's likeliest text closer to its own source than to others?", "av", _above("greedy_minus_others", 0)),
+    ("Is that of the logit lens?", "lens", _above("greedy_minus_others", 0)),
+    ("Is that of a Patchscope?", "patchscope", _above("greedy_minus_others", 0)),
+)  # fmt: skip
+
+
+def findings_table(records: Mapping[str, dict]) -> pd.DataFrame:
+    """Some questions, the answer where the backbones agree, and each one's number; ``records`` by the label of the run."""
+    table = []
+    for question, method, ask in QUESTIONS:
+        found = {label: ask(next(r for r in record["rows"] if r["method"] == method)) for label, record in records.items()}
+        answers = {answer for answer, _ in found.values()}
+        row = {"question": question, "answer": answers.pop() if len(answers) == 1 else UNEQUAL}
+        table.append({**row, **{label: value for label, (_, value) in found.items()}})
+    return pd.DataFrame(table, columns=["question", "answer", *records]).set_index("question")
 
 
 def _written(record: dict) -> list[dict]:
@@ -20,7 +65,7 @@ def ways_table(record: dict) -> pd.DataFrame:
     for row in _written(record):
         alone = row["k"] == 1
         table.append({
-            "way of reading": row["method"], "K": "–" if alone else str(row["k"]),
+            "way of reading": shown(row["method"]), "K": "–" if alone else str(row["k"]),
             "likeliest": "–" if alone else with_interval(row, "greedy_cen"),
             "− others'": "–" if alone else signed(row, "greedy_minus_others"),
             "best of K": with_interval(row, "best_cen"), "best − others' best": signed(row, "best_minus_others"),
@@ -36,7 +81,7 @@ def ends_table(record: dict) -> pd.DataFrame:
     for row in _written(record):
         minus = {key.rsplit("_", 1)[1]: key for key in row if key.startswith("best_minus_last_")}
         table.append({
-            "way of reading": row["method"],
+            "way of reading": shown(row["method"]),
             "right of two twins, likeliest": "–" if row["k"] == 1 else with_interval(row, "greedy_names_twin", 2),
             "right of two twins, best": with_interval(row, "best_names_twin", 2),
             **{f"best − source's last {n}": signed(row, key) for n, key in minus.items()},
@@ -59,7 +104,7 @@ def directions_table(record: dict) -> pd.DataFrame:
     found: dict[str, dict[str, str]] = {}
     for row in record["directions"]:
         cell = f"{with_interval(row, 'score')} ({row['percentile']:.0%})"
-        found.setdefault(row["method"], {})[row["kind"]] = cell
+        found.setdefault(shown(row["method"]), {})[row["kind"]] = cell
     table = pd.DataFrame(found).T
     table.index.name = "way of reading"
     return table

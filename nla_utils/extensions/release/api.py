@@ -20,7 +20,7 @@ from nla_utils.config import RunConfig
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.extensions.release.bundle import Bundle, load_bundle
 from nla_utils.extensions.release.methods import METHODS, draw_texts
-from nla_utils.extensions.tail_reader.rollouts import guided_search
+from nla_utils.extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
 from nla_utils.metrics import fve, variance_explained
@@ -119,7 +119,7 @@ class NLA:
         return [(self.backbone.tokenizer.decode([i]), h) for i, h in zip(ids, h_nd)]
 
     def verbalize(
-        self, v: np.ndarray | Tensor, k: int = 64, method: str = "reader", seed: int = 0, fluency: float = 0.0
+        self, v: np.ndarray | Tensor, k: int = 64, method: str = "reader", seed: int = 0, fluency: Optional[float] = None
     ) -> Verbalization:
         """The best of k texts for v (d,), chosen by re-encoding.
 
@@ -128,7 +128,8 @@ class NLA:
                 search), ``av`` (the paper's adapter, writes from the beginning), ``lens`` (the k likeliest tokens of
                 the logit lens, one token a text) or ``patchscope`` (v in an identity prompt).
             fluency: taken off a text's score, when the best is chosen, for every nat a token that its words cost the
-                language model; 0.02 is where ``guided`` begins to pay for fluent words (paper/comparison.md).
+                language model. Not given, ``guided`` takes 0.02, about where more fluent words begin to cost it much of its
+                score (paper/comparison.md), and the others nothing.
 
         Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method, k or fluency is out of range.
         """
@@ -137,6 +138,7 @@ class NLA:
             raise ConfigError(f"unknown method {method!r}: {nearest(method, METHODS)}")
         if k < 1:
             raise ConfigError(f"k is {k}; at least one text is needed")
+        fluency = (FLUENCY if method == "guided" else 0.0) if fluency is None else fluency
         if not 0 <= fluency < np.inf:
             raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
         drawing = "reader" if method == "guided" else method

@@ -24,6 +24,8 @@ from nla_utils.stages.targets import Targets
 
 BEAMS = 2
 SWAPS = 16
+# What a nat a token is worth in score: about where dearer words begin to cost the search much of it (paper/comparison.md).
+FLUENCY = 0.02
 ARTEFACT = "readings"
 # Rows read together: the scores of the whole vocabulary exist once for each.
 ROW_BATCH = 512
