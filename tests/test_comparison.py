@@ -10,9 +10,10 @@ import torch
 
 from nla_utils import NLA
 from nla_utils.artefacts import read_record
+from nla_utils.errors import ArtefactError
 from nla_utils.extensions.comparison import texts as of
 from nla_utils.extensions.comparison.cases import LEAST, SHARED, draw_cases, twins
-from nla_utils.extensions.comparison.directions import KINDS, read_directions, vectors
+from nla_utils.extensions.comparison.directions import KINDS, vectors
 from nla_utils.extensions.comparison.measure import FLUENCIES, compare, score
 from nla_utils.extensions.comparison.page import comparison_page
 from nla_utils.extensions.comparison.tables import RESULTS
@@ -38,8 +39,8 @@ def cases(long_nla):
 
 
 @pytest.fixture(scope="module")
-def record(long_nla):
-    return compare(long_nla, n=N, n_rollouts=2, n_directions=3, seed=1)
+def record(long_nla, tmp_path_factory):
+    return compare(long_nla, N, 2, 3, 1, tmp_path_factory.mktemp("compared") / "partial.json")
 
 
 def by_method(record):
@@ -153,11 +154,30 @@ def test_what_vectors_are_made_from_is_not_what_they_are_compared_with(nla):
     assert kept.verbalize(nla.bundle.pool_v[-1], k=2).retrieved_score < 1 - 1e-6
 
 
-def test_every_way_reads_every_kind(nla):
-    records = read_directions(nla, 3, of.budget_of(nla, 1), seed=1)
+def test_every_way_reads_every_kind(record):
+    records = record["directions"]
     assert {(r["method"], r["kind"]) for r in records} == {(m, k) for m in (*DRAWING, "guided") for k in KINDS}
     assert all(r["ci95"]["score"][0] <= r["score"] <= r["ci95"]["score"][1] for r in records)
     assert all(0 <= r["percentile"] <= 1 for r in records)
+
+
+def test_a_comparison_that_was_cut_goes_on_where_it_was(long_nla, record, tmp_path, monkeypatch):
+    path, drawn, draw = tmp_path / "partial.json", [], of.draw
+
+    def cut_at_the_lens(nla, method, *args):
+        drawn.append(method)
+        if method == "lens" and drawn.count("lens") == 1:
+            raise KeyboardInterrupt
+        return draw(nla, method, *args)
+
+    monkeypatch.setattr(of, "draw", cut_at_the_lens)
+    with pytest.raises(KeyboardInterrupt):
+        compare(long_nla, N, 2, 3, 1, path)
+    with pytest.raises(ArtefactError, match="another comparison"):
+        compare(long_nla, N, 2, 3, 2, path)
+    assert compare(long_nla, N, 2, 3, 1, path) == record
+    # Before the directions, which ask each way once a kind.
+    assert drawn.count("av") == 1 + len(KINDS)
 
 
 def test_the_command_writes_what_the_page_shows(long_nla, scored_run, tmp_path):
@@ -173,6 +193,7 @@ def test_the_command_writes_what_the_page_shows(long_nla, scored_run, tmp_path):
     ])  # fmt: skip
     assert said.exit_code == 0, said.output
     record = read_record(to)
+    assert [p.name for p in to.parent.iterdir()] == [to.name]
     assert set(record["made_from"]) == {"targets", "best_av", "reader"} and record["n"] == 2
     for name in NAMES:
         values = {"identity": {**record["identity"], "backbone": run.backbone.name, "seed": 1}, "profile": "smoke",

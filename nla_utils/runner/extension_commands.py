@@ -215,15 +215,17 @@ def compare(
     from nla_utils.extensions.comparison.tables import RESULTS
     from nla_utils.extensions.release.api import NLA
 
-    nla = NLA.load(backbone, run)
+    nla, to = NLA.load(backbone, run), to.resolve()
+    unfinished = to.with_suffix(".partial.json")
     record = {
         "name": RESULTS, "identity": nla.backbone.identity(), "made_from": nla.bundle.made_from, "code": code_version(),
-        "libraries": library_versions(), **measure(nla, n, k, directions, seed),
+        "libraries": library_versions(), **measure(nla, n, k, directions, seed, unfinished),
     }  # fmt: skip
-    write_record(to.resolve(), record)
+    write_record(to, record)
+    unfinished.unlink()
     for row in record["rows"]:
         typer.echo(f"  {row['method']:<24} {row['best_cen']:.3f}  {row['best_nats']:.2f} nats a token")
-    typer.echo(f"  {show(to.resolve())}")
+    typer.echo(f"  {show(to)}")
 
 
 @with_config(profile="laptop")

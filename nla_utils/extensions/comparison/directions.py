@@ -58,22 +58,21 @@ def vectors(nla: NLA, n: int) -> dict[str, np.ndarray]:
     return found
 
 
-def read_directions(nla: NLA, n: int, budget: int, seed: int) -> list[dict]:
-    """For each way of reading and kind of vector: the score of the best text that the budget buys, and the chance that the
-    best of as many unrelated texts scores less; means over n vectors with intervals.
+def read_directions(nla: NLA, kind: str, v_nd: np.ndarray, budget: int, seed: int) -> list[dict]:
+    """For each way of reading: the score of the best text that the budget buys for vectors of a kind, and the chance that
+    the best of as many unrelated texts scores less; means over n vectors with intervals.
 
     Texts that vectors were made from are kept out of what they are compared with.
     """
-    kept, records = nla.without_last(n), []
+    kept, records = nla.without_last(len(v_nd)), []
     mu, pool_v = kept.bundle.mu, kept.bundle.pool_v
-    for kind, v_nd in vectors(nla, n).items():
-        drawn = {method: of.draw(kept, method, v_nd, budget, seed) for method in DRAWING}
-        for method, texts in {**drawn, "guided": of.guided(kept, drawn["reader"], v_nd, budget)}.items():
-            score_n = fve(texts.h[:, 1:], v_nd[:, None], mu).max(axis=1)
-            # The guided search has looked at as many texts as it had tokens for.
-            k = drawn["reader"].k if method == "guided" else texts.k
-            column = Column("corrected", n)
-            column.add("score", score_n)
-            column.add("percentile", (fve_matrix(v_nd, pool_v, mu) < score_n[:, None]).mean(axis=1) ** k)
-            records.append({"method": method, "kind": kind, "k": k, **column.to_json()})
+    drawn = {method: of.draw(kept, method, v_nd, budget, seed) for method in DRAWING}
+    for method, texts in {**drawn, "guided": of.guided(kept, drawn["reader"], v_nd, budget)}.items():
+        score_n = fve(texts.h[:, 1:], v_nd[:, None], mu).max(axis=1)
+        # The guided search has looked at as many texts as it had tokens for.
+        k = drawn["reader"].k if method == "guided" else texts.k
+        column = Column("corrected", len(v_nd))
+        column.add("score", score_n)
+        column.add("percentile", (fve_matrix(v_nd, pool_v, mu) < score_n[:, None]).mean(axis=1) ** k)
+        records.append({"method": method, "kind": kind, "k": k, **column.to_json()})
     return records

@@ -3,13 +3,17 @@ v that its last words do not. Everything is scored as ``corrected`` scores it, o
 
 from __future__ import annotations
 
-from typing import Optional
+import functools
+from pathlib import Path
+from typing import Callable, Optional
 
 import numpy as np
 
+from nla_utils.artefacts import json_hash, read_record, write_record
+from nla_utils.errors import ArtefactError
 from nla_utils.extensions.comparison import texts as of
 from nla_utils.extensions.comparison.cases import SHARED, Cases, draw_cases
-from nla_utils.extensions.comparison.directions import read_directions
+from nla_utils.extensions.comparison.directions import read_directions, vectors
 from nla_utils.extensions.comparison.texts import Texts
 from nla_utils.extensions.release.api import NLA
 from nla_utils.extensions.release.methods import DRAWING
@@ -25,24 +29,66 @@ ENDS = (1, 2, 4, 8, 16)
 ORACLES = (4, SHARED, 2 * SHARED)
 
 
-def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int) -> dict:
+class Kept:
+    """What is measured is kept in a file as soon as it is there, so that a comparison that was cut goes on where it was.
+
+    Raises ``ArtefactError`` where the file is of another comparison.
+    """
+
+    def __init__(self, path: Path, plan: dict):
+        self.path, self.plan, self.parts = path, plan, {}
+        if path.exists():
+            record = read_record(path)
+            if record["plan"] != plan:
+                raise ArtefactError(f"{path} is left from another comparison; delete it and rerun")
+            self.parts = record["parts"]
+
+    def get(self, name: str, make: Callable[[], list[dict]]) -> list[dict]:
+        """The rows of a part, made if they are not kept."""
+        if name not in self.parts:
+            self.parts[name] = make()
+            write_record(self.path, {"plan": self.plan, "parts": self.parts})
+        return self.parts[name]
+
+
+def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unfinished: Path) -> dict:
     """The record of a comparison on ``n`` sources and their twins, all ways at the forward tokens of ``n_rollouts`` of the
-    AV: ``rows`` (one a way of reading), ``directions``, and how alike the twins are."""
+    AV: ``rows`` (one a way of reading), ``directions``, and how alike the twins are.
+
+    ``unfinished`` is the file that keeps what is there, for the caller to remove once it has written the record.
+    """
     cases, budget = draw_cases(nla, n, seed), of.budget_of(nla, n_rollouts)
-    drawn = {method: of.draw(nla, method, cases.v, budget, seed) for method in DRAWING}
-    start = drawn["reader"]
-    made = [*drawn.values(), of.guided(nla, start, cases.v, budget)]
-    made += [of.retrieved(nla, cases.v), of.single(nla, "the source", cases.sources)]
-    made += [of.single(nla, f"the source's last {k}", [s[-k:] for s in cases.sources]) for k in ORACLES]
-    rows = [_row(nla, cases, texts) for texts in made]
-    for fluency in FLUENCIES:
-        few = Texts("reader", start.ids[:n], start.h[:n])
-        rows.append(_row(nla, cases, of.guided(nla, few, cases.v[:n], budget, fluency), fluency))
+    asked = {"n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED}
+    identity = {**nla.backbone.identity(), **nla.bundle.made_from, "directions": n_directions}
+    kept = Kept(unfinished, {**asked, "of": json_hash(identity)})
+    rows = [row for name, make in _ways(nla, cases, budget, seed).items() for row in kept.get(name, make)]
+    directions = [
+        row for kind, v_nd in vectors(nla, n_directions).items()
+        for row in kept.get(kind, lambda: read_directions(nla, kind, v_nd, budget, seed))
+    ]  # fmt: skip
     alike = fve(cases.v[:n], cases.twin_v[:n], nla.bundle.mu)
-    return {
-        "n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED, "twins_alike": float(alike.mean()),
-        "rows": rows, "directions": read_directions(nla, n_directions, budget, seed),
-    }  # fmt: skip
+    return {**asked, "twins_alike": float(alike.mean()), "rows": rows, "directions": directions}
+
+
+def _ways(nla: NLA, cases: Cases, budget: int, seed: int) -> dict[str, Callable[[], list[dict]]]:
+    """By name how each row is made; what the reader draws is drawn once for all that go on from it."""
+    n, v_Ld = cases.n, cases.v
+    draw = functools.cache(lambda method: of.draw(nla, method, v_Ld, budget, seed))
+
+    def priced(fluency: float) -> Texts:
+        start = draw("reader")
+        return of.guided(nla, Texts("reader", start.ids[:n], start.h[:n]), v_Ld[:n], budget, fluency)
+
+    ways: dict[str, Callable[[], Texts]] = {method: functools.partial(draw, method) for method in DRAWING}
+    ways["guided"] = lambda: of.guided(nla, draw("reader"), v_Ld, budget)
+    ways["retrieved"] = lambda: of.retrieved(nla, v_Ld)
+    ways["source"] = lambda: of.single(nla, "the source", cases.sources)
+    for k in ORACLES:
+        ways[f"last {k}"] = lambda k=k: of.single(nla, f"the source's last {k}", [s[-k:] for s in cases.sources])
+    rows = {name: lambda make=make: [_row(nla, cases, make())] for name, make in ways.items()}
+    for fluency in FLUENCIES:
+        rows[f"price {fluency:g}"] = lambda fluency=fluency: [_row(nla, cases, priced(fluency), fluency)]
+    return rows
 
 
 def _row(nla: NLA, cases: Cases, texts: Texts, fluency: Optional[float] = None) -> dict:
