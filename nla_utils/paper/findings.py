@@ -116,12 +116,13 @@ def study_table(results: RunResults) -> pd.DataFrame:
 
 def iteration_table(results: RunResults) -> pd.DataFrame:
     """Search made into a policy: what an AV takes from v and writes, before and after training on texts that were found."""
-    other, record = rows.NATS_GAINED[0].key, results.optional(ITERATION)
+    other, margin = rows.NATS_GAINED[0].key, rows.GREEDY_MINUS_OTHERS.cen
     table = [
-        {"AV": r["label"], "teachers' score": tables.number(r["teachers_cen"]), "another's − own": tables.signed(r, other),
-         "greedy": tables.with_interval(r, rows.GREEDY.cen),
-         "greedy − others' greedy": tables.signed(r, rows.GREEDY_MINUS_OTHERS.cen)}
-        for r in record["rounds"]
+        {"AV": r["label"], "teachers' score": tables.number(r.get("teachers_cen")),
+         "another's − own": tables.signed(r, other), "greedy": tables.with_interval(r, rows.GREEDY.cen),
+         "greedy − others' greedy": tables.signed(r, margin),
+         "that margin, gained": tables.signed(r, f"{margin}_gained") if f"{margin}_gained" in r else "–"}
+        for r in results.optional(ITERATION)["rounds"]
     ]  # fmt: skip
     return pd.DataFrame(table).set_index("AV")
 

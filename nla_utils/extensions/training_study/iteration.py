@@ -21,6 +21,7 @@ from nla_utils.extensions.training_study.study import measure
 from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.metrics import fve
 from nla_utils.run import Run
+from nla_utils.scores import rows
 from nla_utils.stages.pairs import Split, TextPairs, make_split, paper_pairs, tail_pairs
 from nla_utils.stages.targets import Targets
 from nla_utils.stages.trainer import Recipe, Trainer
@@ -28,6 +29,8 @@ from nla_utils.stages.training import load_av
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
 EPOCHS, RATE = 4, 3e-4
+# What is compared with the AV that training began from.
+GAINS = (rows.GREEDY_MINUS_OTHERS.cen, rows.NATS_GAINED[0].key)
 # Other targets whose v each held-out source is predicted from.
 N_OTHERS = 8
 
@@ -41,50 +44,61 @@ class Teachers:
 
 
 def iterate(run: Run, targets: Targets, n: int, k: int, rounds: int) -> list[dict]:
-    """Records of the run's own AV, of each round of expert iteration, of one round with the guided search's texts as
-    teachers, and of as much training on the sources' own texts; each measured on held-out targets as a study measures."""
+    """Records of the run's own AV, of each round of expert iteration, of as much training on the sources' own texts, and
+    of training on what the guided search finds; each measured on held-out targets as a study measures, and against the
+    AV that it began from, paired by target."""
     split = make_split(run, targets)
     sources = split.pairs.take(split.train[:n])
     full = paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
     start = load_av(run)
-    records, av = [_record(run, targets, "the run's own AV", start, full)], start
+    measured = _Measured(run, targets)
+    measured("the run's own AV", start, full)
+    av = start
     for r in range(1, rounds + 1):
         teachers = best_rollouts(run, targets, av, sources.rows, k, r)
         av = train_on(run, targets, av, teachers)
-        records.append(_record(run, targets, f"round {r}: its own best of {k}", av, full, teachers))
+        measured(f"round {r}: its own best of {k}", av, full, teachers)
     again = Teachers(sources)
-    records.append(
-        _record(run, targets, "control: the sources again", train_on(run, targets, start, again), full, again)
-    )
+    measured("control: the sources again", train_on(run, targets, start, again), full, again)
     teachers = guided_texts(run, targets, sources.rows, k)
     length = len(teachers.pairs.ids[0])
     ends = tail_pairs(targets, targets.held_out, length)
-    records.append(_record(run, targets, f"the run's own AV, first {length} tokens", start, ends))
-    taught = train_on(run, targets, start, teachers)
-    records.append(_record(run, targets, f"the guided search's {length} tokens", taught, ends, teachers))
-    return records
+    measured(f"the run's own AV, first {length} tokens", start, ends)
+    measured(f"the guided search's {length} tokens", train_on(run, targets, start, teachers), ends, teachers)
+    return measured.records
 
 
-def _record(
-    run: Run, targets: Targets, label: str, av: ActivationVerbalizer, asked: TextPairs, teachers: Optional[Teachers] = None
-) -> dict:
-    return {
-        "label": label, "pairs": len(teachers.pairs.rows) if teachers else None,
-        "teachers_cen": teachers.score if teachers else None, **measure(run, targets, av, asked, N_OTHERS).to_json(),
-    }  # fmt: skip
+class _Measured:
+    """Records of AVs; one without teachers is what those after it began from."""
+
+    def __init__(self, run: Run, targets: Targets):
+        self.run, self.targets = run, targets
+        self.records: list[dict] = []
+
+    def __call__(
+        self, label: str, av: ActivationVerbalizer, asked: TextPairs, teachers: Optional[Teachers] = None
+    ) -> None:
+        column = measure(self.run, self.targets, av, asked, N_OTHERS)
+        if teachers is None:
+            self.start = column
+        else:
+            for key in GAINS:
+                column.add(f"{key}_gained", column.per_target[key] - self.start.per_target[key])
+        about = {"pairs": len(teachers.pairs.rows), "teachers_cen": teachers.score} if teachers else {}
+        self.records.append({"label": label, **about, **column.to_json()})
 
 
 def best_rollouts(
-    run: Run, targets: Targets, av: ActivationVerbalizer, rows: list[int], k: int, number: int
+    run: Run, targets: Targets, av: ActivationVerbalizer, chosen: list[int], k: int, number: int
 ) -> Teachers:
     """The best of k rollouts of each row by centred score, re-encoded behind BOS."""
     backbone, settings = run.backbone, SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
-    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(rows), "av": _hash(av)}
+    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(chosen), "av": _hash(av)}
     chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
 
     @torch.inference_mode()
     def draw(c: int, part: slice) -> dict[str, np.ndarray]:
-        v_Md = targets.v[rows[part]]
+        v_Md = targets.v[chosen[part]]
         prompt_BPd = av(torch.from_numpy(v_Md).to(backbone.device), backbone.dtype).repeat_interleave(k, dim=0)
         found = sample(backbone, prompt_BPd, settings, derive_seed(run.seed, f"iteration {number}", c))
         h = backbone.encode([found.sequence(i) for i in range(len(prompt_BPd))], start=True)
@@ -93,26 +107,26 @@ def best_rollouts(
         return {"ids": found.ids[best], "lengths": found.lengths[best], "score": score_MK.max(axis=1)}
 
     per_chunk = max(1, backbone.sample_batch // k)
-    found = chunks.fill(len(rows), per_chunk, draw, f"best of {k}, round {number}", "target")
+    found = chunks.fill(len(chosen), per_chunk, draw, f"best of {k}, round {number}", "target")
     ids = [row[:length].tolist() for row, length in zip(found["ids"], found["lengths"])]
-    return Teachers(TextPairs(list(rows), ids, 0, 0), float(found["score"].mean()))
+    return Teachers(TextPairs(list(chosen), ids, 0, 0), float(found["score"].mean()))
 
 
-def guided_texts(run: Run, targets: Targets, rows: list[int], k: int) -> Teachers:
+def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teachers:
     """What the guided search finds for each row, from k draws of the reader, for the forward tokens of an AV's best-of-K."""
     backbone, reader = run.backbone, fit_reader(run, targets)
-    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(rows), "by": "guided search"}
+    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(chosen), "by": "guided search"}
     chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
 
     def search(c: int, part: slice) -> dict[str, np.ndarray]:
-        v_Md, seed = targets.v[rows[part]], derive_seed(run.seed, "taught", c)
+        v_Md, seed = targets.v[chosen[part]], derive_seed(run.seed, "taught", c)
         drawn = read_rollouts(reader, backbone, torch.from_numpy(v_Md).to(backbone.device), k, seed)
         ids, h, budget = drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run)
         found = guided_search(reader, backbone, v_Md, targets.mu, ids, h, budget)
         return {"ids": found.ids, "score": found.curve[:, -1]}
 
-    found = chunks.fill(len(rows), GUIDED_BATCH, search, "guided search", "target")
-    return Teachers(TextPairs(list(rows), found["ids"].tolist(), 0, 0), float(found["score"].mean()))
+    found = chunks.fill(len(chosen), GUIDED_BATCH, search, "guided search", "target")
+    return Teachers(TextPairs(list(chosen), found["ids"].tolist(), 0, 0), float(found["score"].mean()))
 
 
 def train_on(run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers) -> ActivationVerbalizer:
