@@ -94,6 +94,13 @@ def with_out(run: Run, out: Path, **changes) -> Run:
     return Run.of(dataclasses.replace(run.config, out=str(out), **changes), run.backbone)
 
 
+def comparable(run: Run, targets) -> bool:
+    """Whether two held-out texts are short enough to be compared: of random tokens few are, once tokenized again."""
+    from nla_utils.stages.pairs import paper_pairs
+
+    return len(paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens).rows) >= 2
+
+
 @pytest.fixture(scope="session", params=sorted(TINY))
 def tiny_run(request, tiny_folders, tmp_path_factory):
     """An opened run with its targets, for each tiny backbone."""

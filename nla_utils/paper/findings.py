@@ -102,13 +102,13 @@ def study_table(results: RunResults) -> pd.DataFrame:
     other, mean = (row.key for row in rows.NATS_GAINED[:2])
     table = []
     for v in results.optional(STUDY)["variants"]:
-        greedy = tables.signed(v, rows.GREEDY_MINUS_OTHERS.cen) if rows.GREEDY_MINUS_OTHERS.cen in v else "–"
         table.append({
             "variant": v["label"], "part": v["part"], "measured on": v["asked_on"], "pairs": str(v["pairs"]),
             "steps": str(v["steps"]), "rate": f"{v['recipe']['learning_rate']:g}",
             "norm of v": "its own" if v["recipe"]["inject_norm"] is None else f"{v['recipe']['inject_norm']:.1f}",
             "own v": tables.number(v[rows.NATS_OWN.key]), "another's − own": tables.signed(v, other),
-            "μ − own": tables.signed(v, mean), "greedy − others' greedy": greedy,
+            "μ − own": tables.signed(v, mean),
+            "greedy − others' greedy": tables.signed(v, rows.GREEDY_MINUS_OTHERS.cen),
             "same as its source": f"{v['greedy_is_source']:.0%}",
         })  # fmt: skip
     return pd.DataFrame(table).set_index("variant")
@@ -121,7 +121,7 @@ def iteration_table(results: RunResults) -> pd.DataFrame:
         {"AV": r["label"], "teachers' score": tables.number(r.get("teachers_cen")),
          "another's − own": tables.signed(r, other), "greedy": tables.with_interval(r, rows.GREEDY.cen),
          "greedy − others' greedy": tables.signed(r, margin),
-         "that margin, gained": tables.signed(r, f"{margin}_gained") if f"{margin}_gained" in r else "–"}
+         "that margin, gained": tables.signed(r, f"{margin}_gained")}
         for r in results.optional(ITERATION)["rounds"]
     ]  # fmt: skip
     return pd.DataFrame(table).set_index("AV")

@@ -48,7 +48,9 @@ def with_interval(column: dict, key: str, digits: int = 3) -> str:
 
 
 def signed(column: dict, key: str) -> str:
-    """A difference with its interval and signs: ``+0.016 [+0.001, +0.032]``."""
+    """A difference with its interval and signs, ``+0.016 [+0.001, +0.032]``, or a dash where the column has no such row."""
+    if column.get(key) is None:
+        return "–"
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(column[key], *column["ci95"][key])
 
 

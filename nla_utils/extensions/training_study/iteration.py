@@ -17,12 +17,12 @@ from nla_utils.chunks import ChunkStore
 from nla_utils.config import BATCH_SIZE
 from nla_utils.extensions.tail_reader.reader import fit_reader
 from nla_utils.extensions.tail_reader.rollouts import GUIDED_BATCH, av_forward_tokens, guided_search, read_rollouts
-from nla_utils.extensions.training_study.study import measure
+from nla_utils.extensions.training_study.study import held_out_pairs, measure
 from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.metrics import fve
 from nla_utils.run import Run
 from nla_utils.scores import rows
-from nla_utils.stages.pairs import Split, TextPairs, make_split, paper_pairs, tail_pairs
+from nla_utils.stages.pairs import Split, TextPairs, make_split, tail_pairs
 from nla_utils.stages.targets import Targets
 from nla_utils.stages.trainer import Recipe, Trainer
 from nla_utils.stages.training import load_av
@@ -49,8 +49,7 @@ def iterate(run: Run, targets: Targets, n: int, k: int, rounds: int) -> list[dic
     AV that it began from, paired by target."""
     split = make_split(run, targets)
     sources = split.pairs.take(split.train[:n])
-    full = paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
-    start = load_av(run)
+    full, start = held_out_pairs(run, targets), load_av(run)
     measured = _Measured(run, targets)
     measured("the run's own AV", start, full)
     av = start

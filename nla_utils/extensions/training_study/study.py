@@ -9,6 +9,7 @@ from typing import Sequence
 import numpy as np
 
 from nla_utils.artefacts import arrays_hash, json_hash, read_record, write_record
+from nla_utils.errors import ConfigError
 from nla_utils.extensions.training_study.variants import SHORT, SHORT_TOKENS, TRAINED, Variant, variants
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import CORRECTED
@@ -29,7 +30,8 @@ LAST_STEPS = 50
 
 
 def study_of(run: Run, targets: Targets) -> list[Variant]:
-    """The variants for the size of a run."""
+    """The variants for the size of a run; raises ``ConfigError`` where its held-out texts are too few to be compared."""
+    held_out_pairs(run, targets)
     split = make_split(run, targets)
     n_steps = len(batches_of_epoch(run, split, 0)) * run.sizes.epochs
     return variants(len(split.train), n_steps, embedding_norm(targets, run.backbone))
@@ -37,7 +39,7 @@ def study_of(run: Run, targets: Targets) -> list[Variant]:
 
 def run_itself(run: Run, targets: Targets) -> dict:
     """The record of the run's own AV, measured as the variants are; needs notebook 02."""
-    pairs = paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
+    pairs = held_out_pairs(run, targets)
     variant = Variant("learning curve", "all pairs, all steps: the run's own", Recipe())
     own = run.folder.load(ARTEFACT).sidecar
     return {
@@ -76,7 +78,17 @@ def _asked(run: Run, targets: Targets, trainer: Trainer, variant: Variant) -> Te
         return trainer.split.pairs.take(trainer.split.train)
     if variant.recipe.span:
         return tail_pairs(targets, targets.held_out, variant.recipe.span)
-    return paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)
+    return held_out_pairs(run, targets)
+
+
+def held_out_pairs(run: Run, targets: Targets) -> TextPairs:
+    """The held-out targets with their own texts; raises ``ConfigError`` where they are too few to be compared."""
+    longest = run.sizes.max_new_tokens
+    pairs = paper_pairs(run.backbone, targets, targets.held_out, longest)
+    if len(pairs.rows) < 2:
+        few = f"{len(pairs.rows)} of {run.sizes.n_eval} held-out texts have at most {longest} tokens"
+        raise ConfigError(f"{few}, two are needed; raise n_eval")
+    return pairs
 
 
 def measure(
