@@ -118,9 +118,9 @@ def iteration_table(results: RunResults) -> pd.DataFrame:
     """Search made into a policy: what an AV takes from v and writes, before and after training on texts that were found."""
     other, margin = rows.NATS_GAINED[0].key, rows.GREEDY_MINUS_OTHERS.cen
     table = [
-        {"AV, trained on": r["label"], "texts": str(r.get("pairs", "–")), "their score": tables.number(r.get("teachers_cen")),
-         "another's − own": tables.signed(r, other), "greedy": tables.with_interval(r, rows.GREEDY.cen),
-         "greedy − others' greedy": tables.signed(r, margin),
+        {"AV, trained on": r["label"], "texts": str(r.get("pairs", "–")),
+         "their score": tables.number(r.get("teachers_cen")), "another's − own": tables.signed(r, other),
+         "greedy": tables.with_interval(r, rows.GREEDY.cen), "greedy − others' greedy": tables.signed(r, margin),
          "that margin, gained": tables.signed(r, f"{margin}_gained")}
         for r in results.optional(ITERATION)["rounds"]
     ]  # fmt: skip
