@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -68,13 +68,18 @@ QUESTIONS: tuple[tuple[str, str, Callable[[RunResults], tuple[str, str]]], ...] 
 )  # fmt: skip
 
 
+def agreed(found: Mapping[str, tuple[str, str]]) -> str:
+    """The answer of all backbones, ``{label: (answer, number)}``, if it is one."""
+    answers = {answer for answer, _ in found.values()}
+    return answers.pop() if len(answers) == 1 else UNEQUAL
+
+
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """A few questions, the answer where the backbones agree, the numbers of each one's largest run, and the notebook."""
     shown, table = largest(everything), []
     for question, notebook, ask in QUESTIONS:
         found = {r.label: ask(r) for r in shown}
-        answers = {answer for answer, _ in found.values()}
-        row = {"question (held out, centred)": question, "answer": answers.pop() if len(answers) == 1 else UNEQUAL}
+        row = {"question (held out, centred)": question, "answer": agreed(found)}
         table.append({**row, **{label: value for label, (_, value) in found.items()}, "notebook": notebook})
     return pd.DataFrame(table).set_index("question (held out, centred)")
 

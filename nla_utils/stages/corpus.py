@@ -11,6 +11,7 @@ import numpy as np
 
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import pad
 
 # A text of fewer tokens is left out: its activation is mostly that of the start.
 LEAST_TOKENS = 8
@@ -46,18 +47,17 @@ def _text_of(line: str, where: str) -> str:
     return text
 
 
-def corpus_hash(path: Path) -> str:
+def corpus_hash(texts: list[str]) -> str:
     """Hex sha256 over the texts of a corpus."""
-    return hashlib.sha256(json.dumps(read_texts(path)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def corpus_targets(path: Path, backbone: Backbone, n: int, longest: int) -> dict[str, np.ndarray]:
-    """The first n texts of a corpus that have 8 tokens or more, as targets: ids (n, T) int32 cut at ``longest`` tokens,
-    lengths (n,), and v (n, d) at the last of them, behind BOS.
+def corpus_targets(texts: list[str], path: Path, backbone: Backbone, n: int, longest: int) -> dict[str, np.ndarray]:
+    """The first n texts of the corpus at ``path`` that have 8 tokens or more, as targets: ids (n, T) int32 cut at
+    ``longest`` tokens, lengths (n,), and v (n, d) at the last of them, behind BOS.
 
     Raises ``ArtefactError`` where there are fewer.
     """
-    texts = read_texts(path)
     tokenized = [backbone.tokenize_text(text)[:longest] for text in texts]
     rows = [ids for ids in tokenized if len(ids) >= LEAST_TOKENS]
     if len(rows) < n:
@@ -66,8 +66,6 @@ def corpus_targets(path: Path, backbone: Backbone, n: int, longest: int) -> dict
             f"needs {n}: give more texts, or add --set n_targets={len(rows)}"
         )
     rows = rows[:n]
-    ids_NT = np.full((n, max(map(len, rows))), backbone.pad_id, dtype=np.int32)
-    for filled, row in zip(ids_NT, rows):
-        filled[: len(row)] = row
-    lengths = np.array([len(row) for row in rows], dtype=np.int32)
-    return {"ids": ids_NT, "lengths": lengths, "v": backbone.encode(rows, start=True)}
+    ids_NT, valid_NT = pad(rows, backbone.pad_id, "right")
+    lengths = valid_NT.sum(dim=1).int().numpy()
+    return {"ids": ids_NT.int().numpy(), "lengths": lengths, "v": backbone.encode(rows, start=True)}

@@ -18,7 +18,7 @@ from nla_utils.lm.sampling import Samples, SamplingSettings, sample
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import Protocol
 from nla_utils.run import Run
-from nla_utils.stages.corpus import corpus_hash, corpus_targets
+from nla_utils.stages.corpus import corpus_hash, corpus_targets, read_texts
 from nla_utils.stages.released import read_released
 
 ARTEFACT = "targets"
@@ -132,8 +132,9 @@ def take_released(run: Run) -> Targets:
 def take_corpus(run: Run) -> Targets:
     """The first N texts of the run's corpus as its targets; raises ``ArtefactError`` if they do not do."""
     path = ROOT / run.config.corpus
-    tensors = corpus_targets(path, run.backbone, run.sizes.n_targets, run.sizes.max_new_tokens)
-    facts = {"corpus": path.name, "corpus_sha256": corpus_hash(path), "health": check_health(tensors["v"])}
+    texts = read_texts(path)
+    tensors = corpus_targets(texts, path, run.backbone, run.sizes.n_targets, run.sizes.max_new_tokens)
+    facts = {"corpus": path.name, "corpus_sha256": corpus_hash(texts), "health": check_health(tensors["v"])}
     return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
 
 
@@ -141,7 +142,7 @@ def load_targets(run: Run) -> Targets:
     """Targets made by notebook 01; raises ``ArtefactError`` if they are missing, of another run or corpus, or broken."""
     artefact = run.folder.load(ARTEFACT)
     corpus = None if run.config.corpus is None else ROOT / run.config.corpus
-    if corpus is not None and corpus.exists() and corpus_hash(corpus) != artefact.sidecar["corpus_sha256"]:
+    if corpus is not None and corpus.exists() and corpus_hash(read_texts(corpus)) != artefact.sidecar["corpus_sha256"]:
         raise ArtefactError(f"{artefact.path} was made when {corpus} held other texts; choose another --out, or delete it")
     return Targets.of(artefact, run.config)
 

@@ -16,17 +16,21 @@ from nla_utils.stages.targets import draw_sequences
 # Tokens that a source and its twin share, at the end; before them each has at least as many again, twice.
 SHARED = 8
 LEAST = 3 * SHARED
+# How many last tokens of a text and of its source are compared.
+ENDS = (1, 2, 4, 8, 16)
 
 
 @dataclass
 class Cases:
     """``sources`` (2 n token sequences) and ``v`` (2 n, d): n sources drawn from the start token, then their twins.
 
-    A twin is the next source's text up to its last 8 tokens, and then this source's last 8.
+    A twin is the next source's text up to its last 8 tokens, and then this source's last 8. ``ends_h``: activations of the
+    sources' own last tokens (n, d), by how many of :data:`ENDS`.
     """
 
     sources: list[list[int]]
     v: np.ndarray
+    ends_h: dict[int, np.ndarray]
 
     @property
     def n(self) -> int:
@@ -55,7 +59,8 @@ def draw_cases(nla: NLA, n: int, seed: int) -> Cases:
         drawn += [s for s in map(samples.sequence, range(len(samples.ids))) if len(s) >= LEAST]
         batch += 1
     sources = drawn[:n] + twins(drawn[:n])
-    return Cases(sources, backbone.encode(sources, start=True))
+    ends_h = {end: backbone.encode([s[-end:] for s in drawn[:n]], start=True) for end in ENDS}
+    return Cases(sources, backbone.encode(sources, start=True), ends_h)
 
 
 def twins(sources: Sequence[list[int]]) -> list[list[int]]:

@@ -23,8 +23,6 @@ from nla_utils.stages.encoding import nats_per_token
 
 # Nats a token are worth so much score to the guided search.
 FLUENCIES = (0.005, 0.01, 0.02, 0.04, 0.08)
-# How many last tokens of a text and of its source are compared.
-ENDS = (1, 2, 4, 8, 16)
 # A source's own last tokens, as texts to read: what a black box that sees the source could say.
 ORACLES = (4, SHARED, 2 * SHARED)
 
@@ -112,19 +110,13 @@ def score(nla: NLA, cases: Cases, texts: Texts) -> Column:
         column.add(f"{name}_cen", score_L[:n])
         column.add(f"{name}_minus_others", score_L[:n] - other_M)
         column.add(f"{name}_nats", nats_per_token(nla.backbone, ids))
-        for end in ENDS:
-            column.add(f"{name}_minus_last_{end}", _beyond_the_end(nla, cases, ids, end))
+        for end, true_nd in cases.ends_h.items():
+            mine_nd = nla.backbone.encode([text[-end:] for text in ids], start=True)
+            column.add(f"{name}_minus_last_{end}", fve(mine_nd, cases.v[:n], mu) - fve(true_nd, cases.v[:n], mu))
         if len(own_LK) == 2 * n:
             h_Ld = texts.h[np.arange(2 * n), at_L]
             column.add(f"{name}_names_twin", _named(score_L, fve(h_Ld, cases.twin_v, mu)))
     return column
-
-
-def _beyond_the_end(nla: NLA, cases: Cases, ids: list[list[int]], end: int) -> np.ndarray:
-    """Score of each text's last tokens less that of its source's own last tokens, as many of them (n,)."""
-    v_nd, mu = cases.v[: cases.n], nla.bundle.mu
-    mine, true = (nla.backbone.encode([s[-end:] for s in part], start=True) for part in (ids, cases.sources[: cases.n]))
-    return fve(mine, v_nd, mu) - fve(true, v_nd, mu)
 
 
 def _named(own_L: np.ndarray, twin_L: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Callable, Mapping
 
 import pandas as pd
 
-from nla_utils.paper.findings import NO, UNDECIDED, UNEQUAL, YES
+from nla_utils.paper.findings import NO, UNDECIDED, YES, agreed
 from nla_utils.paper.tables import number, signed, with_interval
 
 RESULTS = "comparison"
@@ -48,8 +48,7 @@ def findings_table(records: Mapping[str, dict]) -> pd.DataFrame:
     table = []
     for question, method, ask in QUESTIONS:
         found = {label: ask(next(r for r in record["rows"] if r["method"] == method)) for label, record in records.items()}
-        answers = {answer for answer, _ in found.values()}
-        row = {"question": question, "answer": answers.pop() if len(answers) == 1 else UNEQUAL}
+        row = {"question": question, "answer": agreed(found)}
         table.append({**row, **{label: value for label, (_, value) in found.items()}})
     return pd.DataFrame(table, columns=["question", "answer", *records]).set_index("question")
 

@@ -11,14 +11,12 @@ from nla_utils.artefacts import derive_seed
 from nla_utils.extensions.release.api import NLA
 from nla_utils.extensions.release.baselines import ASK, IDENTITY_PROMPT, PLACE
 from nla_utils.extensions.release.methods import draw_texts
-from nla_utils.extensions.tail_reader.rollouts import guided_search
+from nla_utils.extensions.tail_reader.rollouts import GUIDED_BATCH, guided_search
 from nla_utils.metrics import fve_matrix
 from nla_utils.progress import Progress
 
 # Draws of the reader that the guided search goes on from.
 GUIDED_DRAWS = 64
-# Activations whose guided search is one batch.
-GUIDED_BATCH = 32
 
 
 @dataclass
