@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.run import open_run
 from nla_utils.runner.cli import app
-from nla_utils.stages.corpus import LEAST_TOKENS, read_texts
-from nla_utils.stages.targets import load_targets, make_targets
+from nla_utils.stages.corpus import LEAST_TOKENS, corpus_hash, read_texts
+from nla_utils.stages.targets import describe, load_targets, make_targets
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 TEXTS = [" ".join(WORDS[i : i + 20]) for i in range(0, 120)]
@@ -37,6 +37,7 @@ def test_targets_are_the_texts_cut_and_encoded_behind_bos(run):
         assert targets.sequence(i) == ids
         np.testing.assert_allclose(targets.v[i], run.backbone.encode([ids], start=True)[0], atol=1e-4)
     assert load_targets(run).sha256 == targets.sha256
+    assert describe(run, targets)["corpus_sha256"] == corpus_hash(TEXTS)
 
 
 def test_a_folder_of_files_is_the_same_corpus(tmp_path, texts):

@@ -68,7 +68,8 @@ def test_training_makes_the_teachers_texts_likelier_and_leaves_the_start_alone(a
     start = load_av(run)
     before = start.trainable()
     teachers = best_rollouts(run, targets, start, ROWS, 2, 1)
-    taught = train_on(run, targets, start, teachers)
+    split = make_split(run, targets)
+    taught = train_on(run, targets, start, teachers, split.pairs.take(split.validation))
     nats = [source_loss(run.backbone, av, targets, teachers.pairs, 1).per_target["own"].mean() for av in (start, taught)]
     assert nats[1] < nats[0]
     for name, tensor in start.trainable().items():

@@ -18,9 +18,10 @@ from nla_utils.extensions.tail_reader.page import reader_page
 from nla_utils.paper import findings, tables
 from nla_utils.paper.appendix import appendix_page
 from nla_utils.paper.published import BACKBONES, k_curve, published
-from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results
+from nla_utils.paper.results import COMMITTED, CORPUS, NAMES, RunResults, find_results
 from nla_utils.paper.section import section_page
 from nla_utils.scores import rows
+from nla_utils.stages.corpus import corpus_hash, read_texts
 
 EVERYTHING = find_results()
 PAGES = {
@@ -175,3 +176,11 @@ def test_executed_notebooks_are_labelled_with_the_commit_that_they_ran_at():
         results = next(r for r in EVERYTHING if (r.backbone, r.profile) == (folder.parent.name, folder.name))
         (line,) = [line for line in lines if f"`{folder.parent.name}/{folder.name}`" in line]
         assert all(results.data[name]["code"]["git_commit"][:12] in line for name in NAMES)
+
+
+def test_a_committed_run_of_a_corpus_names_the_corpus_that_is_here():
+    runs = [r for r in EVERYTHING if CORPUS.search(r.family)]
+    assert runs
+    for r in runs:
+        path = ROOT / "paper" / "corpora" / f"{CORPUS.search(r.family)[1]}.jsonl"
+        assert r.data["targets"]["corpus_sha256"] == corpus_hash(read_texts(path))

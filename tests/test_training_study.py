@@ -8,7 +8,7 @@ from conftest import comparable, with_out
 
 from nla_utils.errors import ConfigError
 from nla_utils.extensions.training_study.study import measure, run_itself, shortened, study, study_of
-from nla_utils.extensions.training_study.variants import SHORT, variants
+from nla_utils.extensions.training_study.variants import variants
 from nla_utils.metrics import fve
 from nla_utils.scores import rows
 from nla_utils.stages.pairs import tail_pairs
@@ -27,7 +27,7 @@ def test_a_recipe_of_one_factor_differs_in_that_factor_alone():
 
 def test_short_sources_are_read_where_they_end(gemma_run):
     run, targets = gemma_run
-    short = shortened(run, targets)
+    short = shortened(run, targets, 4)
     assert short.ids.shape[1] == short.lengths.max() == 4 and short.sha256 != targets.sha256
     expected = run.backbone.encode([targets.sequence(5)[:4]], start=True)[0]
     np.testing.assert_allclose(short.v[5], expected, rtol=1e-4, atol=1e-5)
@@ -54,7 +54,7 @@ def test_a_study_is_made_once_and_read_back(scored_run, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="held-out texts have at most"):
             study_of(apart, targets)
         return
-    chosen = [v for v in study_of(apart, targets) if v.part == "one factor" or v.asked_on == SHORT]
+    chosen = [v for v in study_of(apart, targets) if v.part == "one factor" or v.tokens]
     made = study(apart, targets, chosen)
     assert [r["label"] for r in made] == [v.label for v in chosen]
     assert all(r["steps"] >= 1 and np.isfinite(r["loss_last"]) for r in made)

@@ -7,12 +7,14 @@ from typing import Callable, Mapping, Sequence
 import pandas as pd
 
 from nla_utils.paper import claims, tables
-from nla_utils.paper.results import RunResults, largest
+from nla_utils.paper.results import NAMES_SHOWN, RunResults, largest
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
 STUDY = "training_study"
 ITERATION = "expert_iteration"
+# The parts of a study where reading v is easy.
+EASY = ("positive control", "by heart")
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "not decided", "it differs"
 
 
@@ -107,12 +109,13 @@ def study_table(results: RunResults) -> pd.DataFrame:
     other, mean = (row.key for row in rows.NATS_GAINED[:2])
     table = []
     for v in results.optional(STUDY)["variants"]:
+        tokens = f", sources of {v['tokens']} tokens" if v.get("tokens") else ""
         table.append({
-            "variant": v["label"], "part": v["part"], "measured on": v["asked_on"], "pairs": str(v["pairs"]),
+            "variant": v["label"], "part": v["part"], "measured on": v["asked_on"] + tokens, "pairs": str(v["pairs"]),
             "steps": str(v["steps"]), "rate": f"{v['recipe']['learning_rate']:g}",
             "norm of v": "its own" if v["recipe"]["inject_norm"] is None else f"{v['recipe']['inject_norm']:.1f}",
             "own v": tables.number(v[rows.NATS_OWN.key]), "another's − own": tables.signed(v, other),
-            "μ − own": tables.signed(v, mean),
+            "μ − own": tables.signed(v, mean), "greedy": tables.with_interval(v, rows.GREEDY.cen),
             "greedy − others' greedy": tables.signed(v, rows.GREEDY_MINUS_OTHERS.cen),
             "same as its source": f"{v['greedy_is_source']:.0%}",
         })  # fmt: skip
@@ -132,11 +135,16 @@ def iteration_table(results: RunResults) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("AV, trained on")
 
 
-def easy_table(results: RunResults) -> pd.DataFrame:
-    """The variants of a study where reading v is easy: what such an AV takes from v, and how many sources it repeats."""
-    full = study_table(results)
-    shown = full[full["part"] == "positive control"]
-    return shown[["measured on", "another's − own", "same as its source"]]
+def easy_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """The variants of studies where reading v is easy: what such an AV takes from v, its greedy text's score, and how
+    many sources it repeats; empty where no run has any."""
+    table = []
+    for results in (r for r in everything if r.optional(STUDY)):
+        full = study_table(results).reset_index()
+        shown = full[full["part"].isin(EASY)]
+        table += shown.assign(backbone=NAMES_SHOWN.get(results.backbone, results.backbone)).to_dict("records")
+    columns = ["variant", "backbone", "measured on", "another's − own", "greedy", "same as its source"]
+    return pd.DataFrame(table, columns=columns).set_index("variant")
 
 
 def verdict_counts(results: RunResults) -> str:

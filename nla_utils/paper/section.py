@@ -8,7 +8,7 @@ from typing import Iterable, Optional
 from nla_utils.config import ROOT
 from nla_utils.paper import claims, figures, tables
 from nla_utils.paper.audit import audit_table
-from nla_utils.paper.findings import STUDY, easy_table, findings_table, reading_table, verdict_counts
+from nla_utils.paper.findings import easy_table, findings_table, reading_table, verdict_counts
 from nla_utils.paper.pages import FigureSpec, Page, Table
 from nla_utils.paper.results import COMMITTED, RunResults, find_results, foremost, largest, without_variants
 from nla_utils.scores import rows
@@ -56,9 +56,9 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
         "reading": Table("reading", "What the AV takes from v", reading_table(shown),
                          (15, 6, 6, 14, 14, 14, 14)),
     }  # fmt: skip
-    own_tables = main_tables(main) if main else {}
-    if main and main.optional(STUDY):
-        own_tables["easy"] = Table(f"{main.stem}-easy", "Where reading is easy", easy_table(main), (36, 24, 18, 13))
+    own_tables, easy = main_tables(main) if main else {}, easy_table(shown)
+    if not easy.empty:
+        own_tables["easy"] = Table("easy", "Where reading is easy", easy, (26, 11, 17, 15, 15, 9))
     read = [r for r in largest(shown) if r.source_loss]
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
     values = {

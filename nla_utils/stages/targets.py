@@ -177,11 +177,13 @@ def check_health(v_Nd: np.ndarray) -> dict:
 
 
 def describe(run: Run, targets: Targets) -> dict:
-    """The figures of notebook 01: lengths, ‖v‖, ‖μ‖, the share of the mean square along μ, cosines."""
+    """The figures of notebook 01: lengths, ‖v‖, ‖μ‖, the share of the mean square along μ, cosines; of which corpus."""
     backbone, v, mu = run.backbone, targets.v.astype(np.float64), targets.mu.astype(np.float64)
     along = v @ (mu / np.linalg.norm(mu))
     cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
+    corpus = run.config.corpus
     return {
+        **({} if corpus is None else {"corpus_sha256": corpus_hash(read_texts(ROOT / corpus))}),
         "sequences": sequences_hash(**targets.texts),
         "num_layers": backbone.n_layers,
         "hidden_size": backbone.d,

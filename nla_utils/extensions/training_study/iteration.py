@@ -48,22 +48,23 @@ def iterate(run: Run, targets: Targets, n: int, k: int, rounds: int) -> list[dic
     of training on what the guided search finds; each measured on held-out targets as a study measures, and against the
     AV that it began from, paired by target."""
     split = make_split(run, targets)
-    sources = split.pairs.take(split.train[:n])
+    sources, validation = split.pairs.take(split.train[:n]), split.pairs.take(split.validation)
     full, start = held_out_pairs(run, targets), load_av(run)
     measured = _Measured(run, targets)
     measured("the run's own AV", start, full)
     av = start
     for r in range(1, rounds + 1):
         teachers = best_rollouts(run, targets, av, sources.rows, k, r)
-        av = train_on(run, targets, av, teachers)
+        av = train_on(run, targets, av, teachers, validation)
         measured(f"round {r}: its own best of {k}", av, full, teachers)
     again = Teachers(sources)
-    measured("control: the sources again", train_on(run, targets, start, again), full, again)
+    measured("control: the sources again", train_on(run, targets, start, again, validation), full, again)
     teachers = guided_texts(run, targets, sources.rows, k)
     length = len(teachers.pairs.ids[0])
     ends = tail_pairs(targets, targets.held_out, length)
     measured(f"the run's own AV, first {length} tokens", start, ends)
-    measured(f"the guided search's {length} tokens", train_on(run, targets, start, teachers), ends, teachers)
+    taught = train_on(run, targets, start, teachers, validation)
+    measured(f"the guided search's {length} tokens", taught, ends, teachers)
     return measured.records
 
 
@@ -128,12 +129,14 @@ def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teach
     return Teachers(TextPairs(list(chosen), found["ids"].tolist(), 0, 0), float(found["score"].mean()))
 
 
-def train_on(run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers) -> ActivationVerbalizer:
-    """The AV after some epochs on the teachers' texts, from where it stands; it is left as it was."""
+def train_on(
+    run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers, validation: TextPairs
+) -> ActivationVerbalizer:
+    """The AV after some epochs on the teachers' texts, from where it stands; it is left as it was.
+
+    ``validation``: sources, whatever is trained on, so that the curves are comparable.
+    """
     pairs = teachers.pairs
-    split = make_split(run, targets)
-    # Validated on the sources, whatever is trained on: the curves are comparable.
-    validation = split.pairs.take(split.validation)
     together = TextPairs(pairs.rows + validation.rows, pairs.ids + validation.ids, 0, 0)
     own = Split(together, np.arange(len(pairs.rows)), np.arange(len(pairs.rows), len(together.rows)))
     apart = run.inside(f"iteration/{json_hash({'texts': pairs.ids, 'from': _hash(av)})[:16]}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from nla_utils.artefacts import arrays_hash, json_hash, read_record, write_record
 from nla_utils.errors import ConfigError
-from nla_utils.extensions.training_study.variants import SHORT, SHORT_TOKENS, TRAINED, Variant, variants
+from nla_utils.extensions.training_study.variants import TRAINED, Variant, variants
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
@@ -50,8 +50,8 @@ def run_itself(run: Run, targets: Targets) -> dict:
 
 def study(run: Run, targets: Targets, chosen: Sequence[Variant]) -> list[dict]:
     """A record of each variant, made or read back: its recipe, training loss, nats and greedy scores with intervals."""
-    short = shortened(run, targets) if any(v.asked_on == SHORT for v in chosen) else targets
-    return [_record(run, short if v.asked_on == SHORT else targets, v) for v in chosen]
+    cut = {n: shortened(run, targets, n) for n in {v.tokens for v in chosen if v.tokens}}
+    return [_record(run, cut.get(v.tokens, targets), v) for v in chosen]
 
 
 def _record(run: Run, targets: Targets, variant: Variant) -> dict:
@@ -111,9 +111,9 @@ def measure(
     return column
 
 
-def shortened(run: Run, targets: Targets) -> Targets:
-    """The targets' first four tokens as sources of their own, v taken at the fourth."""
-    ids, lengths = targets.ids[:, :SHORT_TOKENS], np.minimum(targets.lengths, SHORT_TOKENS)
+def shortened(run: Run, targets: Targets, n_tokens: int) -> Targets:
+    """The targets' first n tokens as sources of their own, v taken at the last of them."""
+    ids, lengths = targets.ids[:, :n_tokens], np.minimum(targets.lengths, n_tokens)
     v = run.backbone.encode([row[:n].tolist() for row, n in zip(ids, lengths)], start=True)
     arrays = {"ids": ids, "lengths": lengths, "v": v}
     return dataclasses.replace(targets, **arrays, sha256=arrays_hash(arrays))
