@@ -83,7 +83,7 @@ def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str, o
     level(ax, scale[rows.FLOOR.cen], color, rows.FLOOR.title, ":")
     log2_k_axis(ax, column["ks"])
     style(ax, "K (rollouts, log₂)", "centred fve_nrm", f"{title}, M = {column['n']}")
-    ax.legend(frameon=False, fontsize=6.5, loc="upper left")
+    ax.legend(framealpha=1, edgecolor="none", fontsize=6.5, loc="upper left")
     bottom, top = ax.get_ylim()
     ax.set_ylim(bottom, top + 0.35 * (top - bottom))
 

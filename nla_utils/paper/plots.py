@@ -93,7 +93,7 @@ def _saved(
     for name, label, color in (("other", "another target's v", colour(backbone)), ("mean", "μ", NULL_GREY)):
         ax.plot(x, nats[name] - nats["own"], line, color=color, label=f"instead of {label}")
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(framealpha=1, edgecolor="none", fontsize=8)
     style(ax, x_label, f"saved by its own v\n({unit})")
     return fig
 
