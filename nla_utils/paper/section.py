@@ -58,7 +58,7 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     }  # fmt: skip
     own_tables, easy = main_tables(main) if main else {}, easy_table(shown)
     if not easy.empty:
-        own_tables["easy"] = Table("easy", "Where reading is easy", easy, (26, 11, 17, 15, 15, 9))
+        own_tables["easy"] = Table("easy", "Where reading is easy", easy, (22, 14, 15, 14, 14, 9))
     read = [r for r in largest(shown) if r.source_loss]
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
     values = {
