@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nla_utils.paper.published import BACKBONES, TITLES, ceiling, k_curve, published
-from nla_utils.paper.results import NAMES_SHOWN, RunResults, largest
+from nla_utils.paper.results import RunResults, largest
 from nla_utils.scores import rows
 
 # Okabe-Ito: told apart by colour-blind readers and in grey print.
@@ -180,7 +180,7 @@ def figure_2(everything: Sequence[RunResults]) -> Figure:
     for results in largest(everything):
         column = results.column("oracle_ceiling", "paper")
         floors = {k: column[rows.FLOOR.at(k)] for k in ("raw", "cen")}
-        name = NAMES_SHOWN.get(results.backbone, results.backbone)
+        name = results.name
         points.append((column["mu_norm"], floors, colour(results.backbone), name))
     for x, floors, c, label in points:
         ax.plot(x, floors["raw"], "o", color=c)

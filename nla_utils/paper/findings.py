@@ -7,7 +7,7 @@ from typing import Callable, Mapping, Sequence
 import pandas as pd
 
 from nla_utils.paper import claims, tables
-from nla_utils.paper.results import NAMES_SHOWN, RunResults, largest
+from nla_utils.paper.results import RunResults, largest
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
@@ -142,7 +142,7 @@ def easy_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     for results in (r for r in everything if r.optional(STUDY)):
         full = study_table(results).reset_index()
         shown = full[full["part"].isin(EASY)]
-        table += shown.assign(backbone=NAMES_SHOWN.get(results.backbone, results.backbone)).to_dict("records")
+        table += shown.assign(backbone=results.name).to_dict("records")
     columns = ["variant", "backbone", "measured on", "another's − own", "greedy", "same as its source"]
     return pd.DataFrame(table, columns=columns).set_index("variant")
 

@@ -38,11 +38,16 @@ class RunResults:
         return f"{self.backbone} · {self.profile}"
 
     @property
+    def name(self) -> str:
+        """The backbone as its makers write it."""
+        return NAMES_SHOWN.get(self.backbone, self.backbone)
+
+    @property
     def label(self) -> str:
         """What a figure calls the run: ``Gemma-3-270M, 30,000 targets``, and of which corpus if it has one."""
         corpus = CORPUS.search(self.family)
         of = f" of {corpus[1]}" if corpus else ""
-        return f"{NAMES_SHOWN.get(self.backbone, self.backbone)}, {self.data['targets']['sizes']['N']:,} targets{of}"
+        return f"{self.name}, {self.data['targets']['sizes']['N']:,} targets{of}"
 
     @property
     def stem(self) -> str:
