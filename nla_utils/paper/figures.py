@@ -180,8 +180,7 @@ def figure_2(everything: Sequence[RunResults]) -> Figure:
     for results in largest(everything):
         column = results.column("oracle_ceiling", "paper")
         floors = {k: column[rows.FLOOR.at(k)] for k in ("raw", "cen")}
-        name = results.name
-        points.append((column["mu_norm"], floors, colour(results.backbone), name))
+        points.append((column["mu_norm"], floors, colour(results.backbone), results.name))
     for x, floors, c, label in points:
         ax.plot(x, floors["raw"], "o", color=c)
         ax.plot(x, floors["cen"], "s", color=c, markerfacecolor="white")
