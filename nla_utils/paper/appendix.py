@@ -68,7 +68,9 @@ def tables_of_run(results: RunResults) -> list[Table]:
     ]
     made.append(("slips", "Audit: what each slip moves", audit_table(results)))
     if results.optional(STUDY):
-        made.append(("study", "Training in other ways", study_table(results)))
+        kept = results.data["training"]["best_step"]
+        caption = f"Training in other ways, measured at the last step; the run's own AV at the step that was kept, {kept}"
+        made.append(("study", caption, study_table(results)))
     if results.optional(ITERATION):
         made.append(("iteration", "Search made into a policy", iteration_table(results)))
     return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]

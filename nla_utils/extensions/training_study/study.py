@@ -38,7 +38,10 @@ def study_of(run: Run, targets: Targets) -> list[Variant]:
 
 
 def run_itself(run: Run, targets: Targets) -> dict:
-    """The record of the run's own AV, measured as the variants are; needs notebook 02."""
+    """The record of the run's own AV, measured as the variants are; needs notebook 02.
+
+    It is the checkpoint that validation kept, which may be far from the last step, where the variants are measured.
+    """
     pairs = held_out_pairs(run, targets)
     variant = Variant("learning curve", "all pairs, all steps: the run's own", Recipe())
     own = run.folder.load(ARTEFACT).sidecar
