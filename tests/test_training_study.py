@@ -25,6 +25,13 @@ def test_a_recipe_of_one_factor_differs_in_that_factor_alone():
     assert len({v.label for v in planned}) == len(planned)
 
 
+def test_the_learning_curve_has_all_four_corners_each_measured_at_its_last_step():
+    curve = [v for v in variants(800, 80, 2.5) if v.part == "learning curve"]
+    corners = {(v.recipe.pairs or 800, v.recipe.steps) for v in curve}
+    assert len(curve) == 4 and corners == {(100, 10), (800, 10), (100, 80), (800, 80)}
+    assert all(v.recipe == Recipe(pairs=v.recipe.pairs, steps=v.recipe.steps) for v in curve)
+
+
 def test_short_sources_are_read_where_they_end(gemma_run):
     run, targets = gemma_run
     short = shortened(run, targets, 4)

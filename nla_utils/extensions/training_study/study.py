@@ -40,10 +40,11 @@ def study_of(run: Run, targets: Targets) -> list[Variant]:
 def run_itself(run: Run, targets: Targets) -> dict:
     """The record of the run's own AV, measured as the variants are; needs notebook 02.
 
-    It is the checkpoint that validation kept, which may be far from the last step, where the variants are measured.
+    It is the checkpoint that validation kept, which may be far from the last step, where the variants are measured: the
+    learning curve's end is a variant of its own.
     """
     pairs = held_out_pairs(run, targets)
-    variant = Variant("learning curve", "all pairs, all steps: the run's own", Recipe())
+    variant = Variant("the run's own", "the AV that validation kept", Recipe())
     own = run.folder.load(ARTEFACT).sidecar
     return {
         **asdict(variant), "pairs": own["train_pairs"], "steps": own["steps"],

@@ -35,13 +35,14 @@ class Variant:
 def variants(n_pairs: int, n_steps: int, norm: float) -> list[Variant]:
     """The study of a run of so many training pairs and steps; ``norm`` is the mean norm of an embedding.
 
-    The learning curve's end is the run's own AV. Recipes have an eighth of its steps, and differ in one factor alone.
+    Recipes have an eighth of its steps, and differ in one factor alone.
     """
     pairs, steps = max(1, n_pairs // FACTOR), max(1, n_steps // FACTOR)
     curve = [
         Variant("learning curve", "1/8 of the pairs, 1/8 of the steps", Recipe(pairs=pairs, steps=steps)),
         Variant("learning curve", "all pairs, 1/8 of the steps", Recipe(steps=steps)),
         Variant("learning curve", "1/8 of the pairs, all steps", Recipe(pairs=pairs, steps=n_steps)),
+        Variant("learning curve", "all pairs, all steps", Recipe(steps=n_steps)),
     ]
     factors = [
         Variant("one factor", "v at an embedding's norm", Recipe(steps=steps, inject_norm=norm)),
