@@ -79,3 +79,21 @@ def test_what_only_v_tells_apart_is_learned_by_heart_and_read_from_v(gemma_run, 
     column = measure(run, targets, trainer.av, trainer.split.pairs.take(trainer.split.train))
     assert column.values["greedy_is_source"] == 1
     assert column.values[rows.NATS_GAINED[0].key] > 1
+
+
+def test_what_v_carries_plainly_is_read_from_vectors_never_seen(gemma_run, tmp_path):
+    """The positive control held out: sources of four words out of eight, of which the AV is to write the last."""
+    run, targets = with_out(gemma_run[0], tmp_path), gemma_run[1]
+    words = [i for i in range(len(run.backbone.tokenizer)) if i not in run.backbone.tokenizer.all_special_ids][-8:]
+    ids = np.random.default_rng(0).choice(words, size=(len(targets.ids), 4)).astype(targets.ids.dtype)
+    v = run.backbone.encode(ids.tolist(), start=True)
+    few = dataclasses.replace(targets, ids=ids, lengths=np.full_like(targets.lengths, 4), v=v)
+    trained_on = {tuple(few.ids[row]) for row in range(run.sizes.n_train_rows)}
+    assert not any(tuple(few.ids[row]) in trained_on for row in few.held_out)
+    trainer = Trainer(run, few, Recipe(steps=300, learning_rate=1e-2, span=1))
+    trainer.train()
+    column = measure(run, few, trainer.av, tail_pairs(few, few.held_out, 1))
+    record = column.to_json()
+    assert column.values["greedy_is_source"] > 0.8
+    assert all(record["ci95"][row.key][0] > 0.5 for row in rows.NATS_GAINED)
+    assert record["ci95"][rows.GREEDY_MINUS_OTHERS.cen][0] > 0
