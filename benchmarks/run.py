@@ -261,9 +261,11 @@ def report(record: dict) -> str:
             MEMORY: "–",
         }
     )
-    whole, evaluation = record["pipeline"], record["evaluation"]
+    whole, evaluation, where = record["pipeline"], record["evaluation"], record["machine"]
     lines = [
         markdown(pd.DataFrame(rows).set_index("stage")),
+        f"On {where['threads']} threads, {'with' if where['bfloat16_instructions'] else 'without'} bfloat16 instructions, "
+        f"code {record['code']['git_commit'][:12]}.\n",
         f"Of a stored target {sizes['activation_bytes']} bytes are the activation itself, in float32; the rest is the "
         "ids of its sequence and their number. The larger d, the less they count.\n",
         f"Notebooks 03 to 05 at `{record['profile']}` from these rates: reference "
