@@ -85,7 +85,7 @@ def k_curve_panel(ax: Axes, column: dict, scale: dict, color: str, title: str, o
     style(ax, "K (rollouts, log₂)", "centred fve_nrm", f"{title}, M = {column['n']}")
     ax.legend(framealpha=1, edgecolor="none", fontsize=6.5, loc="upper left")
     bottom, top = ax.get_ylim()
-    ax.set_ylim(bottom, top + 0.35 * (top - bottom))
+    ax.set_ylim(bottom, top + 0.5 * (top - bottom))
 
 
 def same_limits(axes: Sequence[Axes]) -> None:
