@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nla_utils import metrics
+from nla_utils.artefacts import read_record
 from nla_utils.config import ROOT
 from nla_utils.extensions.comparison.page import comparison_page
 from nla_utils.extensions.depth.page import depth_page
@@ -184,3 +185,14 @@ def test_a_committed_run_of_a_corpus_names_the_corpus_that_is_here():
     for r in runs:
         path = ROOT / "paper" / "corpora" / f"{CORPUS.search(r.family)[1]}.jsonl"
         assert r.data["targets"]["corpus_sha256"] == corpus_hash(read_texts(path))
+
+
+def test_a_caption_says_where_a_table_is_of_other_targets_than_the_run(tmp_path):
+    shutil.copytree(COMMITTED / "smollm2-135m" / "laptop", tmp_path / "smollm2-135m" / "laptop")
+    path = tmp_path / "smollm2-135m" / "laptop" / "reader_seeds.json"
+    record = read_record(path)
+    assert not any("other targets" in t.caption for t in reader_page([tmp_path]).tables)
+    record["made_from"]["targets of seed 1"] = "0" * 64
+    path.write_text(json.dumps(record), encoding="utf-8")
+    (marked,) = [t for t in reader_page([tmp_path]).tables if "other targets" in t.caption]
+    assert marked.stem == "smollm2-135m-laptop-reader-seeds"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from nla_utils.lm import sampling
 from nla_utils.lm.sampling import SamplingSettings, draw, pad, sample
+from nla_utils.progress import MIRROR_VARIABLE, Progress
 
 
 def start(backbone, n):
@@ -95,3 +97,13 @@ def test_left_padded_prompts_continue_as_if_alone(tiny_run):
     for i, p in enumerate(prompts):
         alone = sample(backbone, backbone.embed(torch.tensor([p])), greedy, 0)
         assert together.sequence(i) == alone.sequence(0)
+
+
+def test_a_batch_that_takes_long_shows_its_own_bar(tiny_run, monkeypatch, tmp_path):
+    backbone, mirror = tiny_run[0].backbone, tmp_path / "progress"
+    monkeypatch.setenv(MIRROR_VARIABLE, str(mirror))
+    sample(backbone, start(backbone, 2), SamplingSettings(4), seed=0)
+    assert not mirror.exists()
+    monkeypatch.setattr(sampling, "Progress", lambda *args, **kwargs: Progress(*args, **(kwargs | {"delay": 0})))
+    sample(backbone, start(backbone, 2), SamplingSettings(4), seed=0)
+    assert "decoding" in mirror.read_text() and "token/s" in mirror.read_text()

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import product_dtype
+from nla_utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def sample(
     decoder = Decoder(backbone, embeds_BPd.shape[1] + steps, mask_BP)
     logits_BV = torch.empty(n_rows, len(backbone.head_weight), dtype=backbone.dtype, device=device)
     hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(backbone.device))
-    for t in range(steps):
+    # A batch that takes minutes shows its own bar; the stage's moves once a batch.
+    for t in Progress(range(steps), desc="decoding", unit="token", leave=False, delay=10):
         token_B, logp_B = draw(backbone.logits(hidden_Bd, logits_BV), settings, generator, greedy_B)
         ids_BT[:, t] = torch.where(alive_B, token_B, backbone.pad_id)
         logprobs_BT[:, t] = torch.where(alive_B, logp_B, 0.0)

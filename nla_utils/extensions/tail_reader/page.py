@@ -92,6 +92,13 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     return found
 
 
+def _apart(results: RunResults, record: dict) -> str:
+    """What a caption adds where the record was made from none of the run's own targets: drawn on another machine, they
+    differ even for the same seed."""
+    own = results.optional(tables.RESULTS)["made_from"]["targets"]
+    return "" if own in record["made_from"].values() else " (other targets than in the tables above)"
+
+
 def tables_of_run(results: RunResults) -> list[Table]:
     """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
     stem = results.stem
@@ -102,10 +109,12 @@ def tables_of_run(results: RunResults) -> list[Table]:
     ]
     ablation, seeds = results.optional(tables.ABLATION_RESULTS), results.optional(tables.SEEDS_RESULTS)
     if ablation:
-        made.append(Table(f"{stem}-reader-ablation", "One change at a time", tables.ablation_table(ablation)))
-        made.append(Table(f"{stem}-reader-growth", "With more sequences", tables.growth_table(ablation)))
+        apart = _apart(results, ablation)
+        made.append(Table(f"{stem}-reader-ablation", f"One change at a time{apart}", tables.ablation_table(ablation)))
+        made.append(Table(f"{stem}-reader-growth", f"With more sequences{apart}", tables.growth_table(ablation)))
     if seeds:
-        made.append(Table(f"{stem}-reader-seeds", "Repeated on targets drawn anew", tables.seeds_table(seeds)))
+        apart = _apart(results, seeds)
+        made.append(Table(f"{stem}-reader-seeds", f"Repeated on targets drawn anew{apart}", tables.seeds_table(seeds)))
     return made
 
 
