@@ -24,7 +24,7 @@ $(VENV)/.batch: $(VENV)/.installed
 	touch $@
 
 reproduce: env
-	$(NLA) reproduce --backbone gemma3-270m --profile quick --adopt
+	$(NLA) reproduce --backbone gemma3-270m --profile quick
 
 test: env $(VENV)/.batch
 	$(VENV)/bin/python -m pytest -q

@@ -11,7 +11,7 @@ from nla_utils.artefacts import RunFolder, code_version, library_versions, read_
 from nla_utils.config import Profile, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, identity
-from nla_utils.lm.loading import Description, describe, load_backbone, pick_device
+from nla_utils.lm.loading import Description, describe, hardware, load_backbone, pick_device
 from nla_utils.lm.registry import weight_hash
 
 
@@ -57,6 +57,7 @@ class Run:
             "made_from": dict(made_from),
             "code": code_version(),
             "libraries": library_versions(),
+            "hardware": hardware(self.folder.identity["device"]),
             **values,
         }  # fmt: skip
         write_record(path, record)

@@ -13,8 +13,8 @@ FENCED = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
 LINES = [line.split(" #")[0].strip() for block in FENCED if block[0] == "\n" for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("nla ")]
 TARGETS = [line for line in LINES if line.startswith("make ")]
-# For who starts several processes by hand, and who has something to release.
-ELSEWHERE = {"distribute", "bundle", "publish"}
+# For who starts several processes by hand, who has something to release, and who maintains the committed results.
+ELSEWHERE = {"distribute", "bundle", "publish", "spread"}
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def pick_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def hardware(device: str) -> str:
+    """What a run on a device was computed by: the GPU's name, else the CPU's, with what decides how it takes sums."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    bfloat16 = "with" if cpu.has_bfloat16() else "without"
+    return (
+        f"{model or platform.machine()}, {torch.backends.cpu.get_cpu_capability()} {bfloat16} bfloat16 instructions, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:

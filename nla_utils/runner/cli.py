@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from nla_utils.config import ROOT, RunConfig, parse_seeds
+from nla_utils.errors import ArtefactError
 from nla_utils.runner import extension_commands  # noqa: F401, whose commands register themselves
 from nla_utils.runner.options import Adopt, app, finish, show, where, with_config, write_pages
 
@@ -61,6 +62,20 @@ def distribute(config: RunConfig) -> None:
 def paper() -> None:
     """Regenerate paper/*.md with their tables and figures from the JSON on disk; loads no model."""
     write_pages()
+
+
+@app.command()
+def spread(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders that differ in the seed, the committed run first.")],
+) -> None:
+    """Measure how much each row varies over seeds, which is how much a reproduction may differ; for maintainers."""
+    from nla_utils.paper.reproduction import SPREAD, write_spread
+    from nla_utils.paper.results import load_results
+
+    runs = [load_results(folder) for folder in folders]
+    if None in runs:
+        raise ArtefactError(f"{folders[runs.index(None)]} has not all results of a run; run notebooks 01 to 05 there")
+    typer.echo(f"  spread over seeds   {show(write_spread(runs, SPREAD))}")
 
 
 @app.command()

@@ -111,7 +111,8 @@ def show(path: Path) -> str:
 
 
 def finish(folder: RunFolder, adopt: bool) -> None:
-    """Say where everything of a run is, and adopt it if that was asked for."""
+    """Say where everything of a run is, compare it with the committed run, and adopt it if that was asked for."""
+    from nla_utils.paper.reproduction import write_reproduction
     from nla_utils.runner.notebooks import adopt as adopt_run
 
     typer.echo(f"\n{folder.backbone}")
@@ -120,6 +121,9 @@ def finish(folder: RunFolder, adopt: bool) -> None:
     for label, name in places:
         if folder.file(name).exists():
             typer.echo(f"  {label:<20}{show(folder.file(name))}")
+    reproduction = write_reproduction(folder.path)
+    if reproduction is not None:
+        typer.echo(f"  {'comparison':<20}{show(folder.file('reproduction.md'))}\n\n{reproduction}")
     if adopt:
         adopt_run(folder)
         write_pages()
