@@ -199,6 +199,8 @@ def test_a_run_leaves_the_checkout_clean_and_ends_in_the_verdict(reproduced_tiny
     assert done.stdout.rstrip().endswith(f"\n{n - 1} of {n} rows agree; 1 differs: evaluation: greedy (corrected).")
     page = clone / "runs" / "tiny-gemma2" / "smoke" / "reproduction.md"
     assert page.read_text(encoding="utf-8").rstrip() in done.stdout
+    for path in (page.parent / "results").glob("*.json"):
+        assert read_record(path)["hardware"].endswith("bfloat16 instructions, 1 threads")
 
 
 def test_make_reproduce_adopts_nothing():
