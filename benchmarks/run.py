@@ -25,7 +25,7 @@ from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import has_bfloat16
 from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.sampling import SamplingSettings
+from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.paper.tables import markdown
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run, open_run
@@ -96,7 +96,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
     """Both paths' rates for each stage, and our way of the stages whose time is taken apart."""
     backbone, library = run.backbone, reference_backbone(run)
     settings = SamplingSettings()
-    chunk = draw_chunk(backbone, settings, 128, seed=0)
+    chunk = draw_chunk(backbone, settings, row_streams(0, "benchmark", range(128)))
     sequences = [chunk["ids"][i, : chunk["lengths"][i]].tolist() for i in range(128)]
     ids_NT = torch.from_numpy(chunk["ids"]).long()
     v = torch.from_numpy(chunk["v"]).to(backbone.device)
@@ -105,7 +105,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
     text_ids = torch.tensor(texts)
 
     def ours_sampling() -> int:
-        return int(draw_chunk(backbone, settings, backbone.sample_batch, seed=1)["lengths"].sum())
+        return int(draw_chunk(backbone, settings, row_streams(1, "benchmark", range(backbone.sample_batch)))["lengths"].sum())
 
     def reference_sampling() -> int:
         ids, _ = reference.sample_and_extract(library, REFERENCE_SEQUENCES)
@@ -130,7 +130,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
 
     def ours_evaluation() -> int:
         # One set of rollouts for 04 and 05, encoded both ways, with both kinds of log-probability.
-        part = roll_out(backbone, av, v[:15], settings, K, seed=2)
+        part = roll_out(backbone, av, v[:15], settings, K, row_streams(2, "benchmark", range(15), K + 1))
         paper_logprobs(backbone, av, v[:15], part, np.ones(15, dtype=bool))
         return int(part["lengths"].sum())
 
@@ -143,7 +143,8 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
 
     def ours_ceilings() -> int:
         repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
-        samples = continue_prompts(backbone, repeated, SamplingSettings(top_p=0.95), 3, "left")
+        streams = row_streams(3, "benchmark", range(len(prompts)), N_PARAPHRASES)
+        samples = continue_prompts(backbone, repeated, SamplingSettings(top_p=0.95), streams, "left")
         backbone.encode([samples.sequence(i) for i in range(len(repeated))], start=True)
         return int(samples.lengths.sum())
 

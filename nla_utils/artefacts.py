@@ -250,7 +250,7 @@ class RunFolder:
                 )
 
 
-def derive_seed(run_seed: int, stage: str, chunk: int) -> int:
-    """Seed of one chunk, the same on every machine: 63 bits of sha256 over (seed, stage, chunk)."""
-    digest = hashlib.sha256(f"{run_seed}/{stage}/{chunk}".encode()).digest()
+def derive_seed(run_seed: int, stage: str, *at: int) -> int:
+    """Seed of one place in a stage, the same on every machine: 63 bits of sha256 over (seed, stage, numbers)."""
+    digest = hashlib.sha256("/".join(map(str, (run_seed, stage, *at))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

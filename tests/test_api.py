@@ -39,7 +39,9 @@ def test_the_score_is_that_of_the_text_read_again(nla, method):
                 assert score == fve(nla.activation(text), v, nla.bundle.mu).item()
 
 
-def test_guided_is_never_worse_than_the_draws_it_starts_from(nla):
+def test_guided_is_never_worse_than_the_draws_it_starts_from(nla, monkeypatch):
+    # The search compares ids; the letters of random tokens are often tokenized into others.
+    monkeypatch.setattr(type(nla), "_read_again", lambda _, ids: list(ids))
     v = nla.activation(TEXT)
     assert nla.verbalize(v, k=4, method="guided", fluency=0).score >= nla.verbalize(v, k=4).score
 

@@ -1,11 +1,12 @@
 """Logit lens and Patchscope: v stands where it is said to stand, and nothing else changes."""
 
+import numpy as np
 import torch
 
 from nla_utils.extensions.release.baselines import ASK, IDENTITY_PROMPT, PLACE, lens_tokens, patchscope, replaced
 from nla_utils.lm.sampling import SamplingSettings, sample
 
-GREEDY = torch.tensor([True])
+GREEDY, STREAM = torch.tensor([True]), np.array([0])
 
 
 def test_the_lens_reads_the_last_blocks_output_as_the_head_does(tiny_run):
@@ -27,8 +28,8 @@ def test_its_own_state_in_the_prompt_changes_nothing(tiny_run):
     before, place, after = (backbone.tokenize_text(t) for t in (IDENTITY_PROMPT, PLACE, ASK))
     own = backbone.encode([[*before, *place]], start=True)
     plain = sample(backbone, backbone.embed(torch.tensor([[backbone.start_id, *before, *place, *after]])),
-                   SamplingSettings(6, temperature=0.0), 0).sequence(0)  # fmt: skip
-    assert patchscope(backbone, torch.from_numpy(own), 6, 0, GREEDY)[0] == plain
+                   SamplingSettings(6, temperature=0.0), None).sequence(0)  # fmt: skip
+    assert patchscope(backbone, torch.from_numpy(own), 6, STREAM, GREEDY)[0] == plain
 
 
 def test_another_state_moves_the_prediction_behind_it_and_no_prompt_before_it(gemma_run):

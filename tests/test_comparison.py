@@ -129,7 +129,9 @@ def test_a_dearer_word_makes_the_search_more_fluent(long_nla, cases):
     assert nats[1] < nats[0]
 
 
-def test_verbalize_pays_for_fluent_words(nla):
+def test_verbalize_pays_for_fluent_words(nla, monkeypatch):
+    # Ids are chosen; the letters of random tokens are often tokenized into others.
+    monkeypatch.setattr(type(nla), "_read_again", lambda _, ids: list(ids))
     v = nla.activation("the lighthouse keeper wound the clock and")
     plain, fluent = (nla.verbalize(v, k=16, fluency=x) for x in (0.0, 100.0))
     assert fluent.nats <= plain.nats and fluent.score <= plain.score

@@ -16,6 +16,7 @@ from nla_utils.extensions.depth.tables import depth_table, depths
 from nla_utils.extensions.tail_reader.reader import load_reader
 from nla_utils.extensions.tail_reader.rollouts import read_rollouts
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.paper.results import COMMITTED, find_results, without_variants
 from nla_utils.protocol import PROTOCOLS
@@ -62,7 +63,7 @@ def test_the_readers_numbers_are_those_of_notebook_07(reached):
         own = run.at(layer)
         targets = load_targets(own)
         v, sources = targets.v[targets.held_out], targets.sequences(targets.held_out)
-        rollouts = read_rollouts(load_reader(own), own.backbone, torch.from_numpy(v), 1, seed=0)
+        rollouts = read_rollouts(load_reader(own), own.backbone, torch.from_numpy(v), 1, row_streams(0, "t", range(len(v)), 2))
         others, _ = Scorer(v, targets.v[targets.pool], targets.mu).others(rollouts["h_bos"])
         greedy = fve(rollouts["h_bos"][:, 0], v, targets.mu)
         found = record["layers"][str(layer)]["reader"]

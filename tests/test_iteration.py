@@ -8,10 +8,9 @@ import torch
 from conftest import comparable, with_out
 from typer.testing import CliRunner
 
-from nla_utils.artefacts import derive_seed
 from nla_utils.errors import ConfigError
 from nla_utils.extensions.training_study.iteration import best_rollouts, guided_texts, iterate, train_on
-from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve
 from nla_utils.paper.findings import ITERATION, iteration_table
 from nla_utils.paper.results import RunResults
@@ -45,7 +44,7 @@ def test_teachers_are_the_best_of_what_is_drawn(apart):
     with torch.inference_mode():
         prompt = av(torch.from_numpy(targets.v[ROWS]), run.backbone.dtype).repeat_interleave(k, dim=0)
         settings = SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
-        drawn = sample(run.backbone, prompt, settings, derive_seed(run.seed, "iteration 1", 0))
+        drawn = sample(run.backbone, prompt, settings, row_streams(run.seed, "iteration 1", ROWS, k))
     best = []
     for i, row in enumerate(ROWS):
         texts = [drawn.sequence(i * k + j) for j in range(k)]

@@ -29,6 +29,7 @@ from nla_utils.extensions.tail_reader.sums import (
     sums_at_layers,
 )
 from nla_utils.extensions.tail_reader.tables import seeds_table
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.stages.probe import fit_probe, fit_split, make_probe, nearest_tokens, tail_features
 from nla_utils.stages.targets import load_targets
@@ -83,7 +84,7 @@ def test_draws_follow_the_posterior():
     ids, scores = reader.candidates(0, reader.first_residual(v[:1]), 50)
     p = torch.softmax(scores[0], 0).double()
     n = 20_000
-    drawn, _ = read_tails(reader, v[:1].expand(n, -1), seed=5, greedy_M=torch.zeros(n, dtype=torch.bool))
+    drawn, _ = read_tails(reader, v[:1].expand(n, -1), row_streams(5, "t", range(n)), greedy_M=torch.zeros(n, dtype=torch.bool))
     counts = torch.bincount(drawn[:, 0], minlength=40)[ids[0]].double()
     keep = n * p > 5
     chi2 = (((counts - n * p) ** 2) / (n * p))[keep].sum()
@@ -168,7 +169,7 @@ def test_probe_writes_as_many_tokens_as_the_reader(tiny_run):
 @pytest.mark.parametrize("noise", [0.05, 3.0])
 def test_logp_is_the_mean_over_tokens_of_what_was_drawn(noise):
     reader, v, _ = planted(n=2, noise=noise)
-    ids, logp = read_tails(reader, v, seed=1, greedy_M=torch.zeros(len(v), dtype=torch.bool))
+    ids, logp = read_tails(reader, v, row_streams(1, "t", range(len(v))), greedy_M=torch.zeros(len(v), dtype=torch.bool))
     residual, total = reader.first_residual(v), torch.zeros(len(v))
     for j in range(2):
         candidates, scores = reader.candidates(j, residual, 50)

@@ -14,6 +14,7 @@ from nla_utils.extensions.tail_reader.rollouts import (
     read_rollouts,
 )
 from nla_utils.extensions.tail_reader.seeds import make_claims
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.run import open_run
 from nla_utils.stages.targets import make_targets
@@ -23,7 +24,7 @@ def test_guided_search_never_loses_and_keeps_to_its_budget(tiny_run):
     run, targets = tiny_run
     reader = fit_reader(run, targets)
     v = targets.v[targets.held_out]
-    drawn = read_rollouts(reader, run.backbone, torch.from_numpy(v), 4, seed=1)
+    drawn = read_rollouts(reader, run.backbone, torch.from_numpy(v), 4, row_streams(1, "t", range(len(v)), 5))
     budget = 2000
     found = guided_search(
         reader, run.backbone, v, targets.mu, drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], budget

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2_contingency
 
 from nla_utils.config import ROOT
-from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.stages.trainer import greedy_rollouts, pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
 
@@ -58,7 +58,7 @@ def test_samples_come_from_the_librarys_distribution(tiny_run):
     backbone = tiny_run[0].backbone
     n = 4000
     start = torch.full((n, 1), backbone.start_id)
-    ours = sample(backbone, backbone.embed(start), SamplingSettings(2), seed=3).ids[:, 1]
+    ours = sample(backbone, backbone.embed(start), SamplingSettings(2), row_streams(3, "t", range(n))).ids[:, 1]
     torch.manual_seed(3)
     theirs = backbone.model.generate(
         start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=2, top_k=50,

@@ -2,7 +2,7 @@
 
 Here an operation that mixes it with the CPU raises, so these tests show that encoding, cached decoding, drawing and a
 training step leave no tensor behind. They do not show that a card's kernels give the right numbers, nor that memory
-suffices, nor sampling's generator: whatever looks at a value (``item``, boolean masks, ``numpy``) cannot run here.
+suffices: whatever looks at a value (``item``, boolean masks, ``numpy``) cannot run here.
 """
 
 import dataclasses

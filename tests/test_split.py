@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from nla_utils.errors import BackboneError
 from nla_utils.lm.checks import check_backbone
 from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.sampling import SamplingSettings
+from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.stages.rollouts import roll_out
 from nla_utils.stages.trainer import pair_loss
 from nla_utils.stages.verbalizer import ActivationVerbalizer
@@ -47,7 +47,7 @@ def test_blocks_that_lie_elsewhere_change_nothing(tiny_folders, tmp_path, name):
         av = ActivationVerbalizer.fresh(backbone)
         loss = pair_loss(backbone, av, v_Md, texts[:2])
         loss.backward()
-        rolled = roll_out(backbone, av, v_Md, SamplingSettings(max_new_tokens=6), 3, seed=1)
+        rolled = roll_out(backbone, av, v_Md, SamplingSettings(max_new_tokens=6), 3, row_streams(1, "t", range(len(v_Md)), 4))
         found.append({"loss": loss.detach(), "slope": av.proj.weight.grad, **rolled})
     for key, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][key], err_msg=key)

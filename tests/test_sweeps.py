@@ -51,7 +51,7 @@ def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch)
     drawn, draw = [], layers.draw_sequences
 
     def counted(*arguments):
-        drawn.append(arguments[-1])
+        drawn.append(tuple(arguments[-1]))
         if len(drawn) == 2:
             raise KeyboardInterrupt
         return draw(*arguments)

@@ -9,7 +9,6 @@ import torch
 
 from nla_utils.artefacts import RunFolder
 from nla_utils.config import TAIL_LENGTHS
-from nla_utils.lm import sampling
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS
@@ -158,14 +157,14 @@ def test_eos_text(tiny_run):
 
 def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     run, targets = tiny_run
-    sides, pad = [], sampling.pad
-    monkeypatch.setattr(ceilings_module, "pad", lambda rows, pad_id, side: sides.append(side) or pad(rows, pad_id, side))
+    asked, draw = [], ceilings_module.continue_prompts
+    monkeypatch.setattr(ceilings_module, "continue_prompts", lambda *args: asked.append(args) or draw(*args))
     rows, apart = targets.in_sample[:2], dataclasses.replace(run, folder=RunFolder(tmp_path / "run", {}))
-    ceilings_module.draw_paraphrases(apart, targets, rows, CORRECTED)
-    assert sides == ["left"]
-    sides.clear()
-    ceilings_module.draw_paraphrases(apart, targets, rows, PAPER)
-    assert sides[0] == run.backbone.padding_side
+    texts = [ceilings_module.draw_paraphrases(apart, targets, rows, p) for p in (CORRECTED, PAPER)]
+    # Where the tokenizer begins with the start token and pads on the left, both ways are one, drawn once.
+    same = run.backbone.padding_side == "left" and run.backbone.tokenizer("a").input_ids[0] == run.backbone.start_id
+    assert [side for *_, side in asked] == (["left"] if same else ["left", run.backbone.padding_side])
+    assert (texts[0] == texts[1]) == same
 
 
 def test_paraphrase_prompt_starts_from_the_start_token_when_corrected(tiny_run):

@@ -1,18 +1,26 @@
-"""KV-cached sampler from input embeddings; returns ids and the log-probabilities it sampled from."""
+"""KV-cached sampler from input embeddings; returns ids and the log-probabilities it sampled from.
+
+Each row draws from a random stream of its own. So what a row says does not depend on the rows beside it, but for the
+rounding of products, which differs between shapes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Optional
+from typing import Iterable, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from nla_utils.artefacts import derive_seed
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import product_dtype
 from nla_utils.progress import Progress
+
+# A batch drops its finished rows when so many of them are finished: fewer would not pay for copying the cache.
+DROPPED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,39 @@ class Samples:
         return (self.logprobs.sum(axis=1) / self.lengths).astype(np.float32)
 
 
+def row_streams(run_seed: int, stage: str, targets: Iterable[int], draws: int = 1) -> np.ndarray:
+    """Keys (M · draws,) int64 of the random streams of M targets, the draws of each one after the other."""
+    return np.array([derive_seed(run_seed, stage, target, draw) for target in targets for draw in range(draws)])
+
+
+def uniforms(streams_B: np.ndarray, steps: int) -> Tensor:
+    """The first numbers of each stream (B, steps) float32, uniform in (0, 1], on the CPU.
+
+    The generator is counter-based (Philox) and its bits are the same on every machine and in every version of numpy.
+    """
+    raw_BT = np.stack([np.random.Philox(key=int(key)).random_raw(steps) for key in streams_B])
+    return torch.from_numpy((((raw_BT >> np.uint64(40)) + np.uint64(1)) * 2.0**-24).astype(np.float32))
+
+
+def choose(logp_Bk: Tensor, ids_Bk: Tensor, uniform_B: Tensor) -> Tensor:
+    """The column (B, 1) that each row draws: the inverse of the cumulative distribution over candidates sorted by id.
+
+    Sorted by probability, two candidates that are nearly equally likely would change places with the rounding.
+    """
+    ids_Bk, order_Bk = ids_Bk.sort(dim=-1)
+    below_Bk = logp_Bk.exp().gather(1, order_Bk).cumsum(-1)
+    # Never beyond the last: its sum is taken as one.
+    place_B1 = (below_Bk < uniform_B[:, None] * below_Bk[:, -1:]).sum(-1, keepdim=True)
+    return order_Bk.gather(1, place_B1)
+
+
 def draw(
-    logits_BV: Tensor, s: SamplingSettings, generator: torch.Generator, greedy_B: Optional[Tensor] = None
+    logits_BV: Tensor, s: SamplingSettings, uniform_B: Optional[Tensor], greedy_B: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-probability, (B,) and (B,); the likeliest one where ``greedy_B``.
 
-    Top-k comes before the softmax, so no normaliser over the whole vocabulary is ever needed.
+    ``uniform_B`` is each row's random number; at temperature 0 there may be none. Top-k comes before the softmax, so no
+    normaliser over the whole vocabulary is ever needed. Which of several equal logits is the k-th is the library's choice.
     """
     k = min(s.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
     top_Bk, index_Bk = logits_BV.topk(k)
@@ -62,7 +97,7 @@ def draw(
     if s.temperature == 0:
         choice_B1 = torch.zeros_like(index_Bk[:, :1])
     else:
-        choice_B1 = torch.multinomial(logp_Bk.exp(), 1, generator=generator)
+        choice_B1 = choose(logp_Bk, index_Bk, uniform_B)
         if greedy_B is not None:
             choice_B1[greedy_B] = 0
     return index_Bk.gather(1, choice_B1)[:, 0], logp_Bk.gather(1, choice_B1)[:, 0]
@@ -73,7 +108,7 @@ def sample(
     backbone: Backbone,
     embeds_BPd: Tensor,
     settings: SamplingSettings,
-    seed: int,
+    streams_B: Optional[np.ndarray],
     mask_BP: Optional[Tensor] = None,
     greedy_B: Optional[Tensor] = None,
 ) -> Samples:
@@ -81,36 +116,45 @@ def sample(
 
     Args:
         embeds_BPd: prompts in the backbone's dtype, e.g. the BOS embedding or ``[proj(v), prefix]``.
-        seed: of the generator for this batch alone.
+        streams_B: key of each row's random stream (:func:`row_streams`); ``None`` at temperature 0.
         mask_BP: 1 for real prompt positions, 0 for padding; ``None`` if all are real.
         greedy_B: rows that always take the likeliest token, ``None`` for the settings' own way.
     """
     # Tokens are drawn where the logits are: only ids travel to the embeddings.
     device = backbone.head_weight.device
-    generator = torch.Generator(device).manual_seed(seed)
     n_rows, steps = len(embeds_BPd), settings.max_new_tokens
+    if streams_B is None:
+        uniform_BT = torch.zeros(n_rows, steps, device=device)
+    else:
+        uniform_BT = uniforms(streams_B, steps).to(device)
+    greedy_B = torch.zeros(n_rows, dtype=torch.bool) if greedy_B is None else greedy_B
+    greedy_B = greedy_B.to(device)
     ids_BT = torch.full((n_rows, steps), backbone.pad_id, device=device)
     logprobs_BT = torch.zeros(n_rows, steps, device=device)
     lengths_B = torch.zeros(n_rows, dtype=torch.int32, device=device)
-    alive_B = torch.ones(n_rows, dtype=torch.bool, device=device)
     eos = torch.tensor(backbone.eos_ids, device=device)
-    greedy_B = None if greedy_B is None else greedy_B.to(device)
+    # The R rows that are still in the batch.
+    rows_R = torch.arange(n_rows, device=device)
+    alive_R = torch.ones_like(rows_R, dtype=torch.bool)
     decoder = Decoder(backbone, embeds_BPd.shape[1] + steps, mask_BP)
     logits_BV = torch.empty(n_rows, len(backbone.head_weight), dtype=backbone.dtype, device=device)
-    hidden_Bd = decoder.step(inputs_embeds=embeds_BPd.to(backbone.device))
+    hidden_Rd = decoder.step(inputs_embeds=embeds_BPd.to(backbone.device))
     # A batch that takes minutes shows its own bar; the stage's moves once a batch.
     for t in Progress(range(steps), desc="decoding", unit="token", leave=False, delay=10):
-        token_B, logp_B = draw(backbone.logits(hidden_Bd, logits_BV), settings, generator, greedy_B)
-        ids_BT[:, t] = torch.where(alive_B, token_B, backbone.pad_id)
-        logprobs_BT[:, t] = torch.where(alive_B, logp_B, 0.0)
-        lengths_B += alive_B
-        alive_B &= ~torch.isin(token_B, eos)
-        if t + 1 == steps or not alive_B.any():
+        logits_RV = backbone.logits(hidden_Rd, logits_BV[: len(rows_R)])
+        token_R, logp_R = draw(logits_RV, settings, uniform_BT[rows_R, t], greedy_B[rows_R])
+        ids_BT[rows_R, t] = torch.where(alive_R, token_R, backbone.pad_id)
+        logprobs_BT[rows_R, t] = torch.where(alive_R, logp_R, 0.0)
+        lengths_B[rows_R] += alive_R
+        alive_R &= ~torch.isin(token_R, eos)
+        n_alive = int(alive_R.sum())
+        if t + 1 == steps or n_alive == 0:
             break
-        hidden_Bd = decoder.step(input_ids=ids_BT[:, t : t + 1].to(backbone.device))
-    return Samples(
-        ids_BT.int().cpu().numpy(), lengths_B.cpu().numpy(), logprobs_BT.cpu().numpy()
-    )
+        if n_alive <= (1 - DROPPED_SHARE) * len(rows_R):
+            decoder.keep(alive_R)
+            rows_R, alive_R = rows_R[alive_R], alive_R[alive_R]
+        hidden_Rd = decoder.step(input_ids=ids_BT[rows_R, t : t + 1].to(backbone.device))
+    return Samples(ids_BT.int().cpu().numpy(), lengths_B.cpu().numpy(), logprobs_BT.cpu().numpy())
 
 
 def pad(rows: list[list[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
@@ -151,6 +195,10 @@ class _PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (b[:, :, :end] for b in self.buffers)
         return self.keys, self.values
 
+    def batch_select_indices(self, kept_R: Tensor) -> None:
+        self.buffers = [buffer[kept_R.to(buffer.device)] for buffer in self.buffers]
+        self.keys, self.values = (b[:, :, : self.filled] for b in self.buffers)
+
 
 class Decoder:
     """The backbone with its KV cache and, for padded prompts, mask and positions."""
@@ -159,6 +207,13 @@ class Decoder:
         self.base = backbone.model.base_model
         self.cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(backbone.n_layers)])
         self.mask_BT = None if mask_BP is None else mask_BP.to(backbone.device)
+
+    def keep(self, kept_B: Tensor) -> None:
+        """Go on with some of the rows alone."""
+        kept_R = kept_B.nonzero()[:, 0]
+        self.cache.batch_select_indices(kept_R)
+        if self.mask_BT is not None:
+            self.mask_BT = self.mask_BT[kept_R.to(self.mask_BT.device)]
 
     def step(self, **inputs: Tensor) -> Tensor:
         """Run the new positions; returns the hidden state of the last one (B, d)."""

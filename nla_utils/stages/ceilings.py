@@ -10,11 +10,11 @@ from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
-from nla_utils.artefacts import Artefact, derive_seed, json_hash, require_disk
+from nla_utils.artefacts import Artefact, json_hash, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, RunConfig
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import Samples, SamplingSettings, pad, sample
+from nla_utils.lm.sampling import Samples, SamplingSettings, pad, row_streams, sample
 from nla_utils.progress import Progress
 from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS, Protocol
 from nla_utils.run import Run
@@ -123,34 +123,35 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
     """Token ids of 8 paraphrases per target, targets in order; what any run beside this one has drawn is taken.
 
     Prompts are padded on the left and begin with the start token where ``left_prompts``, else as the tokenizer does
-    by default (slip ``pad_generate``).
+    by default (slip ``pad_generate``). Where the two ways give the same prompts, they give the same paraphrases, drawn
+    once.
     """
     backbone, settings = run.backbone, _paraphrase_settings(run.config)
-    kind = CORRECTED.name if protocol.left_prompts else PAPER.name
     prompts = [prompt_ids(backbone, backbone.decode_text(targets.sequence(i)), protocol) for i in rows]
     side = "left" if protocol.left_prompts else backbone.padding_side
 
+    repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
+    streams = row_streams(run.seed, "paraphrases", rows, N_PARAPHRASES)
+
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
-        seed = derive_seed(run.seed, f"paraphrase/{kind}", c)
-        repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
-        samples = continue_prompts(backbone, repeated[part_of], settings, seed, side)
+        samples = continue_prompts(backbone, repeated[part_of], settings, streams[part_of], side)
         return {"ids": samples.ids, "lengths": samples.lengths}
 
     # Beside a backbone's runs, under a hash of all they depend on. The layer is not among it: a sweep draws them once.
     plan = {k: v for k, v in run.folder.identity.items() if k != "layer"}
-    plan |= {"protocol": kind, "prompt": PROMPT, "sampling": settings.record()}
-    plan |= {"sources": json_hash(targets.sequences(rows)), "batch": backbone.sample_batch}
+    plan |= {"side": side, "sampling": settings.record(), "batch": backbone.sample_batch}
+    plan |= {"rows": json_hash(rows.tolist()), "prompts": json_hash(prompts)}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
-    drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, f"paraphrasing, {kind}", "text")
+    drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, "paraphrasing", "text")
     return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
 
 
 def continue_prompts(
-    backbone: Backbone, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seed: int, side: str
+    backbone: Backbone, prompts: Sequence[Sequence[int]], settings: SamplingSettings, streams_B: np.ndarray, side: str
 ) -> Samples:
     """One continuation a prompt, the prompts padded on ``side`` and decoded together."""
     ids_BT, mask_BT = pad(prompts, backbone.pad_id, side)
-    return sample(backbone, backbone.embed(ids_BT), settings, seed, mask_BT)
+    return sample(backbone, backbone.embed(ids_BT), settings, streams_B, mask_BT)
 
 
 def prompt_ids(backbone: Backbone, text: str, protocol: Protocol) -> list[int]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, derive_seed, require_disk
+from nla_utils.artefacts import Artefact, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import SamplingSettings, pad, sample
+from nla_utils.lm.sampling import SamplingSettings, pad, row_streams, sample
 from nla_utils.protocol import CORRECTED, PAPER, Protocol
 from nla_utils.run import Run
 from nla_utils.stages.encoding import re_encode
@@ -91,7 +91,7 @@ def make_rollouts(run: Run, targets: Targets) -> Rollouts:
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
         chosen = rows[part_of]
         v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
-        part = roll_out(backbone, av, v_Md, settings, k, derive_seed(run.seed, "rollouts", c))
+        part = roll_out(backbone, av, v_Md, settings, k, row_streams(run.seed, "rollouts", chosen, k + 1))
         part["logp_paper"] = paper_logprobs(backbone, av, v_Md, part, np.isin(chosen, targets.in_sample))
         return part
 
@@ -108,14 +108,15 @@ def load_rollouts(run: Run) -> Rollouts:
 
 
 def roll_out(
-    backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, settings: SamplingSettings, k: int, seed: int
-) -> dict[str, np.ndarray]:
-    """The greedy and the K sampled rollouts of each target, decoded in one batch."""
+    backbone: Backbone, av: ActivationVerbalizer, v_Md: torch.Tensor, settings: SamplingSettings, k: int,
+    streams_B: np.ndarray,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The greedy and the K sampled rollouts of each target, decoded in one batch; each of the M (1 + K) has a stream."""
     m = len(v_Md)
     with torch.inference_mode():
         prompt_BPd = av(v_Md, backbone.dtype).repeat_interleave(k + 1, dim=0)
         greedy_B = torch.arange(len(prompt_BPd), device=backbone.device) % (k + 1) == 0
-        samples = sample(backbone, prompt_BPd, settings, seed, greedy_B=greedy_B)
+        samples = sample(backbone, prompt_BPd, settings, streams_B, greedy_B=greedy_B)
     flat = [samples.sequence(i) for i in range(len(greedy_B))]
     return {
         "ids": samples.ids.reshape(m, k + 1, -1),

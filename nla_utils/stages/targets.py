@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, derive_seed, require_disk
+from nla_utils.artefacts import Artefact, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import FLOOR_ROWS, ROOT, RunConfig
 from nla_utils.errors import ArtefactError, CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, check_finite
 from nla_utils.lm.registry import fetch_targets
-from nla_utils.lm.sampling import Samples, SamplingSettings, sample
+from nla_utils.lm.sampling import Samples, SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import Protocol
 from nla_utils.run import Run
@@ -107,11 +107,16 @@ def make_targets(run: Run) -> Targets:
     chunks = ChunkStore(run.folder.file("targets.chunks"), plan)
 
     def draw(c: int, rows: slice) -> dict[str, np.ndarray]:
-        return draw_chunk(run.backbone, settings, rows.stop - rows.start, derive_seed(run.seed, "targets", c))
+        return draw_chunk(run.backbone, settings, target_streams(run, rows))
 
     targets = save_targets(run, chunks.fill(n, run.backbone.sample_batch, draw, "drawing targets", "seq"))
     chunks.clear()
     return targets
+
+
+def target_streams(run: Run, rows: slice) -> np.ndarray:
+    """Keys of the random streams that some of the run's sequences are drawn from."""
+    return row_streams(run.seed, "targets", range(rows.start, rows.stop))
 
 
 def save_targets(run: Run, tensors: dict[str, np.ndarray]) -> Targets:
@@ -147,16 +152,16 @@ def load_targets(run: Run) -> Targets:
     return Targets.of(artefact, run.config)
 
 
-def draw_chunk(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> dict[str, np.ndarray]:
-    """``size`` sequences from the start token and the activation at the end of each: ids, lengths, v."""
-    samples = draw_sequences(backbone, settings, size, seed)
-    v = backbone.encode([samples.sequence(i) for i in range(size)], start=True)
+def draw_chunk(backbone: Backbone, settings: SamplingSettings, streams_B: np.ndarray) -> dict[str, np.ndarray]:
+    """A sequence a stream from the start token and the activation at the end of each: ids, lengths, v."""
+    samples = draw_sequences(backbone, settings, streams_B)
+    v = backbone.encode([samples.sequence(i) for i in range(len(streams_B))], start=True)
     return {"ids": samples.ids, "lengths": samples.lengths, "v": v}
 
 
-def draw_sequences(backbone: Backbone, settings: SamplingSettings, size: int, seed: int) -> Samples:
-    """``size`` sequences sampled freely from the start token."""
-    return sample(backbone, backbone.embed(torch.full((size, 1), backbone.start_id)), settings, seed)
+def draw_sequences(backbone: Backbone, settings: SamplingSettings, streams_B: np.ndarray) -> Samples:
+    """One sequence a stream, sampled freely from the start token."""
+    return sample(backbone, backbone.embed(torch.full((len(streams_B), 1), backbone.start_id)), settings, streams_B)
 
 
 def check_health(v_Nd: np.ndarray) -> dict:

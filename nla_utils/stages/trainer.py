@@ -66,7 +66,7 @@ def greedy_rollouts(backbone: Backbone, av: ActivationVerbalizer, v_Nd: np.ndarr
     greedy, ids = SamplingSettings(max_new_tokens=av.config.max_new_tokens, temperature=0.0), []
     for first in range(0, len(v_Nd), backbone.sample_batch):
         v_Bd = torch.from_numpy(v_Nd[first : first + backbone.sample_batch]).to(backbone.device)
-        samples = sample(backbone, av(v_Bd, backbone.dtype), greedy, seed=0)
+        samples = sample(backbone, av(v_Bd, backbone.dtype), greedy, None)
         ids += [samples.sequence(i) for i in range(len(v_Bd))]
     return ids
 

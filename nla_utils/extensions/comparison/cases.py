@@ -7,10 +7,9 @@ from typing import Sequence
 
 import numpy as np
 
-from nla_utils.artefacts import derive_seed
 from nla_utils.errors import ConfigError
 from nla_utils.extensions.release.api import NLA
-from nla_utils.lm.sampling import SamplingSettings
+from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.stages.targets import draw_sequences
 
 # Tokens that a source and its twin share, at the end; before them each has at least as many again, twice.
@@ -53,11 +52,11 @@ def draw_cases(nla: NLA, n: int, seed: int) -> Cases:
     if settings.max_new_tokens < LEAST:
         raise ConfigError(f"this AV writes {settings.max_new_tokens} tokens; sources with twins have at least {LEAST}")
     drawn: list[list[int]] = []
-    batch = 0
+    first, size = 0, min(2 * n, backbone.sample_batch)
     while len(drawn) < n:
-        samples = draw_sequences(backbone, settings, min(2 * n, backbone.sample_batch), derive_seed(seed, "compare", batch))
-        drawn += [s for s in map(samples.sequence, range(len(samples.ids))) if len(s) >= LEAST]
-        batch += 1
+        samples = draw_sequences(backbone, settings, row_streams(seed, "compare", range(first, first + size)))
+        drawn += [s for s in map(samples.sequence, range(size)) if len(s) >= LEAST]
+        first += size
     sources = drawn[:n] + twins(drawn[:n])
     ends_h = {end: backbone.encode([s[-end:] for s in drawn[:n]], start=True) for end in ENDS}
     return Cases(sources, backbone.encode(sources, start=True), ends_h)

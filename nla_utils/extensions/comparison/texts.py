@@ -7,11 +7,11 @@ from typing import Sequence
 
 import numpy as np
 
-from nla_utils.artefacts import derive_seed
 from nla_utils.extensions.release.api import NLA
 from nla_utils.extensions.release.baselines import ASK, IDENTITY_PROMPT, PLACE
 from nla_utils.extensions.release.methods import draw_texts
 from nla_utils.extensions.tail_reader.rollouts import GUIDED_BATCH, guided_search
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve_matrix
 from nla_utils.progress import Progress
 
@@ -49,9 +49,10 @@ def draw(nla: NLA, method: str, v_Md: np.ndarray, budget: int, seed: int) -> Tex
     k = min(max(1, budget // _cost(nla, method)), len(nla.backbone.head_weight))
     together, ids = max(1, nla.backbone.sample_batch // (k + 1)), []
     with Progress(total=len(v_Md), desc=method, unit="activation") as bar:
-        for c, first in enumerate(range(0, len(v_Md), together)):
+        for first in range(0, len(v_Md), together):
             part = v_Md[first : first + together]
-            ids += draw_texts(nla.backbone, nla.bundle, method, part, k, derive_seed(seed, method, c))
+            streams_B = row_streams(seed, method, range(first, first + len(part)), k + 1)
+            ids += draw_texts(nla.backbone, nla.bundle, method, part, k, streams_B)
             bar.update(len(part))
     return _encoded(nla, method, ids)
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nla_utils.artefacts import atomic_write, derive_seed, require_disk
+from nla_utils.artefacts import atomic_write, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, ConfigError
@@ -29,6 +29,7 @@ from nla_utils.stages.targets import (
     save_targets,
     sequences_hash,
     target_settings,
+    target_streams,
 )
 
 # What two runs must have in common for the one's sequences to be the other's: not the layer, not the device.
@@ -130,7 +131,7 @@ def _extract(run: Run, layers: list[int], missing: dict[int, Run], given: Option
             size = min(batch, n - first)
             # All the layers of all chunks are never in memory at once, so they are not joined as other chunks are.
             if chunks.get(c) is None:
-                texts = {k: x[first : first + size] for k, x in given.items()} if given else _drawn(run, c, size)
+                texts = {k: x[first : first + size] for k, x in given.items()} if given else _drawn(run, slice(first, first + size))
                 chunks.put(c, {**texts, **_activations(run, texts, layers)})
             bar.update(size)
     for layer, own in missing.items():
@@ -141,9 +142,9 @@ def _extract(run: Run, layers: list[int], missing: dict[int, Run], given: Option
     chunks.clear()
 
 
-def _drawn(run: Run, c: int, size: int) -> dict[str, np.ndarray]:
-    """Chunk ``c`` of the run's sequences."""
-    samples = draw_sequences(run.backbone, target_settings(run.config), size, derive_seed(run.seed, "targets", c))
+def _drawn(run: Run, rows: slice) -> dict[str, np.ndarray]:
+    """Some of the run's sequences."""
+    samples = draw_sequences(run.backbone, target_settings(run.config), target_streams(run, rows))
     return {"ids": samples.ids, "lengths": samples.lengths}
 
 

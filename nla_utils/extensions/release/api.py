@@ -23,6 +23,7 @@ from nla_utils.extensions.release.methods import METHODS, draw_texts
 from nla_utils.extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve, variance_explained
 from nla_utils.stages.encoding import nats_per_token
 
@@ -142,7 +143,7 @@ class NLA:
         if not 0 <= fluency < np.inf:
             raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
         drawing = "reader" if method == "guided" else method
-        (texts,) = draw_texts(self.backbone, self.bundle, drawing, v[None], k, seed)
+        (texts,) = draw_texts(self.backbone, self.bundle, drawing, v[None], k, row_streams(seed, drawing, [0], k + 1))
         mu = self.bundle.mu
         h = self.backbone.encode(texts, start=True)
         worth = fve(h, v, mu) - (fluency * nats_per_token(self.backbone, texts) if fluency else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +45,13 @@ def lens_tokens(backbone: Backbone, v_Bd: Tensor, k: int) -> Tensor:
 
 
 @torch.inference_mode()
-def patchscope(backbone: Backbone, v_Bd: Tensor, n_tokens: int, seed: int, greedy_B: Tensor) -> list[list[int]]:
+def patchscope(
+    backbone: Backbone, v_Bd: Tensor, n_tokens: int, streams_B: np.ndarray, greedy_B: Tensor
+) -> list[list[int]]:
     """What the backbone writes after an identity prompt in which v stands at its own layer, ``n_tokens`` for each row."""
     before, place, after = (backbone.tokenize_text(text) for text in (IDENTITY_PROMPT, PLACE, ASK))
     ids = [backbone.start_id, *before, *place, *after]
     embeds_BPd = backbone.embed(torch.tensor([ids])).expand(len(v_Bd), -1, -1)
     with replaced(backbone.blocks[backbone.layer - 1], v_Bd, len(before) + len(place)):
-        found = sample(backbone, embeds_BPd, SamplingSettings(max_new_tokens=n_tokens), seed, greedy_B=greedy_B)
+        found = sample(backbone, embeds_BPd, SamplingSettings(max_new_tokens=n_tokens), streams_B, greedy_B=greedy_B)
     return [found.sequence(i) for i in range(len(v_Bd))]

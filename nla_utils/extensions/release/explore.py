@@ -25,6 +25,7 @@ from nla_utils.extensions.release.bundle import SHIPPED_TAIL
 from nla_utils.extensions.tail_reader.reader import ARTEFACT, RIDGES, TailReader, read_tails, reader_from, solve_reader
 from nla_utils.extensions.tail_reader.sums import sums_at_layers
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
 from nla_utils.stages.targets import Targets
@@ -67,7 +68,8 @@ def _cells(nla: NLA, at: LayerReader, v_Td: np.ndarray, k: int) -> list[dict]:
     n_tokens = len(v_Td)
     repeated = torch.from_numpy(np.repeat(v_Td, k + 1, axis=0)).to(at.backbone.device)
     greedy = torch.arange(len(repeated)) % (k + 1) == 0
-    ids = read_tails(at.reader, repeated, 0, greedy)[0].tolist()
+    streams = row_streams(0, "explore", range(n_tokens), k + 1)
+    ids = read_tails(at.reader, repeated, streams, greedy)[0].tolist()
     h_TKd = at.backbone.encode(ids, start=True).reshape(n_tokens, k + 1, -1)
     score_TK = fve(h_TKd, v_Td[:, None], at.mu)
     null_TP = fve_matrix(v_Td, at.pool_v, at.mu)

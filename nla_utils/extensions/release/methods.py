@@ -18,27 +18,31 @@ METHODS = ("reader", "guided", "av", "lens", "patchscope")
 
 
 def draw_texts(
-    backbone: Backbone, bundle: Bundle, method: str, v_Md: np.ndarray, k: int, seed: int
+    backbone: Backbone, bundle: Bundle, method: str, v_Md: np.ndarray, k: int, streams_B: np.ndarray
 ) -> list[list[list[int]]]:
-    """Token ids of 1 + k texts for each of M activations, as one of :data:`DRAWING` writes them; one batch."""
+    """Token ids of 1 + k texts for each of M activations, as one of :data:`DRAWING` writes them; one batch.
+
+    Each of the M (1 + k) texts has a random stream."""
     v_Bd = torch.from_numpy(v_Md).to(backbone.device).repeat_interleave(k + 1, dim=0)
     greedy_B = torch.arange(len(v_Bd), device=backbone.device) % (k + 1) == 0
     if method == "lens":
         flat = _lens(backbone, torch.from_numpy(v_Md).to(backbone.device), k)
     elif method == "patchscope":
         # As long as the reader's.
-        flat = patchscope(backbone, v_Bd, bundle.reader.n, seed, greedy_B)
+        flat = patchscope(backbone, v_Bd, bundle.reader.n, streams_B, greedy_B)
     elif method == "av":
-        flat = _av(backbone, bundle, v_Bd, seed, greedy_B)
+        flat = _av(backbone, bundle, v_Bd, streams_B, greedy_B)
     else:
-        flat = read_tails(bundle.reader, v_Bd, seed, greedy_B.cpu())[0].tolist()
+        flat = read_tails(bundle.reader, v_Bd, streams_B, greedy_B.cpu())[0].tolist()
     return [flat[first : first + k + 1] for first in range(0, len(flat), k + 1)]
 
 
 @torch.inference_mode()
-def _av(backbone: Backbone, bundle: Bundle, v_Bd: Tensor, seed: int, greedy_B: Tensor) -> list[list[int]]:
+def _av(
+    backbone: Backbone, bundle: Bundle, v_Bd: Tensor, streams_B: np.ndarray, greedy_B: Tensor
+) -> list[list[int]]:
     settings = SamplingSettings(max_new_tokens=bundle.av.config.max_new_tokens)
-    samples = sample(backbone, bundle.av(v_Bd, backbone.dtype), settings, seed, greedy_B=greedy_B)
+    samples = sample(backbone, bundle.av(v_Bd, backbone.dtype), settings, streams_B, greedy_B=greedy_B)
     return [samples.sequence(i) for i in range(len(v_Bd))]
 
 

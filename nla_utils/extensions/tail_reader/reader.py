@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from nla_utils.config import TAIL_TOKENS
 from nla_utils.extensions.tail_reader.sums import ReaderSums, sums_at_layers, whitening
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import choose, uniforms
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
 from nla_utils.run import Run
@@ -185,22 +186,26 @@ def reader_from(tensors: dict[str, np.ndarray], backbone: Backbone) -> TailReade
 @torch.inference_mode()
 def read_greedy(reader: TailReader, v_Md: Tensor) -> Tensor:
     """The likeliest tail, token by token from the last to the first, (M, n) in reading order."""
-    return read_tails(reader, v_Md, seed=0, greedy_M=torch.ones(len(v_Md), dtype=torch.bool))[0]
+    return read_tails(reader, v_Md, None, torch.ones(len(v_Md), dtype=torch.bool))[0]
 
 
 @torch.inference_mode()
-def read_tails(reader: TailReader, v_Md: Tensor, seed: int, greedy_M: Tensor) -> tuple[Tensor, Tensor]:
+def read_tails(
+    reader: TailReader, v_Md: Tensor, streams_M: Optional[np.ndarray], greedy_M: Tensor
+) -> tuple[Tensor, Tensor]:
     """One tail per row, (M, n) in reading order, and its mean token log-probability (M,).
 
     Each token is drawn from the reader's posterior over the 50 likeliest, as the language model's own
-    sampler does; the likeliest is taken where ``greedy_M``.
+    sampler does, from its row's random stream; the likeliest is taken where ``greedy_M``, which needs no streams if it
+    is every row.
     """
-    generator = torch.Generator(v_Md.device).manual_seed(seed)
+    uniform_Mn = torch.zeros(len(v_Md), reader.n) if streams_M is None else uniforms(streams_M, reader.n)
+    uniform_Mn = uniform_Mn.to(v_Md.device)
     residual_Md, tokens, logp_M = reader.first_residual(v_Md), [], 0.0
     for j in range(reader.n):
         ids_Mk, score_Mk = reader.candidates(j, residual_Md, TOP_K)
         logp_Mk = torch.log_softmax(score_Mk, dim=1)
-        drawn_M1 = torch.multinomial(logp_Mk.exp(), 1, generator=generator)
+        drawn_M1 = choose(logp_Mk, ids_Mk, uniform_Mn[:, j])
         # Candidates come best first.
         choice_M1 = drawn_M1.masked_fill(greedy_M.to(v_Md.device)[:, None], 0)
         tokens.append(ids_Mk.gather(1, choice_M1)[:, 0])

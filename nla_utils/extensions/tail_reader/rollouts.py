@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, derive_seed
+from nla_utils.artefacts import Artefact
 from nla_utils.chunks import ChunkStore
 from nla_utils.extensions.tail_reader.reader import ARTEFACT as READER_ARTEFACT
 from nla_utils.extensions.tail_reader.reader import TailReader, load_reader, read_tails
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.protocol import CORRECTED, PAPER
 from nla_utils.run import Run
@@ -157,8 +158,9 @@ def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[d
     tails, searches = (ChunkStore(folder.file(f"{name}{k}.chunks"), plan) for name in ("readings", "guided"))
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
-        v_Md = torch.from_numpy(targets.v[rows[part_of]]).to(backbone.device)
-        return read_rollouts(reader, backbone, v_Md, k, derive_seed(run.seed, "readings", c))
+        chosen = rows[part_of]
+        v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
+        return read_rollouts(reader, backbone, v_Md, k, row_streams(run.seed, "readings", chosen, k + 1))
 
     drawn = tails.fill(len(rows), max(1, ROW_BATCH // (k + 1)), draw, "reading tails", "target")
     ids_MKn, h_MKd = (drawn[name][-len(held_out) :, 1:] for name in ("ids", "h_bos"))
@@ -175,12 +177,13 @@ def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[d
 
 
 def read_rollouts(
-    reader: TailReader, backbone: Backbone, v_Md: torch.Tensor, k: int, seed: int
+    reader: TailReader, backbone: Backbone, v_Md: torch.Tensor, k: int, streams_B: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The greedy and k drawn tails of each target as the arrays of :class:`~nla_utils.stages.rollouts.Rollouts`."""
+    """The greedy and k drawn tails of each target as the arrays of :class:`~nla_utils.stages.rollouts.Rollouts`; each of the
+    M (1 + k) has a random stream."""
     m = len(v_Md)
     greedy = torch.arange(m * (k + 1)) % (k + 1) == 0
-    ids_Bn, logp_B = read_tails(reader, v_Md.repeat_interleave(k + 1, dim=0), seed, greedy)
+    ids_Bn, logp_B = read_tails(reader, v_Md.repeat_interleave(k + 1, dim=0), streams_B, greedy)
     flat = ids_Bn.tolist()
     return {
         "ids": ids_Bn.int().numpy().reshape(m, k + 1, -1),

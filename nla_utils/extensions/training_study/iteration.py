@@ -12,13 +12,13 @@ from typing import Optional
 import numpy as np
 import torch
 
-from nla_utils.artefacts import arrays_hash, derive_seed, json_hash
+from nla_utils.artefacts import arrays_hash, json_hash
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import BATCH_SIZE
 from nla_utils.extensions.tail_reader.reader import fit_reader
 from nla_utils.extensions.tail_reader.rollouts import GUIDED_BATCH, av_forward_tokens, guided_search, read_rollouts
 from nla_utils.extensions.training_study.study import held_out_pairs, measure
-from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve
 from nla_utils.run import Run
 from nla_utils.scores import rows
@@ -100,7 +100,7 @@ def best_rollouts(
     def draw(c: int, part: slice) -> dict[str, np.ndarray]:
         v_Md = targets.v[chosen[part]]
         prompt_BPd = av(torch.from_numpy(v_Md).to(backbone.device), backbone.dtype).repeat_interleave(k, dim=0)
-        found = sample(backbone, prompt_BPd, settings, derive_seed(run.seed, f"iteration {number}", c))
+        found = sample(backbone, prompt_BPd, settings, row_streams(run.seed, f"iteration {number}", chosen[part], k))
         h = backbone.encode([found.sequence(i) for i in range(len(prompt_BPd))], start=True)
         score_MK = fve(h.reshape(len(v_Md), k, -1), v_Md[:, None], targets.mu)
         best = np.arange(len(v_Md)) * k + score_MK.argmax(axis=1)
@@ -119,8 +119,8 @@ def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teach
     chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
 
     def search(c: int, part: slice) -> dict[str, np.ndarray]:
-        v_Md, seed = targets.v[chosen[part]], derive_seed(run.seed, "taught", c)
-        drawn = read_rollouts(reader, backbone, torch.from_numpy(v_Md).to(backbone.device), k, seed)
+        v_Md, streams_B = targets.v[chosen[part]], row_streams(run.seed, "taught", chosen[part], k + 1)
+        drawn = read_rollouts(reader, backbone, torch.from_numpy(v_Md).to(backbone.device), k, streams_B)
         ids, h, budget = drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run)
         found = guided_search(reader, backbone, v_Md, targets.mu, ids, h, budget)
         return {"ids": found.ids, "score": found.curve[:, -1]}
