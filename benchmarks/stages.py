@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.run import Run
 from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.compare import of_ceilings, of_rollouts
+from nla_utils.scores.evidence import part_of
 from nla_utils.scores.k_curve import score_k_curve
 from nla_utils.scores.rollouts import score_rollouts
 from nla_utils.stages.ablation import make_ablation
@@ -49,13 +51,13 @@ def run_stages(run: Run) -> dict[str, float]:
     targets = timed("01 targets", make_targets, run)
     timed("02 training", train_av, run, targets)
     ceilings = timed("03 ceilings", make_ceilings, run, targets)
-    timed("03 slip by slip", make_ablation, run, targets, ceilings)
+    ablation = timed("03 slip by slip", make_ablation, run, targets, ceilings)
     rollouts = timed("04 rollouts", make_rollouts, run, targets)
     probe = timed("04 probe", make_probe, run, targets)
     started = now(run.backbone.device)
+    evidence = of_ceilings(targets, ceilings, rollouts.k, ablation) | of_rollouts(targets, rollouts, ceilings, probe)
     for protocol in PROTOCOLS:
-        score_ceilings(targets, ceilings, protocol).to_json()
-        own = rollouts.at(targets.eval_rows(protocol))
-        score_rollouts(targets, own, ceilings, probe, protocol, "paraphrase_bestof8").to_json()
-        score_k_curve(targets, rollouts, ceilings, protocol).to_json()
+        score_ceilings(evidence, protocol).to_json()
+        score_rollouts(evidence, protocol, part_of(protocol)).to_json()
+        score_k_curve(evidence, protocol).to_json()
     return seconds | {"03 to 05 scores": now(run.backbone.device) - started}

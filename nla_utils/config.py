@@ -72,6 +72,8 @@ TAIL_LENGTHS = (1, 2, 4, 8, 16, 32)
 TAIL_TOKENS = 8
 PROBE_LENGTHS = (1, 2, 4, 8)
 FLOOR_ROWS = 512
+# Texts of the pool that evidence keeps.
+POOL_TEXTS = 256
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ def first_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
 
 
 def expected_max_weights(n: int, k: int) -> Array:
-    """Weight of the i-th smallest of n scores in the expected maximum of k drawn without replacement."""
+    """Weight of the i-th smallest of n scores in the expected maximum of k drawn without replacement; NaN for k > n."""
+    if k > n:
+        return np.full(n, np.nan)
     i = np.arange(1, n + 1)
     log_choose = np.full(n, -np.inf)
     can = i >= k
@@ -100,9 +102,31 @@ def exact_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
 
     Σ_i s_(i) · C(i−1, k−1) / C(K, k), scores sorted ascending (PROTOCOL.md §8).
     """
-    ordered_MK = np.sort(np.asarray(scores_MK, dtype=np.float64), axis=1)
-    weights_KJ = np.stack([expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
-    return ordered_MK @ weights_KJ
+    return _expected_max(np.sort(np.asarray(scores_MK, dtype=np.float64), axis=1), ks)
+
+
+def _expected_max(ordered_MK: Array, ks: Sequence[int]) -> Array:
+    return ordered_MK @ np.stack([expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
+
+
+def curves_without_blocks(scores_MK: Array, ks: Sequence[int], n_blocks: int) -> Array:
+    """The exact K-curve with each of ``n_blocks`` blocks of successive columns left out, (M, n_blocks · len(ks)), block
+    after block; NaN where more are asked for than are left."""
+    order_MK = np.argsort(scores_MK, axis=1)
+    ordered_MK = np.take_along_axis(np.asarray(scores_MK, dtype=np.float64), order_MK, axis=1)
+    m, curves = len(order_MK), []
+    for block in np.array_split(np.arange(order_MK.shape[1]), n_blocks):
+        kept_MK = (order_MK < block[0]) | (order_MK > block[-1]) if len(block) else np.ones_like(order_MK, dtype=bool)
+        curves.append(_expected_max(ordered_MK[kept_MK].reshape(m, -1), ks))
+    return np.concatenate(curves, axis=1)
+
+
+def principal_directions(x_Nd: Array, n: int) -> Array:
+    """The first n principal directions (n, d) of the rows about their mean, at norm 1, their largest entry positive."""
+    x_Nd = np.asarray(x_Nd, dtype=np.float64)
+    directions_nd = np.linalg.svd(x_Nd - x_Nd.mean(axis=0), full_matrices=False)[2][:n]
+    largest = np.abs(directions_nd).argmax(axis=1)
+    return directions_nd * np.sign(directions_nd[np.arange(len(directions_nd)), largest])[:, None]
 
 
 def top_mean(scores_MK: Array, n: int) -> Array:

@@ -106,6 +106,17 @@ def ablation_steps() -> dict[str, dict[str, Protocol]]:
     return {"in_order": {"paper": PAPER, **in_order}, "alone": {"paper": PAPER, **{s: PAPER.fix(s) for s in ABLATED}}}
 
 
+# Replay, one slip corrected after the other.
+LADDER: dict[str, Protocol] = {
+    "published": PAPER,
+    "right_index": PAPER.fix("left_pad"),
+    "same_ids_no_bos": PAPER.on_ids,
+    "with_bos": PAPER.fix("left_pad", "bos"),
+    "same_ids": PAPER.fix("left_pad", "bos", "eos_text"),
+}
+
+
 def encoding_key(protocol: Protocol) -> str:
-    """Name of the arrays that a protocol is scored from: the slips corrected of those that change the encoding."""
-    return "+".join(s for s in ENCODING_SLIPS if protocol.has_fixed(s)) or "paper"
+    """Name of a reading: the slips corrected of those that change the encoding; ``paper`` for none, ``corrected`` for all."""
+    fixed = [s for s in ENCODING_SLIPS if protocol.has_fixed(s)]
+    return CORRECTED.name if len(fixed) == len(ENCODING_SLIPS) else "+".join(fixed) or PAPER.name

@@ -141,6 +141,21 @@ def probe(scored_run):
 
 
 @pytest.fixture(scope="session")
+def evidence(scored_run, probe):
+    """All that the results of ``scored_run`` are made of."""
+    from nla_utils.scores.compare import of_ceilings, of_rollouts
+    from nla_utils.stages.ablation import make_ablation
+    from nla_utils.stages.source_loss import make_source_loss
+    from nla_utils.stages.training import load_av
+
+    run, targets, ceilings, rollouts = scored_run
+    ablation = make_ablation(run, targets, ceilings)
+    loss = make_source_loss(run, targets, load_av(run))
+    compared = of_ceilings(targets, ceilings, run.sizes.n_rollouts, ablation)
+    return compared | of_rollouts(targets, rollouts, ceilings, probe, loss)
+
+
+@pytest.fixture(scope="session")
 def readings(scored_run):
     """What the reader writes for the targets of ``scored_run``."""
     from nla_utils.extensions.tail_reader.reader import fit_reader

@@ -10,15 +10,15 @@ from nla_utils.paper.audit import MOVES
 from nla_utils.protocol import ABLATED, CORRECTED, FIELD_OF, PAPER, SLIPS, Protocol, ablation_steps, encoding_key
 from nla_utils.scores.ablation import score_ablation
 from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.evidence import part_of
 from nla_utils.scores.rollouts import score_rollouts
 from nla_utils.stages import ablation as ablation_module
 from nla_utils.stages.ablation import make_ablation
 
 
 @pytest.fixture(scope="module")
-def steps(scored_run):
-    run, targets, ceilings, rollouts = scored_run
-    return score_ablation(targets, make_ablation(run, targets, ceilings), rollouts)
+def steps(evidence):
+    return score_ablation(evidence, with_rollouts=True)
 
 
 def test_a_protocol_has_a_field_for_each_slip_and_the_audit_a_row():
@@ -43,7 +43,7 @@ def test_every_slip_is_corrected_once_in_order_and_once_alone():
     assert all(in_order[ABLATED[-1]].has_fixed(slip) for slip in ABLATED)
     for slip in ABLATED:
         assert [s for s in FIELD_OF if alone[slip].has_fixed(s)] == [slip]
-    assert encoding_key(PAPER) == "paper" and encoding_key(CORRECTED) == "left_pad+bos+eos_text+pad_generate+in_sample"
+    assert encoding_key(PAPER) == "paper" and encoding_key(CORRECTED) == "corrected"
 
 
 def test_what_notebook_03_has_encoded_is_not_encoded_again(scored_run, tmp_path, monkeypatch):
@@ -60,12 +60,10 @@ def test_what_notebook_03_has_encoded_is_not_encoded_again(scored_run, tmp_path,
 
 
 @pytest.mark.parametrize("end", [PAPER, CORRECTED], ids=lambda p: p.name)
-def test_the_ends_are_the_two_protocols(steps, scored_run, probe, end):
-    _, targets, ceilings, rollouts = scored_run
+def test_the_ends_are_the_two_protocols(steps, evidence, end):
     step = steps["in_order"]["paper" if end == PAPER else ABLATED[-1]]
-    scale = score_ceilings(targets, ceilings, end).values
-    chosen = rollouts.at(targets.eval_rows(end))
-    column = score_rollouts(targets, chosen, ceilings, probe, end, "paraphrase_bestof8").values
+    scale = score_ceilings(evidence, end).values
+    column = score_rollouts(evidence, end, part_of(end)).values
     expected = {
         "replay": scale["replay_cen_fve_mean"],
         "paraphrase_bestof8": scale["paraphrase_bestof8_cen_fve_mean"],

@@ -25,6 +25,7 @@ from nla_utils.lm.loading import load_backbone
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import open_run
 from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.compare import of_ceilings
 from nla_utils.stages.ceilings import make_ceilings
 from nla_utils.stages.rollouts import make_rollouts
 from nla_utils.stages.targets import make_targets
@@ -64,7 +65,7 @@ def test_the_chain_runs(name, shard, tmp_path):
     reader = fit_reader(run, targets)
     assert read_greedy(reader, torch.from_numpy(targets.v[:2])).shape == (2, 8)
     ceilings = make_ceilings(run, targets)
-    replay = score_ceilings(targets, ceilings, CORRECTED).values["replay_cen_fve_mean"]
+    replay = score_ceilings(of_ceilings(targets, ceilings, run.sizes.n_rollouts), CORRECTED).values["replay_cen_fve_mean"]
     assert replay == pytest.approx(1.0, abs=1e-4)
     rollouts = make_rollouts(run, targets)
     assert np.isfinite(rollouts.h_bos).all()

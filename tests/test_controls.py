@@ -25,7 +25,7 @@ def against_others(v, h, pool):
 
 
 def against_unrelated(v, h, pool):
-    null = Scorer(v, pool).best_unrelated(pool, [1, K])
+    null = metrics.exact_k_curve(Scorer(v, pool).against(pool), [1, K])
     score = fve(h, v[:, None])
     return score[:, 0] - null[:, 0], score[:, 1:].max(axis=1) - null[:, 1]
 

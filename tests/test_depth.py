@@ -25,6 +25,7 @@ from nla_utils.runner.cli import app
 from nla_utils.scores import rows
 from nla_utils.scores.ceilings import score_ceilings
 from nla_utils.scores.column import Scorer
+from nla_utils.scores.compare import of_ceilings
 from nla_utils.stages.ceilings import make_ceilings
 from nla_utils.stages.targets import load_targets
 
@@ -46,7 +47,7 @@ def test_each_layers_numbers_are_those_of_notebook_03(reached):
         assert parents[f"targets of layer {layer}"] == targets.sha256
         ceilings = make_ceilings(own, targets)
         for protocol in PROTOCOLS:
-            expected = score_ceilings(targets, ceilings, protocol).to_json()
+            expected = score_ceilings(of_ceilings(targets, ceilings, own.sizes.n_rollouts), protocol).to_json()
             found = record["layers"][str(layer)][protocol.name]
             shared = found["ci95"].keys() & expected["ci95"].keys()
             paper = protocol.name == "paper"

@@ -91,7 +91,7 @@ def test_another_layer_takes_the_paraphrases_that_are_there(gemma_run, tmp_path,
         made.append(ceilings.make_ceilings(own, make_targets(own)).texts)
         monkeypatch.setattr(ceilings, "continue_prompts", None)
     for name in ("paper", "corrected"):
-        np.testing.assert_array_equal(made[0][name].paraphrase_ids, made[1][name].paraphrase_ids)
+        np.testing.assert_array_equal(made[0][name].drawn.ids, made[1][name].drawn.ids)
     assert not np.array_equal(made[0]["corrected"].paraphrase, made[1]["corrected"].paraphrase)
 
 

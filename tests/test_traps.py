@@ -13,6 +13,7 @@ from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS
 from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.evidence import part_of
 from nla_utils.scores.k_curve import score_k_curve
 from nla_utils.scores.rollouts import score_rollouts
 from nla_utils.stages import ceilings as ceilings_module
@@ -25,17 +26,11 @@ BY_NAME = {p.name: p for p in PROTOCOLS}
 
 
 @pytest.fixture
-def columns(scored_run, probe):
-    run, targets, ceilings, rollouts = scored_run
-    made = {}
-    for p in PROTOCOLS:
-        chosen = rollouts.at(targets.eval_rows(p))
-        made[p.name] = (
-            score_ceilings(targets, ceilings, p),
-            score_rollouts(targets, chosen, ceilings, probe, p, "paraphrase_bestof8"),
-            score_k_curve(targets, rollouts, ceilings, p),
-        )
-    return made
+def columns(evidence):
+    return {
+        p.name: (score_ceilings(evidence, p), score_rollouts(evidence, p, part_of(p)), score_k_curve(evidence, p))
+        for p in PROTOCOLS
+    }
 
 
 def test_bos(scored_run):

@@ -3,66 +3,70 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 
-from nla_utils import metrics
-from nla_utils.protocol import Protocol
+from nla_utils.config import N_PARAPHRASES
+from nla_utils.protocol import LADDER, Protocol, encoding_key
 from nla_utils.scores import rows
-from nla_utils.scores.column import Column, Scorer
-
-if TYPE_CHECKING:
-    from nla_utils.stages.ceilings import Ceilings, EncodedTexts
-    from nla_utils.stages.targets import Targets
+from nla_utils.scores.column import Column
+from nla_utils.scores.evidence import Evidence, part_of
 
 
 class CeilingScores:
-    """What the ceilings' rows are made of; see :data:`nla_utils.scores.rows.CEILINGS`."""
+    """What the ceilings' rows are made of, ``raw`` or ``cen``: centred by the pool's μ, or by the targets' own (slip
+    ``self_mu``); see :data:`nla_utils.scores.rows.CEILINGS`."""
 
-    def __init__(self, scorer: Scorer, texts: EncodedTexts, protocol: Protocol):
-        self.scorer, self.texts, self.protocol = scorer, texts, protocol
+    def __init__(self, evidence: Evidence, protocol: Protocol, kind: str):
+        self.evidence, self.protocol = evidence, protocol
+        self.part, self.reading = part_of(protocol), encoding_key(protocol)
+        self.centring = "own" if kind == "cen" and protocol.mu_of == "targets" else kind
 
-    @cached_property
+    def _texts(self, kind: str) -> np.ndarray:
+        return self.evidence.texts(kind, self.part, self.reading, self.centring)
+
+    def _target(self, what: str) -> np.ndarray:
+        return self.evidence.targets(self.part, self.protocol.name, f"{what}_{self.centring}")
+
+    @property
     def replay(self) -> np.ndarray:
-        return self.scorer.own(self.texts.replay)
+        return self._texts("source")[:, 0]
 
     @cached_property
     def paraphrase(self) -> np.ndarray:
-        return self.scorer.own(self.texts.paraphrase)
+        return self._texts("paraphrase")
 
     @cached_property
     def tail(self) -> np.ndarray:
-        return self.scorer.own(self.texts.tail)
+        return self._texts("tail")
+
+    @property
+    def nearest(self) -> np.ndarray:
+        return self._target("nearest")
 
     @property
     def nearest_target(self) -> np.ndarray:
-        return metrics.nearest_other(self.scorer.v, self.scorer.mu)
+        return self._target("nearest_other")
 
     @property
     def floor(self) -> np.ndarray:
         """Against the pool, or against the other targets (slip ``self_mu``)."""
-        pool = self.protocol.mu_of == "pool"
-        return self.scorer.floor if pool else metrics.pair_floor(self.scorer.v, self.scorer.mu)
+        return self._target("floor" if self.protocol.mu_of == "pool" else "pair_floor")
 
-    def best_unrelated(self, ks: Sequence[int]) -> np.ndarray:
-        return self.scorer.best_unrelated(self.texts.pool_h, ks)
-
-
-def mu_of(targets: Targets, protocol: Protocol) -> np.ndarray:
-    """The μ (d,) that a protocol's ceilings are centred by: the pool's, or the targets' own (slip ``self_mu``)."""
-    return targets.mu if protocol.mu_of == "pool" else targets.v[targets.eval_rows(protocol)].mean(axis=0)
+    @property
+    def unrelated(self) -> np.ndarray:
+        """Expected best of 8 unrelated texts (M,)."""
+        return self.evidence.null(self.part, self.protocol.name, self.centring, [N_PARAPHRASES])[:, 0]
 
 
-def score_ceilings(targets: Targets, ceilings: Ceilings, protocol: Protocol) -> Column:
+def score_ceilings(evidence: Evidence, protocol: Protocol) -> Column:
     """The column of one protocol: every row of ``rows.CEILINGS``, raw and centred."""
-    v, pool, texts = targets.v[targets.eval_rows(protocol)], targets.v[targets.pool], ceilings.texts[protocol.name]
-    mu_d = mu_of(targets, protocol)
-    column = Column(protocol.name, len(v))
-    column.put("mu_norm", float(np.linalg.norm(mu_d)))
-    column.put("mu_of", "the pool" if protocol.mu_of == "pool" else "the evaluated targets")
-    for kind, mu in (("raw", None), ("cen", mu_d)):
-        scores = CeilingScores(Scorer(v, pool, mu), texts, protocol)
+    column = Column(protocol.name, evidence.facts["sizes"]["M"])
+    own, norms = protocol.mu_of == "targets", evidence.facts["mu_norm"]
+    column.put("mu_norm", norms[part_of(protocol) if own else "pool"])
+    column.put("mu_of", "the evaluated targets" if own else "the pool")
+    for kind in ("raw", "cen"):
+        scores = CeilingScores(evidence, protocol, kind)
         for row in (*rows.CEILINGS, rows.GAP):
             column.add(row.at(kind), row.values(scores))
         column.put(f"replay_{kind}_fve_p50", float(np.median(scores.replay)))
@@ -70,10 +74,10 @@ def score_ceilings(targets: Targets, ceilings: Ceilings, protocol: Protocol) -> 
     return column
 
 
-def score_replay_ladder(targets: Targets, ceilings: Ceilings) -> Column:
+def score_replay_ladder(evidence: Evidence) -> Column:
     """Centred replay of the same targets as one slip after the other is corrected; μ of the pool."""
-    scorer = Scorer(targets.v[targets.in_sample], targets.v[targets.pool], targets.mu)
-    column = Column("ladder", len(scorer.v))
-    for step, h_Md in ceilings.ladder.items():
-        column.add(f"replay_cen_{step}", scorer.own(h_Md))
+    column = Column("ladder", evidence.facts["sizes"]["M"])
+    for step, protocol in LADDER.items():
+        replay = evidence.texts("source", part_of(protocol), encoding_key(protocol), "cen")
+        column.add(f"replay_cen_{step}", replay[:, 0])
     return column

@@ -43,10 +43,9 @@ class Scorer:
         """Mean score in the pool (M,): the random floor."""
         return self.against_pool.mean(axis=1)
 
-    def best_unrelated(self, h_Pd: np.ndarray, ks: Sequence[int]) -> np.ndarray:
-        """Expected best of k of P unrelated texts (M, len(ks)): the null of best-of-K."""
-        scores_MP = self.against_pool if h_Pd is self.pool else fve_matrix(self.v, h_Pd, self.mu)
-        return metrics.exact_k_curve(scores_MP, ks)
+    def against(self, h_Pd: np.ndarray) -> np.ndarray:
+        """Score of each of P texts for each target (M, P)."""
+        return self.against_pool if h_Pd is self.pool else fve_matrix(self.v, h_Pd, self.mu)
 
     def others(self, h_MKd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rollouts of every other target against this one: mean greedy (M,) and mean best-of-K (M,).
@@ -59,6 +58,15 @@ class Scorer:
         greedy = scores_MMK[:, :, 0][other].reshape(m, m - 1).mean(axis=1)
         best = scores_MMK[:, :, 1:].max(axis=2)[other].reshape(m, m - 1).mean(axis=1)
         return greedy, best
+
+    def others_curve(self, h_MKd: np.ndarray, ks: Sequence[int]) -> np.ndarray:
+        """Exact K-curve of the K sampled rollouts of another target, mean over the others (M, len(ks))."""
+        m = len(self.v)
+        curve_MJ = np.zeros((m, len(ks)))
+        for j in range(m):
+            others = np.arange(m) != j
+            curve_MJ[others] += metrics.exact_k_curve(fve_matrix(self.v[others], h_MKd[j], self.mu), ks)
+        return curve_MJ / (m - 1)
 
 
 class Column:

@@ -3,108 +3,119 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nla_utils import metrics
-from nla_utils.config import FLOOR_ROWS, N_PARAPHRASES
-from nla_utils.metrics import fve
-from nla_utils.protocol import Protocol
+from nla_utils.config import N_PARAPHRASES
+from nla_utils.protocol import CORRECTED, PAPER, Protocol
 from nla_utils.scores import rows
 from nla_utils.scores.ceilings import score_ceilings
-from nla_utils.scores.column import Column, Scorer
+from nla_utils.scores.column import Column
+from nla_utils.scores.evidence import Evidence, part_of
 
-if TYPE_CHECKING:
-    from nla_utils.stages.ceilings import Ceilings
-    from nla_utils.stages.probe import ProbeTexts
-    from nla_utils.stages.rollouts import Rollouts
-    from nla_utils.stages.targets import Targets
+# What notebook 04 shows: each protocol on its own targets, and on the other's.
+WAYS = {
+    "paper": (PAPER, "in_sample"), "corrected": (CORRECTED, "held_out"),
+    "paper_on_held_out": (PAPER, "held_out"), "corrected_on_in_sample": (CORRECTED, "in_sample"),
+}  # fmt: skip
 
 
 class RolloutScores:
-    """What the evaluation's rows are made of; see :data:`nla_utils.scores.rows.EVALUATION`.
+    """What the evaluation's rows are made of, ``raw`` or ``cen``, of the targets of one part read as one protocol reads;
+    see :data:`nla_utils.scores.rows.EVALUATION`."""
 
-    Args:
-        h_MKd: re-encoded rollouts, column 0 greedy.
-        null_Pd: re-encoded texts of the pool.
-        probe_MJd: the probe's texts, re-encoded.
-    """
+    def __init__(self, evidence: Evidence, part: str, reading: str, kind: str):
+        self.evidence, self.part, self.reading, self.kind = evidence, part, reading, kind
 
-    def __init__(self, scorer: Scorer, h_MKd: np.ndarray, null_Pd: np.ndarray, probe_MJd: np.ndarray):
-        self.scorer, self.h, self.null, self._probe = scorer, h_MKd, null_Pd, probe_MJd
+    def _target(self, what: str, kind: str = "target") -> np.ndarray:
+        return self.evidence.targets(self.part, self.reading, f"{what}_{self.kind}", kind)
 
     @cached_property
     def own(self) -> np.ndarray:
-        return self.scorer.own(self.h)
+        """Scores of the rollouts (M, 1+K), column 0 greedy."""
+        return self.evidence.texts("rollout", self.part, self.reading, self.kind)
+
+    @property
+    def nearest(self) -> np.ndarray:
+        return self._target("nearest")
+
+    @property
+    def floor(self) -> np.ndarray:
+        return self._target("floor")
 
     @cached_property
     def unrelated(self) -> np.ndarray:
         """The best of 1 and of K unrelated texts (M, 2)."""
-        return self.scorer.best_unrelated(self.null, [1, self.h.shape[1] - 1])
+        return self.evidence.null(self.part, self.reading, self.kind, [1, self.own.shape[1] - 1])
 
-    @cached_property
+    @property
     def others(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.scorer.others(self.h)
+        """Rollouts of every other target: mean greedy (M,) and mean best-of-K (M,)."""
+        return self._target("others_greedy", "others"), self._target("others_best", "others")
 
     @cached_property
     def probe(self) -> np.ndarray:
-        return self.scorer.own(self._probe)
+        return self.evidence.texts("probe", self.part, self.reading, self.kind)
 
 
-def score_rollouts(
-    targets: Targets, rollouts: Rollouts, ceilings: Ceilings, probe: ProbeTexts, protocol: Protocol, ceiling: str
-) -> Column:
+def score_evaluation(evidence: Evidence) -> dict[str, Column]:
+    """The columns of notebook 04 by name: those of :data:`WAYS`, the corrected one with what training on a target was
+    worth."""
+    columns = {name: score_rollouts(evidence, *way) for name, way in WAYS.items()}
+    compare_in_sample(columns["corrected"], columns["corrected_on_in_sample"])
+    return columns
+
+
+def score_rollouts(evidence: Evidence, protocol: Protocol, part: str) -> Column:
     """The column of one protocol: every row of ``rows.EVALUATION``, their differences, ρ and identification.
 
-    Args:
-        rollouts: of the targets to evaluate; ρ is added if they are the protocol's own.
-        ceiling: the row of notebook 03 that ρ takes as ceiling in ``paper``.
+    ρ is added where ``part`` is the one that the protocol evaluates; in ``paper`` its ceiling is the row that
+    ``facts["ceiling"]`` names.
     """
-    v, pool, h = targets.v[rollouts.rows], targets.v[targets.pool], rollouts.h(protocol)
-    null, probe_h = ceilings.texts[protocol.name].pool_h, probe.h(protocol, rollouts.rows)
-    column = Column(protocol.name, len(v))
-    column.put("K", rollouts.k)
-    column.put("pool_size", len(pool))
-    column.put("mu_norm", float(np.linalg.norm(targets.mu)))
+    facts, reading = evidence.facts, protocol.name
+    column = Column(protocol.name, facts["sizes"]["M"])
+    column.put("K", facts["K"])
+    column.put("pool_size", facts["sizes"]["pool"])
+    column.put("mu_norm", facts["mu_norm"]["pool"])
     column.put("probe_length", max(rows.PROBE))
-    for kind, mu in (("raw", None), ("cen", targets.mu)):
-        scores = RolloutScores(Scorer(v, pool, mu), h, null, probe_h)
+    for kind in ("raw", "cen"):
+        scores = RolloutScores(evidence, part, reading, kind)
         for row in rows.EVALUATION:
             if row.values is not None:
                 column.add(row.at(kind), row.values(scores))
-        _add_floor(column, rows.POOL_FLOOR.at(kind), protocol, scores.scorer)
+        _add_floor(column, rows.POOL_FLOOR.at(kind), protocol, scores)
         for difference in rows.PAIRED:
             column.difference(*difference.at(kind).split("_minus_"))
-    column.add(rows.CONSTANT_MU.key, fve(targets.mu, v))
+    column.add(rows.CONSTANT_MU.key, evidence.targets(part, reading, "constant_mu"))
     means = column.per_target
     column.add(rows.GREEDY_MINUS_PROBE.key, means[rows.GREEDY.cen] - means[rows.PROBE[max(rows.PROBE)].cen])
-    _add_identification(column, h[:, 0], v, targets.mu)
-    column.put("shorter_than_limit_share", float((rollouts.lengths[:, 1:] < rollouts.ids.shape[2]).mean()))
+    _add_identification(column, evidence.targets(part, reading, "greedy_rank", "others"))
+    tokens = evidence.texts("rollout", part, reading, "tokens")[:, 1:]
+    column.put("shorter_than_limit_share", float((tokens < facts["T"]).mean()))
     # Ceilings were measured on the protocol's own targets; on other ones there is nothing to pair with.
-    if np.array_equal(rollouts.rows, targets.eval_rows(protocol)):
-        _add_against_ceilings(column, scores, score_ceilings(targets, ceilings, protocol), protocol, ceiling)
+    if part == part_of(protocol):
+        _add_against_ceilings(column, scores, score_ceilings(evidence, protocol), protocol, facts["ceiling"])
     return column
 
 
-def _add_floor(column: Column, key: str, protocol: Protocol, scorer: Scorer) -> None:
+def _add_floor(column: Column, key: str, protocol: Protocol, scores: RolloutScores) -> None:
     """``paper``: all ordered pairs of the pool's first 512. ``corrected``: each target against the pool."""
     if protocol.mu_of == "pool":
-        column.add(key, scorer.floor)
+        column.add(key, scores.floor)
     else:
-        pairs = metrics.pair_floor(scorer.pool[:FLOOR_ROWS], scorer.mu)
+        pairs = scores.evidence.targets(part_of(protocol), protocol.name, f"floor_{scores.kind}", "pool")
         column.put(key, float(pairs.mean()), metrics.ci95(pairs))
 
 
-def _add_identification(column: Column, h_Md: np.ndarray, v_Md: np.ndarray, mu_d: np.ndarray) -> None:
+def _add_identification(column: Column, rank_M: np.ndarray) -> None:
     """Whether the greedy text of target i ranks v_i first, and what chance gives."""
-    hits, reciprocal = metrics.identification(h_Md, v_Md, mu_d)
-    chance = float((1 / np.arange(1, len(v_Md) + 1)).mean())
-    column.add(rows.IDENTIFIED.key, hits)
-    column.add(rows.RECIPROCAL_RANK.key, reciprocal)
+    chance = float((1 / np.arange(1, len(rank_M) + 1)).mean())
+    column.add(rows.IDENTIFIED.key, rank_M == 1)
+    column.add(rows.RECIPROCAL_RANK.key, 1 / rank_M)
     # Top-1 hits are too few for a bootstrap interval (none at all gives one of no width); the rank is not.
-    column.add(rows.RANK_MINUS_CHANCE.key, reciprocal - chance)
-    column.put("identification_chance_top1", 1 / len(v_Md))
+    column.add(rows.RANK_MINUS_CHANCE.key, 1 / rank_M - chance)
+    column.put("identification_chance_top1", 1 / len(rank_M))
     column.put("identification_chance_mrr", chance)
 
 

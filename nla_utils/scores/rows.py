@@ -12,7 +12,7 @@ from typing import Callable, Optional
 import numpy as np
 
 from nla_utils import metrics
-from nla_utils.config import N_PARAPHRASES, PROBE_LENGTHS, TAIL_LENGTHS
+from nla_utils.config import PROBE_LENGTHS, TAIL_LENGTHS
 
 CEILING_FILE, EVALUATION_FILE, RERANK_FILE = "oracle_ceiling", "centered_eval", "rerank_eval"
 TOP_N = 5
@@ -62,13 +62,13 @@ def _ceiling(label: str, key: str, path: str, values: Optional[Callable] = None,
 
 REPLAY = _ceiling("replay", "replay", "replay", lambda s: s.replay)
 NN_IN_POOL = _ceiling("NN-in-pool", "nn_in_pool", "nn_in_pool", lambda s: s.nearest_target)
-NN_LARGE_POOL = _ceiling("NN in the large pool", "nn_large_pool", "", lambda s: s.scorer.nearest)
+NN_LARGE_POOL = _ceiling("NN in the large pool", "nn_large_pool", "", lambda s: s.nearest)
 PARAPHRASE = _ceiling("paraphrase best-of-8", "paraphrase_bestof8", "paraphrase_best_of_8",
                       lambda s: s.paraphrase.max(axis=1))
 PARAPHRASE_ALL = _ceiling("paraphrase, all", "paraphrase_all", "paraphrase_all", lambda s: s.paraphrase.mean(axis=1))
 FLOOR = _ceiling("random floor", "random_floor", "random_floor", lambda s: s.floor)
 UNRELATED_8 = _ceiling("unrelated text best-of-8", "unrelated_text_bestof8", "",
-                       lambda s: s.best_unrelated([N_PARAPHRASES])[:, 0], control=True)
+                       lambda s: s.unrelated, control=True)
 TAILS = {n: _ceiling(f"tail oracle, last {n}", f"tail_oracle_{n}", "", lambda s, j=j: s.tail[:, j])
          for j, n in enumerate(TAIL_LENGTHS)}  # fmt: skip
 GAP = Row("paraphrase best-of-8 − random floor", "gap_{kind}", "ceilings.gap_{kind}", file=CEILING_FILE,
@@ -91,7 +91,7 @@ BEST = Row("best-of-K", "adapter_{kind}_bestofK_mean", "centred_eval.best_of_k.{
 TOP_5 = Row("mean of the best 5", "adapter_{kind}_top5_mean", "centred_eval.top5_of_k.{kind}",
             values=lambda s: metrics.top_mean(s.own[:, 1:], TOP_N))
 RETRIEVAL = Row("NN-retrieval", "nn_retrieval_{kind}_mean", "centred_eval.nn_retrieval.{kind}",
-                values=lambda s: s.scorer.nearest)
+                values=lambda s: s.nearest)
 POOL_FLOOR = Row("random floor", "random_floor_{kind}_mean", "centred_eval.random_floor.{kind}")
 PROBE = {n: Row(f"probe decode, last {n}", f"probe_decode_{n}_{{kind}}_mean", control=True,
                 values=lambda s, j=j: s.probe[:, j]) for j, n in enumerate(PROBE_LENGTHS)}  # fmt: skip

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Mapping
 
 import numpy as np
 
 from nla_utils.protocol import CORRECTED
 from nla_utils.scores import rows
 from nla_utils.scores.column import Column
-
-if TYPE_CHECKING:
-    from nla_utils.stages.source_loss import SourceLoss
+from nla_utils.scores.evidence import Evidence, part_of
 
 
-def score_source_loss(loss: SourceLoss) -> Column:
+def score_source_loss(nats: Mapping[str, np.ndarray]) -> Column:
     """Mean nats a token under each condition, what v saves against each other one, paired by target, and both by
-    position: ``nats_by_position``, ``{condition: [mean over targets]}``."""
-    column = Column(CORRECTED.name, len(loss.rows))
-    for name, nats_M in loss.per_target.items():
-        column.add(f"nats_{name}", nats_M)
+    position: ``nats_by_position``, ``{condition: [mean over targets]}``.
+
+    ``nats``: of every token of M sources (M, T) by condition, NaN after the end.
+    """
+    nats = {name: np.asarray(nats_MT, dtype=np.float64) for name, nats_MT in nats.items()}
+    column = Column(CORRECTED.name, len(nats["own"]))
+    for name, nats_MT in nats.items():
+        column.add(f"nats_{name}", np.nanmean(nats_MT, axis=1))
     for row in rows.NATS_GAINED:
         column.difference(*row.key.split("_minus_"))
-    column.put("nats_by_position", {name: np.nanmean(nats_MT, axis=0).tolist() for name, nats_MT in loss.nats.items()})
+    column.put("nats_by_position", {name: np.nanmean(nats_MT, axis=0).tolist() for name, nats_MT in nats.items()})
     return column
+
+
+def source_nats(evidence: Evidence) -> dict[str, np.ndarray]:
+    """Nats of every token of the held-out sources (M, T) by condition, NaN after the end."""
+    kept = (row.key for row in rows.NATS)
+    return {k.removeprefix("nats_"): evidence.targets(part_of(CORRECTED), CORRECTED.name, k, "source_loss") for k in kept}

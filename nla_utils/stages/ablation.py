@@ -5,44 +5,50 @@ Here the model encodes; :mod:`nla_utils.scores.ablation` scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from nla_utils.artefacts import Artefact
 from nla_utils.config import N_PARAPHRASES
 from nla_utils.progress import Progress
-from nla_utils.protocol import PROTOCOLS, Protocol, ablation_steps, encoding_key
+from nla_utils.protocol import LADDER, PROTOCOLS, Protocol, ablation_steps, encoding_key
 from nla_utils.run import Run
-from nla_utils.stages.ceilings import LADDER, Ceilings, draw_paraphrases
+from nla_utils.stages.ceilings import Ceilings, Paraphrases, draw_paraphrases
 from nla_utils.stages.encoding import re_encode
 from nla_utils.stages.targets import Targets
 
 ARTEFACT = "ablation"
+# The paraphrases that notebook 03 keeps: how they were prompted for, and of which targets.
+KEPT = {(p.left_prompts, p.held_out) for p in PROTOCOLS}
 
 
 @dataclass
 class Ablation:
-    """Replay (M, d) and paraphrases (M, 8, d) by :func:`~nla_utils.protocol.encoding_key`."""
+    """Replay (M, d) and paraphrases (M, 8, d) by :func:`~nla_utils.protocol.encoding_key`, and the paraphrases that
+    notebook 03 has not drawn, by the key that is the first to read them."""
 
     replay: dict[str, np.ndarray]
     paraphrase: dict[str, np.ndarray]
+    drawn: dict[str, Paraphrases]
     sha256: str
 
     @classmethod
     def of(cls, artefact: Artefact) -> "Ablation":
-        replay, paraphrase = (
-            {k.removeprefix(what): a for k, a in artefact.tensors.items() if k.startswith(what)}
-            for what in ("replay.", "paraphrase.")
-        )
-        return cls(replay, paraphrase, artefact.sha256)
+        found: dict[str, dict[str, np.ndarray]] = {"replay": {}, "paraphrase": {}, "drawn": {}}
+        for name, array in artefact.tensors.items():
+            what, _, key = name.partition(".")
+            found[what][key] = array
+        keys = sorted({key.rpartition(".")[0] for key in found["drawn"]})
+        drawn = {k: Paraphrases(*(found["drawn"][f"{k}.{f.name}"] for f in fields(Paraphrases))) for k in keys}
+        return cls(found["replay"], found["paraphrase"], drawn, artefact.sha256)
 
 
 def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
     """Replay and paraphrases encoded for every step, or what is on disk. What notebook 03 has encoded is taken."""
     if run.folder.has(ARTEFACT):
         return load_ablation(run)
-    arrays, drawn = _known(ceilings), {}
+    arrays, drawn, tensors = _known(ceilings), {}, {}
     by_key: dict[str, Protocol] = {encoding_key(p): p for way in ablation_steps().values() for p in way.values()}
     with Progress(total=len(by_key), desc="slip by slip", unit="step") as bar:
         for key, protocol in by_key.items():
@@ -53,10 +59,12 @@ def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
                 kind = (protocol.left_prompts, protocol.held_out)
                 if kind not in drawn:
                     drawn[kind] = draw_paraphrases(run, targets, rows, protocol)
-                h_nd = re_encode(run.backbone, drawn[kind], protocol)
+                    if kind not in KEPT:
+                        tensors |= drawn[kind].named(f"drawn.{key}.")
+                h_nd = re_encode(run.backbone, drawn[kind].sequences, protocol)
                 arrays[f"paraphrase.{key}"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
             bar.update()
-    tensors = {f"{what}.{key}": arrays[f"{what}.{key}"] for key in by_key for what in ("paraphrase", "replay")}
+    tensors |= {f"{what}.{key}": arrays[f"{what}.{key}"] for key in by_key for what in ("paraphrase", "replay")}
     parents = {"targets": targets.sha256, "ceilings": ceilings.sha256}
     return Ablation.of(run.folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed))
 

@@ -5,20 +5,20 @@ Everything that needs the model happens here; :mod:`nla_utils.scores.ceilings` m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
 from nla_utils.artefacts import Artefact, json_hash, require_disk
 from nla_utils.chunks import ChunkStore
-from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, RunConfig
+from nla_utils.config import N_PARAPHRASES, POOL_TEXTS, TAIL_LENGTHS, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import Samples, SamplingSettings, pad, row_streams, sample
 from nla_utils.progress import Progress
-from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS, Protocol
+from nla_utils.protocol import CORRECTED, LADDER, PAPER, PROTOCOLS, Protocol
 from nla_utils.run import Run
-from nla_utils.stages.encoding import re_encode
+from nla_utils.stages.encoding import nats_per_token, re_encode
 from nla_utils.stages.targets import Targets
 
 ARTEFACT = "ceilings"
@@ -26,47 +26,59 @@ PROMPT = (
     "Paraphrase the following text using different words but the same meaning.\n\n"
     "Text: {text}\n\nParaphrase:"
 )
-# Replay, one slip corrected after the other.
-LADDER: dict[str, Protocol] = {
-    "published": PAPER,
-    "right_index": PAPER.fix("left_pad"),
-    "same_ids_no_bos": PAPER.on_ids,
-    "with_bos": PAPER.fix("left_pad", "bos"),
-    "same_ids": PAPER.fix("left_pad", "bos", "eos_text"),
-}
+
+
+@dataclass
+class Paraphrases:
+    """8 paraphrases of each of M targets: ``ids`` (8 M, T), ``lengths`` (8 M,), and ``logp`` (8 M,), their mean token
+    log-probability under the distribution that was sampled."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    logp: np.ndarray
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Token ids of each, targets in order."""
+        return [row[:n].tolist() for row, n in zip(self.ids, self.lengths)]
+
+    def named(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays by the names they are kept under."""
+        return {f"{prefix}{f.name}": getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass
 class EncodedTexts:
     """One protocol's texts, re-encoded as it does: ``replay`` (M, d), ``paraphrase`` (M, 8, d), ``tail``
-    (M, len(TAIL_LENGTHS), d), the null's ``pool_h`` (P, d), and where they are kept the paraphrases' ids (8 M, T)."""
+    (M, len(TAIL_LENGTHS), d), the null's ``pool_h`` (P, d); and the paraphrases as they were ``drawn``."""
 
     replay: np.ndarray
     paraphrase: np.ndarray
     tail: np.ndarray
     pool_h: np.ndarray
-    paraphrase_ids: Optional[np.ndarray] = None
-    paraphrase_lengths: Optional[np.ndarray] = None
-
-    def paraphrases(self) -> list[list[int]]:
-        """Token ids of 8 paraphrases per target, targets in order."""
-        return [row[:n].tolist() for row, n in zip(self.paraphrase_ids, self.paraphrase_lengths)]
+    drawn: Paraphrases
 
 
 @dataclass
 class Ceilings:
-    """All that notebook 03 encodes: the texts of both protocols by name, and the replay ladder's (M, d) by step."""
+    """All that notebook 03 encodes: the texts of both protocols by name, and the replay ladder's (M, d) by step.
+
+    ``pool_logp``: mean log-probability a token of the pool's first 256 texts behind the start token, no v in sight."""
 
     texts: Mapping[str, EncodedTexts]
     ladder: Mapping[str, np.ndarray]
-    sha256: str
+    sha256: str = ""
+    pool_logp: Optional[np.ndarray] = None
 
     @classmethod
     def of(cls, artefact: Artefact) -> "Ceilings":
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(f"{prefix}."): a for k, a in artefact.tensors.items() if k.startswith(f"{prefix}.")}
 
-        return cls({p.name: EncodedTexts(**part(p.name)) for p in PROTOCOLS}, part("ladder"), artefact.sha256)
+        drawn = {p.name: Paraphrases(**part(f"{p.name}.drawn")) for p in PROTOCOLS}
+        names = ("replay", "paraphrase", "tail", "pool_h")
+        texts = {p: EncodedTexts(*(artefact.tensors[f"{p}.{n}"] for n in names), drawn=d) for p, d in drawn.items()}
+        return cls(texts, part("ladder"), artefact.sha256, artefact.tensors["pool_logp"])
 
 
 def make_ceilings(run: Run, targets: Targets) -> Ceilings:
@@ -79,10 +91,10 @@ def make_ceilings(run: Run, targets: Targets) -> Ceilings:
     with Progress(total=6, desc="ceilings", unit="part") as bar:
         for protocol in PROTOCOLS:
             rows, name = targets.eval_rows(protocol), protocol.name
-            sequences = draw_paraphrases(run, targets, rows, protocol)
-            h_nd = re_encode(backbone, sequences, protocol)
+            drawn = draw_paraphrases(run, targets, rows, protocol)
+            h_nd = re_encode(backbone, drawn.sequences, protocol)
             tensors[f"{name}.paraphrase"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
-            tensors |= {f"{name}.{k}": x for k, x in _packed(sequences, sizes.max_new_tokens, backbone.pad_id).items()}
+            tensors |= drawn.named(f"{name}.drawn.")
             bar.update()
             tensors[f"{name}.replay"] = re_encode(backbone, targets.sequences(rows), protocol)
             tails = re_encode(backbone, tail_ids(targets, rows), protocol.on_ids)
@@ -91,6 +103,8 @@ def make_ceilings(run: Run, targets: Targets) -> Ceilings:
         tensors["paper.pool_h"] = re_encode(backbone, targets.sequences(targets.pool), PAPER.on_ids)
         # Behind BOS the pool's texts re-encode to the pool's own activations.
         tensors["corrected.pool_h"] = targets.v[targets.pool]
+        nats = nats_per_token(backbone, targets.sequences(targets.pool[:POOL_TEXTS]))
+        tensors["pool_logp"] = -nats.astype(np.float32)
         bar.update()
         ladder = _ladder(backbone, targets, tensors["paper.replay"])
         tensors |= {f"ladder.{step}": h_Md for step, h_Md in ladder.items()}
@@ -119,8 +133,8 @@ def _paraphrase_settings(config: RunConfig) -> SamplingSettings:
     return SamplingSettings(max_new_tokens=config.sizes.max_new_tokens, top_p=0.95)
 
 
-def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Protocol) -> list[list[int]]:
-    """Token ids of 8 paraphrases per target, targets in order; what any run beside this one has drawn is taken.
+def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Protocol) -> Paraphrases:
+    """8 paraphrases per target, targets in order; what any run beside this one has drawn is taken.
 
     Prompts are padded on the left and begin with the start token where ``left_prompts``, else as the tokenizer does
     by default (slip ``pad_generate``). Where the two ways give the same prompts, they give the same paraphrases, drawn
@@ -135,7 +149,7 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
         samples = continue_prompts(backbone, repeated[part_of], settings, streams[part_of], side)
-        return {"ids": samples.ids, "lengths": samples.lengths}
+        return {"ids": samples.ids, "lengths": samples.lengths, "logp": samples.mean_logprob}
 
     # Beside a backbone's runs, under a hash of all they depend on. The layer is not among it: a sweep draws them once.
     plan = {k: v for k, v in run.folder.identity.items() if k != "layer"}
@@ -143,7 +157,7 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
     plan |= {"rows": json_hash(rows.tolist()), "prompts": json_hash(prompts)}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
     drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, "paraphrasing", "text")
-    return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
+    return Paraphrases(**drawn)
 
 
 def continue_prompts(
@@ -160,11 +174,3 @@ def prompt_ids(backbone: Backbone, text: str, protocol: Protocol) -> list[int]:
     if protocol.left_prompts and ids[0] != backbone.start_id:
         ids = [backbone.start_id, *ids]
     return ids
-
-
-def _packed(sequences: Sequence[Sequence[int]], width: int, pad_id: int) -> dict[str, np.ndarray]:
-    ids = np.full((len(sequences), width), pad_id, dtype=np.int32)
-    for i, s in enumerate(sequences):
-        ids[i, : len(s)] = s
-    lengths = np.array([len(s) for s in sequences], dtype=np.int32)
-    return {"paraphrase_ids": ids, "paraphrase_lengths": lengths}

@@ -43,6 +43,10 @@ class ProbeTexts:
         t = artefact.tensors
         return cls(t["rows"], *(t[f"probe_{name}"] for name in ("ids", "h_bos", "h_nobos")), artefact.sha256)
 
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """Ids (len(rows), n) of these targets' texts."""
+        return self.ids[rows_at(self.rows, rows)]
+
     def h(self, protocol: Protocol, rows: np.ndarray) -> np.ndarray:
         """(len(rows), lengths, d) of these targets, as the protocol encodes it."""
         return (self.h_bos if protocol.bos else self.h_nobos)[rows_at(self.rows, rows)]

@@ -22,9 +22,10 @@ from nla_utils.progress import Progress
 from nla_utils.protocol import CORRECTED, PAPER
 from nla_utils.run import Run
 from nla_utils.scores import rows
-from nla_utils.scores.ceilings import CeilingScores, mu_of
-from nla_utils.scores.column import Column, Scorer
-from nla_utils.stages.ceilings import EncodedTexts, draw_paraphrases, tail_ids
+from nla_utils.scores.ceilings import CeilingScores
+from nla_utils.scores.column import Column
+from nla_utils.scores.compare import of_ceilings
+from nla_utils.stages.ceilings import Ceilings, EncodedTexts, Paraphrases, draw_paraphrases, tail_ids
 from nla_utils.stages.encoding import re_encode
 from nla_utils.stages.targets import Targets, load_targets, sequences_hash
 
@@ -45,11 +46,12 @@ def reach_of_text(run: Run, layers: Sequence[int], sequences: Optional[Path] = N
     for start in range(0, len(layers), together):
         fit_readers([(at[x], load_targets(at[x])) for x in layers[start : start + together]])
     first = load_targets(at[layers[0]])
-    h = {name: run.backbone.encode_layers(ids, True, layers) for name, ids in _texts(run, first).items()}
+    drawn = draw_paraphrases(run, first, first.held_out, CORRECTED)
+    h = {name: run.backbone.encode_layers(ids, True, layers) for name, ids in _texts(first, drawn).items()}
     columns, parents = {}, {}
     for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
         own, targets = at[layer], load_targets(at[layer])
-        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, run.sizes.n_rollouts)
+        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, drawn, run.sizes.n_rollouts)
         found = {
             "paper": _published_replay(own, targets), "corrected": corrected, "reader": _read(own, targets, corrected),
         }  # fmt: skip
@@ -63,31 +65,32 @@ def _layers_in(room: int, d: int, n_targets: int) -> int:
     return max(1, room // (4 * n_targets * d + 8 * TAIL_TOKENS * d * d))
 
 
-def _texts(run: Run, targets: Targets) -> dict[str, list[list[int]]]:
+def _texts(targets: Targets, paraphrases: Paraphrases) -> dict[str, list[list[int]]]:
     """Ids of what is written of the held-out targets: all of it, its ends, its paraphrases; the same at each layer."""
     held_out = targets.held_out
     return {
         "replay": targets.sequences(held_out),
         "tail": tail_ids(targets, held_out),
-        "paraphrase": draw_paraphrases(run, targets, held_out, CORRECTED),
+        "paraphrase": paraphrases.sequences,
     }
 
 
-def _score(targets: Targets, h: dict[str, np.ndarray], k: int) -> Column:
-    v, pool, mu = targets.v[targets.held_out], targets.v[targets.pool], targets.mu
-    tails = h["tail"].reshape(len(v), len(TAIL_LENGTHS), -1)
-    paraphrases = h["paraphrase"].reshape(len(v), N_PARAPHRASES, -1)
+def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: int) -> Column:
+    m = targets.n_eval
+    tails = h["tail"].reshape(m, len(TAIL_LENGTHS), -1)
+    paraphrases = h["paraphrase"].reshape(m, N_PARAPHRASES, -1)
     # Behind BOS the pool's texts re-encode to the pool's own activations.
-    texts = EncodedTexts(h["replay"], paraphrases, tails, pool)
-    scores = CeilingScores(Scorer(v, pool, mu), texts, CORRECTED)
-    column = Column("corrected", len(v))
-    column.put("mu_norm", float(np.linalg.norm(mu)))
-    column.add(rows.FLOOR.raw, Scorer(v, pool).floor)
-    column.add(rows.CONSTANT_MU.key, fve(mu, v))
+    texts = EncodedTexts(h["replay"], paraphrases, tails, targets.v[targets.pool], drawn)
+    evidence = of_ceilings(targets, Ceilings({CORRECTED.name: texts}, {}), k)
+    scores, raw = (CeilingScores(evidence, CORRECTED, kind) for kind in ("cen", "raw"))
+    column = Column("corrected", m)
+    column.put("mu_norm", evidence.facts["mu_norm"]["pool"])
+    column.add(rows.FLOOR.raw, raw.floor)
+    column.add(rows.CONSTANT_MU.key, evidence.targets("held_out", CORRECTED.name, "constant_mu"))
     for row in (rows.REPLAY, *rows.TAILS.values(), rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8):
         column.add(row.cen, row.values(scores))
-    column.add(rows.RETRIEVAL.cen, scores.scorer.nearest)
-    column.add(rows.UNRELATED.cen, scores.best_unrelated([k])[:, 0])
+    column.add(rows.RETRIEVAL.cen, scores.nearest)
+    column.add(rows.UNRELATED.cen, evidence.null("held_out", CORRECTED.name, "cen", [k])[:, 0])
     column.difference(rows.PARAPHRASE.cen, rows.UNRELATED_8.cen)
     column.difference(rows.TAILS[8].cen, rows.RETRIEVAL.cen)
     return column
@@ -116,5 +119,6 @@ def _published_replay(run: Run, targets: Targets) -> Column:
     chosen = targets.eval_rows(PAPER)
     column = Column("paper", len(chosen))
     replayed = re_encode(run.backbone, targets.sequences(chosen), PAPER)
-    column.add(rows.REPLAY.cen, fve(replayed, targets.v[chosen], mu_of(targets, PAPER)))
+    v = targets.v[chosen]
+    column.add(rows.REPLAY.cen, fve(replayed, v, v.mean(axis=0)))
     return column

@@ -20,6 +20,8 @@ from nla_utils.protocol import CORRECTED, Protocol
 from nla_utils.scores import rows
 from nla_utils.scores.ceilings import score_ceilings
 from nla_utils.scores.column import Column, Scorer
+from nla_utils.scores.compare import of_ceilings, of_rollouts
+from nla_utils.scores.evidence import Evidence, part_of
 from nla_utils.scores.rollouts import score_rollouts
 from nla_utils.stages.ceilings import Ceilings
 from nla_utils.stages.probe import ProbeTexts
@@ -80,21 +82,26 @@ def sentence_embeddings(texts: Sequence[str]) -> np.ndarray:
     return torch.nn.functional.normalize(torch.cat(parts), dim=1).numpy()
 
 
+def reader_evidence(targets: Targets, reader: ReaderRollouts, ceilings: Ceilings, probe: ProbeTexts) -> Evidence:
+    """Evidence of the reader's texts in the place of an AV's rollouts; not kept."""
+    return of_ceilings(targets, ceilings, reader.rollouts.k) | of_rollouts(targets, reader.rollouts, ceilings, probe)
+
+
 def score_reader(
-    targets: Targets, reader: ReaderRollouts, ceilings: Ceilings, probe: ProbeTexts, av: Rollouts, protocol: Protocol
+    evidence: Evidence, targets: Targets, reader: ReaderRollouts, av: Rollouts, protocol: Protocol
 ) -> Column:
     """The reader's column of one protocol, with paired differences from the AV's of the same protocol.
 
     ``corrected`` also holds the guided search and the distance to the tail oracles of 4 and 8 tokens.
     """
     chosen = targets.eval_rows(protocol)
-    column = score_rollouts(targets, reader.rollouts.at(chosen), ceilings, probe, protocol, "paraphrase_bestof8")
+    column = score_rollouts(evidence, protocol, part_of(protocol))
     scorer = Scorer(targets.v[chosen], targets.v[targets.pool], targets.mu)
     own = scorer.own(av.at(chosen).h(protocol))
     for (name, row), theirs in zip(COMPARED, (own[:, 0], own[:, 1:].max(axis=1))):
         column.add(f"reader_minus_av_cen_{name}", column.per_target[row.cen] - theirs)
     if protocol == CORRECTED:
-        _add_oracles(column, scorer, reader, score_ceilings(targets, ceilings, protocol))
+        _add_oracles(column, scorer, reader, score_ceilings(evidence, protocol))
     return column
 
 

@@ -100,7 +100,7 @@ def measure(
 ) -> Column:
     """Nats of the pairs' texts by what stands in the slot (``n_others`` others' v in turn), and the greedy texts' scores
     against own and other targets."""
-    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others))
+    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others).nats)
     v_Md, m = targets.v[pairs.rows], len(pairs.rows)
     # As long as the texts can be: short sources are not to be compared with long texts.
     longest = max(map(len, pairs.ids))
