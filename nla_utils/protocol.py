@@ -117,6 +117,6 @@ LADDER: dict[str, Protocol] = {
 
 
 def encoding_key(protocol: Protocol) -> str:
-    """Name of a reading: the slips corrected of those that change the encoding; ``paper`` for none, ``corrected`` for all."""
+    """Name of a reading: the corrected ones of the slips that change the encoding; ``paper`` if none, ``corrected`` if all."""
     fixed = [s for s in ENCODING_SLIPS if protocol.has_fixed(s)]
     return CORRECTED.name if len(fixed) == len(ENCODING_SLIPS) else "+".join(fixed) or PAPER.name

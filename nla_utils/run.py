@@ -47,21 +47,23 @@ class Run:
 
     def write_results(self, name: str, values: Mapping, made_from: Mapping[str, str]) -> Path:
         """Write ``results/{name}.json``: provenance first, then ``values``; returns the path."""
-        path, s = self.folder.file(f"results/{name}.json"), self.sizes
-        record = {
-            "name": name,
+        path = self.folder.file(f"results/{name}.json")
+        write_record(path, {"name": name, **self.provenance, "made_from": dict(made_from), **values})
+        return path
+
+    @property
+    def provenance(self) -> dict:
+        """What every record of the run says of where its numbers come from."""
+        s = self.sizes
+        return {
             "profile": self.config.folder_name,
             "identity": self.folder.identity,
             "sizes": {"N": s.n_targets, "M": s.n_eval, "K": s.n_rollouts, "pool": s.pool_size, "epochs": s.epochs,
                       "T": s.max_new_tokens},
-            "made_from": dict(made_from),
             "code": code_version(),
             "libraries": library_versions(),
             "hardware": hardware(self.folder.identity["device"]),
-            **values,
         }  # fmt: skip
-        write_record(path, record)
-        return path
 
     def read_results(self, name: str) -> dict:
         """What :meth:`write_results` wrote; raises ``ArtefactError`` where it is missing, altered or of another run."""

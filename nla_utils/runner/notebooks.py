@@ -18,6 +18,8 @@ from nla_utils.lm.registry import fetch_av, fetch_targets
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
+from nla_utils.scores.evidence import FILE, is_kept
+from nla_utils.scores.rows import CEILING_FILE, EVALUATION_FILE
 from nla_utils.stages.corpus import read_texts
 
 
@@ -50,6 +52,8 @@ STAGES = (
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )
+# Results whose notebooks add to the run's evidence.
+EVIDENCED = (CEILING_FILE, EVALUATION_FILE)
 EXTENSIONS = {
     "tail-reader": Stage("extensions/07_tail_reader", ("reader", "readings"), "tail_reader", (1, 3, 4)),
     "depth": Stage("extensions/08_depth", (), DEPTH),
@@ -79,7 +83,12 @@ def is_cached(folder: RunFolder, stage: Stage) -> bool:
     for name in stage.artefacts:
         folder.load(name)
     path = folder.file(f"results/{stage.results}.json")
-    return path.exists() and all(folder.sha256_of(n) == digest for n, digest in read_record(path)["made_from"].items())
+    if not path.exists():
+        return False
+    made_from = read_record(path)["made_from"]
+    if stage.results in EVIDENCED and not is_kept(folder, stage.results, made_from):
+        return False
+    return all(folder.sha256_of(name) == digest for name, digest in made_from.items())
 
 
 def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
@@ -173,11 +182,11 @@ def _alone_in(folder: RunFolder) -> Iterator[None]:
 
 
 def adopt(folder: RunFolder) -> None:
-    """Copy a run's results to where the repository keeps them, and its executed notebooks if it is a run of its own:
-    of the runs of a sweep the results alone are kept. What text alone reaches by depth is kept beside the runs of any
+    """Copy a run's results and evidence to where the repository keeps them, and its executed notebooks if it is a run of
+    its own: of the runs of a sweep no notebooks are kept. What text alone reaches by depth is kept beside the runs of any
     seed."""
     results = COMMITTED / folder.backbone
-    for path in sorted(folder.file("results").glob("*.json")):
+    for path in [*sorted(folder.file("results").glob("*.json")), *folder.path.glob(FILE)]:
         beside = family_of(folder.path.name) if path.stem == DEPTH else folder.path.name
         atomic_write(results / beside / path.name, path.read_bytes())
     if family_of(folder.path.name) != folder.path.name:

@@ -9,10 +9,10 @@ import pyarrow as pa
 
 from nla_utils import metrics
 from nla_utils.config import FLOOR_ROWS, N_PARAPHRASES, POOL_TEXTS, PROBE_LENGTHS, TAIL_LENGTHS
-from nla_utils.metrics import fve, fve_matrix
+from nla_utils.metrics import fve
 from nla_utils.protocol import CORRECTED, LADDER, PAPER, PROTOCOLS, encoding_key
 from nla_utils.scores.column import Scorer
-from nla_utils.scores.evidence import Evidence, block, part_of
+from nla_utils.scores.evidence import CENTRINGS, Evidence, block, part_of
 
 if TYPE_CHECKING:
     from nla_utils.stages.ablation import Ablation
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # pool that the null is taken without.
 N_DIRECTIONS, N_OTHERS, N_BLOCKS = 4, 8, 10
 BY_NAME = {p.name: p for p in PROTOCOLS}
+# Rollouts and the probe's texts are never centred by the targets' own mean.
+CENTRINGS_OF = dict.fromkeys(("source", "paraphrase", "tail"), CENTRINGS)
+CENTRINGS_OF |= dict.fromkeys(("rollout", "probe"), CENTRINGS[:2])
 # The protocol that evaluates a part.
 OWN = {part_of(p): p for p in PROTOCOLS}
 
@@ -53,11 +56,13 @@ class Part:
         return {"norm": np.linalg.norm(gap, axis=-1), "pc": gap @ self.directions_4d.T}
 
     def texts(self, kind: str, reading: str, h_Mnd: np.ndarray, draws: Sequence[int], tokens, **more) -> pa.Table:
-        """Rows of texts, n of each target. Their rank among the null's texts goes with the part's own reading."""
-        columns = {centring: scorer.own(h_Mnd) for centring, scorer in self.scorers.items()} | self.place(h_Mnd)
+        """Rows of texts, n of each target. Where they lie, and their rank among the null's texts, is kept with the reading
+        of the protocol that evaluates the part."""
+        columns = {centring: self.scorers[centring].own(h_Mnd) for centring in CENTRINGS_OF[kind]}
         if reading == OWN[self.name].name:
             pairs = zip(self.null_MP, columns["cen"])
             columns["rank"] = np.stack([len(null) - np.searchsorted(null, own, "left") for null, own in pairs])
+            columns |= self.place(h_Mnd)
         return block(kind, self.name, reading, self.rows, draws, **columns, tokens=tokens, **more)
 
     def target(self, reading: str, pool_h: np.ndarray, ks: Sequence[int]) -> pa.Table:
@@ -89,14 +94,16 @@ class Part:
         """Rows of the pool's first texts, each scored against every target of the part; with the published reading, of
         the first 512, which the published floor is made of."""
         n, rows = min(POOL_TEXTS, len(h_Pd)), self.targets.pool
-        scores = {f"targets_{k}": [*self.scorers[k].against(h_Pd[:n]).T.astype(np.float32)] for k in ("raw", "cen")}
-        place = self.place(h_Pd[:n])
-        columns = {**scores, "norm": [*place["norm"]], "pc": [*place["pc"]], "logp": [*logp[:n]],
-                   "ids": self.targets.sequences(rows[:n])}  # fmt: skip
+        scores, place = self.scorers["cen"].against(h_Pd[:n]).T, self.place(h_Pd[:n])
+        columns = {
+            "against": [*scores.astype(np.float32)], "norm": [*place["norm"]], "pc": [*place["pc"].astype(np.float32)],
+            "logp": [*logp[:n]], "ids": self.targets.sequences(rows[:n]),
+        }  # fmt: skip
         floors, kept = {}, n
         if reading == PAPER.name:
             kept = min(FLOOR_ROWS, len(rows))
-            floors = {f"floor_{k}": metrics.pair_floor(self.pool[:kept], self.scorers[k].mu)[:, None] for k in ("raw", "cen")}
+            first = self.pool[:kept]
+            floors = {f"floor_{k}": metrics.pair_floor(first, self.scorers[k].mu)[:, None] for k in ("raw", "cen")}
         columns = {name: x + [None] * (kept - n) for name, x in columns.items()}
         tokens = self.targets.lengths[rows[:kept]][:, None]
         return block("pool", self.name, reading, rows[:kept], tokens=tokens, **columns, **floors)
@@ -108,7 +115,8 @@ def of_ceilings(targets: Targets, ceilings: Ceilings, k: int, ablation: Optional
     ``k``: draws that best-of-K is taken of, for which the null is wanted. Without ``ablation`` the readings between the
     two protocols are left out. Of protocols that the ceilings do not hold, nothing is made.
     """
-    parts = {name: Part(targets, name, ceilings.texts[p.name].pool_h) for name, p in OWN.items() if p.name in ceilings.texts}
+    held = {name: ceilings.texts[p.name] for name, p in OWN.items() if p.name in ceilings.texts}
+    parts = {name: Part(targets, name, texts.pool_h) for name, texts in held.items()}
     facts = {
         "sizes": {"M": targets.n_eval, "pool": targets.pool_size},
         "mu_norm": {"pool": float(np.linalg.norm(targets.mu)),
@@ -165,9 +173,10 @@ def of_rollouts(
             lengths = np.tile(PROBE_LENGTHS, (len(part.rows), 1))
             tables.append(part.texts("probe", reading, h_Mnd, PROBE_LENGTHS, lengths, **ids))
     if loss is not None:
-        nats = {f"nats_{c}": [row[np.isfinite(loss.nats["own"][i])] for i, row in enumerate(x)] for c, x in loss.nats.items()}
-        lengths = np.isfinite(loss.nats["own"]).sum(axis=1)[:, None]
-        tables.append(block("source_loss", part_of(CORRECTED), CORRECTED.name, loss.rows, tokens=lengths, **nats))
+        lengths = np.isfinite(loss.nats["own"]).sum(axis=1)
+        nats = {f"nats_{c}": [row[:t] for row, t in zip(nats_MT, lengths)] for c, nats_MT in loss.nats.items()}
+        part, reading = part_of(CORRECTED), CORRECTED.name
+        tables.append(block("source_loss", part, reading, loss.rows, tokens=lengths[:, None], **nats))
     return Evidence(pa.concat_tables(tables), {"K": rollouts.k, "T": rollouts.ids.shape[2], "ceiling": ceiling})
 
 

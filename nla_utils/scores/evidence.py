@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import TYPE_CHECKING, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,12 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from nla_utils.artefacts import RunFolder, atomic_write, code_version, library_versions
+from nla_utils.artefacts import RunFolder, atomic_write
 from nla_utils.errors import ArtefactError
 from nla_utils.protocol import CORRECTED, PAPER, Protocol
+
+if TYPE_CHECKING:
+    from nla_utils.run import Run
 
 VERSION = 1
 FILE = "results/evidence.parquet"
@@ -38,7 +41,7 @@ SCHEMA = pa.schema(
     + [("rank", pa.int32()), ("pc", _FLOATS), ("others", _FLOATS)]
     # Of the losses of sources, and of texts of the pool.
     + [(f"nats_{c}", _FLOATS) for c in ("own", "other", "mean", "none")]
-    + [("targets_raw", _FLOATS), ("targets_cen", _FLOATS)]
+    + [("against", _FLOATS)]
     # Of targets.
     + [(f"{what}_{c}", pa.float32()) for what in ("nearest", "floor", "nearest_other", "pair_floor") for c in CENTRINGS]
     + [("constant_mu", pa.float32())]
@@ -139,10 +142,11 @@ class Evidence:
         buffer = io.BytesIO()
         floats = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA
                   if pa.float32() in (f.type, getattr(f.type, "value_type", None))]  # fmt: skip
-        whole = ["kind", "part", "reading", "row", "draw", "tokens", "rank", "greedy_rank", "ids.list.element"]
+        # Ids are kept plain and a column in one page: what repeats in texts is then found across them.
+        whole = ["kind", "part", "reading", "row", "draw", "tokens", "rank", "greedy_rank"]
         pq.write_table(
             table, buffer, compression="zstd", compression_level=19, use_dictionary=whole, use_byte_stream_split=floats,
-            write_page_checksum=True,
+            write_page_checksum=True, data_page_size=1 << 26,
         )  # fmt: skip
         return buffer.getvalue()
 
@@ -155,26 +159,26 @@ class Evidence:
         except FileNotFoundError:
             raise ArtefactError(f"{path} does not exist; run notebook 03, then 04") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{path} is no evidence, or damaged ({error}); delete it and rerun notebooks 03, 04") from None
+            rerun = "delete it and rerun notebooks 03, 04"
+            raise ArtefactError(f"{path} is no evidence, or damaged ({error}); {rerun}") from None
         if record["version"] != VERSION or not table.schema.equals(SCHEMA):
             raise ArtefactError(f"{path} is evidence of version {record['version']}; this code reads version {VERSION}")
         return cls(table.replace_schema_metadata(None), record["facts"], record["made_from"])
 
 
-def keep(folder: RunFolder, results: str, evidence: Evidence, made_from: Mapping[str, str]) -> Evidence:
+def keep(run: Run, results: str, evidence: Evidence, made_from: Mapping[str, str]) -> Evidence:
     """Add what a results file is made from to the run's evidence; returns what is then on disk.
 
     What is there of an older state of the same artefacts is left out.
     """
-    path = folder.file(FILE)
+    path = run.folder.file(FILE)
     evidence = Evidence(evidence.table, evidence.facts, {results: dict(made_from)})
     if path.exists():
         there = Evidence.read(path)
         others = [of for name, of in there.made_from.items() if name != results]
         if all(of.get(k, digest) == digest for of in others for k, digest in made_from.items()):
             evidence = there | evidence
-    record = {"identity": folder.identity, "code": code_version(), "libraries": library_versions()}
-    atomic_write(path, evidence.to_bytes(record))
+    atomic_write(path, evidence.to_bytes(run.provenance))
     return evidence
 
 
@@ -185,7 +189,8 @@ def load(folder: RunFolder) -> Evidence:
     for results, parents in evidence.made_from.items():
         for name, digest in parents.items():
             if folder.sha256_of(name) != digest:
-                raise ArtefactError(f"{path}: what {results} is made of is of another {name} than the run's; rerun 03, then 04")
+                other = f"what {results} is made from is of another {name} than the run's"
+                raise ArtefactError(f"{path}: {other}; rerun notebooks 03, 04")
     return evidence
 
 
