@@ -26,7 +26,7 @@ from nla_utils.scores.evidence import FILE, SCHEMA, Evidence, keep, load, part_o
 from nla_utils.scores.results import FILES
 
 KEPT = sorted(COMMITTED.glob("*/*/evidence.parquet"))
-LARGEST = 5_500_000
+LARGEST = 6_000_000
 
 
 def made_again(results, path):

@@ -155,7 +155,7 @@ def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     asked, draw = [], ceilings_module.continue_prompts
     monkeypatch.setattr(ceilings_module, "continue_prompts", lambda *args: asked.append(args) or draw(*args))
     rows, apart = targets.in_sample[:2], dataclasses.replace(run, folder=RunFolder(tmp_path / "run", {}))
-    texts = [ceilings_module.draw_paraphrases(apart, targets, rows, p) for p in (CORRECTED, PAPER)]
+    texts = [ceilings_module.draw_paraphrases(apart, targets, rows, p).sequences for p in (CORRECTED, PAPER)]
     # Where the tokenizer begins with the start token and pads on the left, both ways are one, drawn once.
     same = run.backbone.padding_side == "left" and run.backbone.tokenizer("a").input_ids[0] == run.backbone.start_id
     assert [side for *_, side in asked] == (["left"] if same else ["left", run.backbone.padding_side])

@@ -65,6 +65,7 @@ def score_ceilings(evidence: Evidence, protocol: Protocol) -> Column:
     own, norms = protocol.mu_of == "targets", evidence.facts["mu_norm"]
     column.put("mu_norm", norms[part_of(protocol) if own else "pool"])
     column.put("mu_of", "the evaluated targets" if own else "the pool")
+    column.put("unrelated_text_pool_size", evidence.facts["null_pool"][protocol.name])
     for kind in ("raw", "cen"):
         scores = CeilingScores(evidence, protocol, kind)
         for row in (*rows.CEILINGS, rows.GAP):

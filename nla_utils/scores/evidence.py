@@ -91,8 +91,7 @@ class Evidence:
 
     ``facts``: ``sizes``: M and the pool's; ``K`` and ``T`` of the rollouts; ``mu_norm`` of the pool and of each part;
     the null's ``null_k``, and its number of texts ``null_pool``, by reading; ``ceiling``, the row that ρ takes in
-    ``paper``. ``made_from``: by results file, the hashes of the
-    artefacts that its rows were made from.
+    ``paper``. ``made_from``: by results file, the hashes of the artefacts that its rows were made from.
     """
 
     table: pa.Table
@@ -153,16 +152,17 @@ class Evidence:
     @classmethod
     def read(cls, path: Path) -> Evidence:
         """The evidence in a file; raises ``ArtefactError`` where it is missing, damaged or of another version."""
+        rerun = "delete it and rerun notebooks 03, 04"
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
             record = json.loads(table.schema.metadata[RECORD])
         except FileNotFoundError:
             raise ArtefactError(f"{path} does not exist; run notebook 03, then 04") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            rerun = "delete it and rerun notebooks 03, 04"
             raise ArtefactError(f"{path} is no evidence, or damaged ({error}); {rerun}") from None
         if record["version"] != VERSION or not table.schema.equals(SCHEMA):
-            raise ArtefactError(f"{path} is evidence of version {record['version']}; this code reads version {VERSION}")
+            versions = f"{path} is evidence of version {record['version']}; this code reads version {VERSION}"
+            raise ArtefactError(f"{versions}: {rerun}")
         return cls(table.replace_schema_metadata(None), record["facts"], record["made_from"])
 
 

@@ -22,6 +22,7 @@ def score_k_curve(evidence: Evidence, protocol: Protocol) -> Column:
     column = Column(protocol.name, evidence.facts["sizes"]["M"])
     column.put("K", evidence.facts["K"])
     column.put("ks", ks)
+    column.put("unrelated_text_pool_size", evidence.facts["null_pool"][reading])
     for kind in ("raw", "cen"):
         scores_MK = evidence.texts("rollout", part, reading, kind)[:, 1:]
         first, exact = metrics.first_k_curve(scores_MK, ks), metrics.exact_k_curve(scores_MK, ks)

@@ -78,6 +78,7 @@ def score_rollouts(evidence: Evidence, protocol: Protocol, part: str) -> Column:
     column.put("K", facts["K"])
     column.put("pool_size", facts["sizes"]["pool"])
     column.put("mu_norm", facts["mu_norm"]["pool"])
+    column.put("unrelated_text_pool_size", facts["null_pool"][reading])
     column.put("probe_length", max(rows.PROBE))
     for kind in ("raw", "cen"):
         scores = RolloutScores(evidence, part, reading, kind)
