@@ -25,12 +25,13 @@ WIDTH = 160
 
 
 def _one_line(text: str) -> str:
+    """The text on one line; of a long one the end, since v is taken at the last token."""
     line = " ".join(text.split())
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return line if len(line) <= WIDTH else "…" + line[1 - WIDTH :]
 
 
 def texts_table(backbone: Backbone, texts: Mapping[str, Sequence[int]]) -> str:
-    """Token sequences as text by label, one line each."""
+    """Token sequences as text by label, one line each, the end of a long one."""
     width = max(map(len, texts))
     return "\n".join(f"{label:<{width}}  {_one_line(backbone.decode_text(ids))}" for label, ids in texts.items())
 
