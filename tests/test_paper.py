@@ -15,7 +15,9 @@ from nla_utils.artefacts import read_record
 from nla_utils.config import ROOT
 from nla_utils.extensions.comparison.page import comparison_page
 from nla_utils.extensions.depth.page import depth_page
+from nla_utils.extensions.release.publish import dataset_card, model_card
 from nla_utils.extensions.tail_reader.page import reader_page
+from nla_utils.lm.registry import REGISTRY
 from nla_utils.paper import findings, tables
 from nla_utils.paper.appendix import appendix_page
 from nla_utils.paper.published import BACKBONES, k_curve, published
@@ -45,13 +47,40 @@ def test_committed_pages_are_what_the_results_give(name):
 def test_committed_tables_are_what_the_results_give():
     made = {t.stem: t for page in PAGES.values() for t in page.tables}
     for stem, table in made.items():
-        assert (ROOT / "paper" / "tables" / f"{stem}.md").read_text(encoding="utf-8") == table.markdown
+        for end, text in table.files.items():
+            assert (ROOT / "paper" / "tables" / f"{stem}.{end}").read_text(encoding="utf-8") == text
     assert {p.stem for p in (ROOT / "paper" / "tables").glob("*.md")} == set(made)
 
 
 def test_the_readmes_tables_are_those_of_the_paper():
     for stem in ("findings", "reader-findings"):
         assert (ROOT / "paper" / "tables" / f"{stem}.md").read_text(encoding="utf-8") in README
+
+
+def _names_weights(text, spec):
+    return spec.weights in " ".join(text.split())
+
+
+def test_what_names_a_backbone_names_its_weights():
+    """Pages, README, NOTICE, cards and the bundles' records say what the registry says of the weights."""
+    texts = {name: page.text() for name, page in PAGES.items()}
+    texts["tex"] = PAGES["section11"].tex(ROOT / "paper" / "section11.tex")
+    texts |= {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "NOTICE")}
+    texts |= {r.title: model_card(r) + dataset_card(r, ROOT) for r in EVERYTHING}
+    texts |= {str(p): p.read_text(encoding="utf-8") for p in (ROOT / "bundles").glob("*/bundle.json")}
+    described = [spec for spec in REGISTRY.values() if spec.weights]
+    assert {spec.name for spec in described} == {r.backbone for r in EVERYTHING}
+    for where, text in texts.items():
+        named = [spec for spec in described if spec.name in text or spec.title in text]
+        assert named, where
+        assert all(_names_weights(text.replace(r"\_", "_"), spec) for spec in named), where
+
+
+def test_a_table_of_one_run_names_its_backbone_with_the_variant():
+    for results in EVERYTHING:
+        of_run = [t for page in PAGES.values() for t in page.tables if t.stem.startswith(f"{results.stem}-") and t.of]
+        assert all(results.spec.variant in text for t in of_run for text in t.files.values())
+    assert sum(bool(t.of) for page in PAGES.values() for t in page.tables) > 50
 
 
 def test_every_committed_number_traces_to_a_run():

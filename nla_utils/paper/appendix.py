@@ -12,7 +12,7 @@ from nla_utils.paper import claims, figures, tables
 from nla_utils.paper.audit import audit_table
 from nla_utils.paper.findings import ITERATION, STUDY, iteration_table, study_table
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
-from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, without_variants
+from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, weights_note, without_variants
 from nla_utils.scores import rows
 
 APPENDIX = ROOT / "paper" / "appendix.md"
@@ -73,7 +73,7 @@ def tables_of_run(results: RunResults) -> list[Table]:
         made.append(("study", caption, study_table(results)))
     if results.optional(ITERATION):
         made.append(("iteration", "Search made into a policy", iteration_table(results)))
-    return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]
+    return [Table(f"{results.stem}-{end}", caption, frame, of=results.label) for end, caption, frame in made]
 
 
 def shared_tables(shown: Sequence[RunResults]) -> dict[str, Table]:
@@ -102,10 +102,11 @@ def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str,
     everything = find_results(roots)
     shown = without_variants(everything, own)
     shared, seeds = shared_tables(shown), seeds_tables(everything)
-    of_runs = {r.title: tables_of_run(r) for r in shown}
+    of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
     drawn = {spec: shown for spec in FIGURE_SPECS if shown}
     values = {
         "shared": shared, "seeds": seeds, "of_runs": of_runs, "keys": tables.markdown(keys_table()),
+        "weights": weights_note(everything),
         "provenance": provenance(everything, (*NAMES, STUDY, ITERATION)),
     }  # fmt: skip
     made = [*shared.values(), *seeds, *(t for part in of_runs.values() for t in part)]

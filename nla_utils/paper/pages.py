@@ -23,16 +23,25 @@ FIGURES = ROOT / "figures"
 
 @dataclass(frozen=True)
 class Table:
-    """A generated table: file stem, caption, contents, and the widths of its columns where it has to wrap in print."""
+    """A generated table: file stem, caption, contents, the widths of its columns where it has to wrap in print, and the
+    run that it is of, which its files name."""
 
     stem: str
     caption: str
     frame: pd.DataFrame
     widths: tuple[float, ...] = ()
+    of: str = ""
 
     @property
     def markdown(self) -> str:
         return markdown(self.frame)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What its files hold, by their ending."""
+        caption = f"{self.caption}. {self.of}" if self.of else self.caption
+        head = f"*{caption}*\n\n" if self.of else ""
+        return {"md": head + self.markdown, "tex": latex(self.frame, caption, f"tab:{self.stem}", self.widths)}
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,7 @@ class Page:
         path = path or self.path
         written = [path]
         for table in self.tables:
-            files = {"md": table.markdown, "tex": latex(table.frame, table.caption, f"tab:{table.stem}", table.widths)}
-            for end, text in files.items():
+            for end, text in table.files.items():
                 written.append(path.parent / "tables" / f"{table.stem}.{end}")
                 atomic_write(written[-1], text.encode())
         for spec, shown in self.figures.items():

@@ -10,7 +10,7 @@ from nla_utils.paper import claims, figures, tables
 from nla_utils.paper.audit import audit_table
 from nla_utils.paper.findings import easy_table, findings_table, reading_table, verdict_counts
 from nla_utils.paper.pages import FigureSpec, Page, Table
-from nla_utils.paper.results import COMMITTED, RunResults, find_results, foremost, largest, without_variants
+from nla_utils.paper.results import COMMITTED, RunResults, find_results, foremost, largest, weights_note, without_variants
 from nla_utils.scores import rows
 
 SECTION = ROOT / "paper" / "section11.md"
@@ -37,7 +37,7 @@ def main_tables(results: RunResults) -> dict[str, Table]:
         "verdicts": ("Scorecard", claims.short_scorecard(results), (35, 16, 20, 20)),
         "audit": ("Audit: what each slip moves", audit_table(results).drop(columns="acts in"), (18, 36, 38)),
     }  # fmt: skip
-    return {key: Table(f"{results.stem}-{key}", *what) for key, what in made.items()}
+    return {key: Table(f"{results.stem}-{key}", *what, of=results.label) for key, what in made.items()}
 
 
 def _reading_runs(measured: list[RunResults]) -> str:
@@ -63,6 +63,6 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
     values = {
         **shared, "main": own_tables, "about": main, "claims": [c for c in claims.CLAIMS if c.where != "control"],
-        "counts": verdict_counts(main) if main else "", "reads": _reading_runs(read),
+        "counts": verdict_counts(main) if main else "", "reads": _reading_runs(read), "weights": weights_note(shown),
     }  # fmt: skip
     return Page(SECTION, "section11.md.j2", [*shared.values(), *own_tables.values()], drawn, values, "section11.tex.j2")

@@ -21,7 +21,7 @@ from nla_utils.extensions.comparison.tables import (
 )
 from nla_utils.paper.figures import NULL_GREY, colour, same_limits, style
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
-from nla_utils.paper.results import COMMITTED, RunResults, find_results
+from nla_utils.paper.results import COMMITTED, RunResults, find_results, weights_note
 
 PAGE = ROOT / "paper" / "comparison.md"
 # Where labels stand, in points from their dot, that would touch another there.
@@ -72,7 +72,7 @@ def tables_of_run(results: RunResults) -> list[Table]:
         ("price", "The guided search, paying for fluent words", price_table(record)),
         ("directions", "Directions that are no activation of a text", directions_table(record)),
     )
-    return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]
+    return [Table(f"{results.stem}-{end}", caption, frame, of=results.label) for end, caption, frame in made]
 
 
 def comparison_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
@@ -83,7 +83,8 @@ def comparison_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     facts = {r.label: r.optional(RESULTS) for r in compared}
     findings = Table("comparison-findings", "What was found", findings_table(facts))
     values = {
-        "findings": findings, "of_runs": of_runs, "facts": facts, "provenance": provenance(everything, (RESULTS,)),
+        "findings": findings, "of_runs": of_runs, "facts": facts, "weights": weights_note(compared),
+        "provenance": provenance(everything, (RESULTS,)),
     }  # fmt: skip
     made = [findings, *(table for tables in of_runs.values() for table in tables)]
     return Page(PAGE, "comparison.md.j2", made, {FRONTIER: compared} if compared else {}, values)

@@ -14,7 +14,7 @@ from nla_utils.config import ROOT
 from nla_utils.extensions.depth.tables import AV_CURVE, RESULTS, TEXT_CURVES, Columns, Depth, depth_table, depths
 from nla_utils.paper.figures import NULL_GREY, colour, name_ends, style
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
-from nla_utils.paper.results import COMMITTED, RunResults, find_results
+from nla_utils.paper.results import COMMITTED, RunResults, find_results, weights_note
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
@@ -76,6 +76,10 @@ def depth_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     """The page of the results below ``roots``."""
     everything = find_results(roots)
     found = depths(everything)
-    made = [Table(f"{d.title.replace(' · ', '-')}-depth", d.title, depth_table(d)) for d in found]
+    made = [Table(f"{d.title.replace(' · ', '-')}-depth", d.title, depth_table(d), of=d.label) for d in found]
     drawn = {FIGURE: everything} if found else {}
-    return Page(PAGE, "depth.md.j2", made, drawn, {"tables": made, "provenance": provenance(everything, (RESULTS,))})
+    values = {
+        "tables": made, "weights": " ".join(weights_note(d.runs.values()) for d in found),
+        "provenance": provenance(everything, (RESULTS,)),
+    }  # fmt: skip
+    return Page(PAGE, "depth.md.j2", made, drawn, values)

@@ -15,7 +15,7 @@ from nla_utils.config import ROOT
 from nla_utils.extensions.tail_reader import tables
 from nla_utils.paper.figures import NULL_GREY, colour, level, same_limits, style
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
-from nla_utils.paper.results import COMMITTED, RunResults, find_results, largest, without_variants
+from nla_utils.paper.results import COMMITTED, RunResults, find_results, largest, weights_note, without_variants
 from nla_utils.paper.tables import signed, with_interval
 from nla_utils.scores import rows
 
@@ -80,7 +80,7 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     table = {}
     for results in largest(everything):
         reader, av = tables.reader_column(results), results.column("centered_eval", "corrected")
-        table[results.title] = {
+        table[results.label] = {
             "tail reader, greedy": with_interval(reader, rows.GREEDY.cen),
             "the paper's AV, greedy": with_interval(av, rows.GREEDY.cen),
             "NN-retrieval": with_interval(reader, rows.RETRIEVAL.cen),
@@ -101,20 +101,23 @@ def _apart(results: RunResults, record: dict) -> str:
 
 def tables_of_run(results: RunResults) -> list[Table]:
     """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
-    stem = results.stem
+    stem, of = results.stem, results.label
     made = [
-        Table(f"{stem}-reader", "The tail reader beside the paper's AV", tables.reader_table(results)),
-        Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results)),
-        Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results)),
+        Table(f"{stem}-reader", "The tail reader beside the paper's AV", tables.reader_table(results), of=of),
+        Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results), of=of),
+        Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results), of=of),
     ]
     ablation, seeds = results.optional(tables.ABLATION_RESULTS), results.optional(tables.SEEDS_RESULTS)
     if ablation:
         apart = _apart(results, ablation)
-        made.append(Table(f"{stem}-reader-ablation", f"One change at a time{apart}", tables.ablation_table(ablation)))
-        made.append(Table(f"{stem}-reader-growth", f"With more sequences{apart}", tables.growth_table(ablation)))
+        made += [
+            Table(f"{stem}-reader-ablation", f"One change at a time{apart}", tables.ablation_table(ablation), of=of),
+            Table(f"{stem}-reader-growth", f"With more sequences{apart}", tables.growth_table(ablation), of=of),
+        ]
     if seeds:
         apart = _apart(results, seeds)
-        made.append(Table(f"{stem}-reader-seeds", f"Repeated on targets drawn anew{apart}", tables.seeds_table(seeds)))
+        caption = f"Repeated on targets drawn anew{apart}"
+        made.append(Table(f"{stem}-reader-seeds", caption, tables.seeds_table(seeds), of=of))
     return made
 
 
@@ -123,9 +126,12 @@ def reader_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, s
     everything = find_results(roots)
     shown = [r for r in without_variants(everything, own) if r.optional(tables.RESULTS)]
     findings = Table("reader-findings", "What was found", findings_table(shown))
-    of_runs = {r.title: tables_of_run(r) for r in shown}
+    of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
     grown = [r for r in shown if r.optional(tables.ABLATION_RESULTS)]
     drawn = {spec: found for spec, found in ((COMPUTE, shown), (GROWTH, grown)) if found}
-    values = {"findings": findings, "of_runs": of_runs, "provenance": provenance(everything, FILES)}
+    values = {
+        "findings": findings, "of_runs": of_runs, "weights": weights_note(shown),
+        "provenance": provenance(everything, FILES),
+    }  # fmt: skip
     made = [findings, *(t for part in of_runs.values() for t in part)]
     return Page(PAGE, "tail_reader.md.j2", made, drawn, values)
