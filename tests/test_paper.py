@@ -179,9 +179,8 @@ def test_variance_explained_of_the_table_is_that_of_the_arrays():
 
 def test_the_first_table_says_no_where_an_interval_says_no():
     table = findings.findings_table(EVERYTHING)
-    assert len(table) <= 6
     nearest = table.loc["Is greedy text closer than the nearest stored text?"]
-    assert nearest["answer"] == findings.NO and all(nearest.iloc[1:-1].str.startswith("-"))
+    assert all(nearest.iloc[:-1].str.startswith("no: -"))
 
 
 def test_latex_tables_are_ascii():

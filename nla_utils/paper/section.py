@@ -34,7 +34,7 @@ def main_tables(results: RunResults) -> dict[str, Table]:
         "evaluation": ("Table 2. Evaluation, centred", tables.evaluation_table(results, "cen"), (28, 13, 25, 25)),
         "k-curve": ("Table 3. The best of K", tables.short_k_curve_table(results), (15, 13, 31, 31)),
         "reranks": ("Table 4. Cheap reranks, centred", tables.rerank_table(results), (28, 13, 25, 25)),
-        "verdicts": ("Scorecard", claims.short_scorecard(results), (35, 16, 20, 20)),
+        "verdicts": ("Scorecard", claims.short_scorecard(results), (29, 11, 11, 19, 19)),
         "audit": ("Audit: what each slip moves", audit_table(results).drop(columns="acts in"), (18, 36, 38)),
     }  # fmt: skip
     return {key: Table(f"{results.stem}-{key}", *what, of=results.label) for key, what in made.items()}
@@ -52,7 +52,7 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     shown = without_variants(find_results(roots), own)
     main = foremost(shown, own)
     shared = {
-        "findings": Table("findings", "What was found", findings_table(shown), (30, 12, 19, 19, 9)),
+        "findings": Table("findings", "What was found", findings_table(shown), (34, 24, 24, 9)),
         "reading": Table("reading", "What the AV takes from v", reading_table(shown),
                          (15, 6, 6, 14, 14, 14, 14)),
     }  # fmt: skip

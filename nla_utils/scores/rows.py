@@ -133,6 +133,7 @@ NATS_MEAN = Row("μ", "nats_mean", control=True)
 NATS_NONE = Row("no slot", "nats_none", control=True)
 NATS = (NATS_OWN, NATS_OTHER, NATS_MEAN, NATS_NONE)
 NATS_GAINED = tuple(minus(row, NATS_OWN) for row in NATS[1:])
+NATS_OTHER_MINUS_OWN, NATS_MEAN_MINUS_OWN, NATS_NONE_MINUS_OWN = NATS_GAINED
 
 RHO = (
     Row("greedy", "rho_cen_greedy", "centred_eval.greedy.rho_cen"),

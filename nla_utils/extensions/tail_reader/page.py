@@ -13,14 +13,18 @@ from matplotlib.figure import Figure
 
 from nla_utils.config import ROOT
 from nla_utils.extensions.tail_reader import tables
+from nla_utils.paper.claims import cell, claimed
 from nla_utils.paper.figures import NULL_GREY, colour, level, same_limits, style
+from nla_utils.paper.findings import COMPARISON
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, RunResults, find_results, largest, weights_note, without_variants
-from nla_utils.paper.tables import signed, with_interval
+from nla_utils.paper.tables import with_interval
+from nla_utils.paper.verdicts import decide
 from nla_utils.scores import rows
 
 PAGE = ROOT / "paper" / "tail_reader.md"
 FILES = (tables.RESULTS, tables.ABLATION_RESULTS, tables.SEEDS_RESULTS)
+FOUND = (rows.GREEDY_MINUS_RETRIEVAL, tables.GUIDED_MINUS_TAIL)
 SCALED_LINES = {"reader": "o-", "retrieval": "s:", "probe": "^--"}
 
 
@@ -76,19 +80,43 @@ GROWTH = FigureSpec("fig6_reader_scaling", figure_6, "The tail reader's greedy s
 
 
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """Greedy text against the AV's and against looking up the nearest stored text, largest run of each backbone."""
+    """Greedy text against the nearest stored text and against the AV's, largest run of each backbone. The verdicts of the
+    table are one family."""
+    shown = {r.label: r for r in largest(everything)}
+    words = decide({
+        (row, label): claimed(tables.reader_column(r), row.cen, 0.0) for row in FOUND for label, r in shown.items()
+    })  # fmt: skip
     table = {}
-    for results in largest(everything):
+    for label, results in shown.items():
         reader, av = tables.reader_column(results), results.column("centered_eval", "corrected")
-        table[results.label] = {
+        table[label] = {
             "tail reader, greedy": with_interval(reader, rows.GREEDY.cen),
-            "the paper's AV, greedy": with_interval(av, rows.GREEDY.cen),
+            "the AV of that run, greedy": f"{with_interval(av, rows.GREEDY.cen)}, {tables.trained(results)}",
             "NN-retrieval": with_interval(reader, rows.RETRIEVAL.cen),
-            "tail reader, greedy − NN-retrieval": signed(reader, rows.GREEDY_MINUS_RETRIEVAL.cen),
-            tables.GUIDED_MINUS_TAIL.label: signed(reader, tables.GUIDED_MINUS_TAIL.key),
+            "tail reader, greedy − NN-retrieval: above 0?": cell(reader, FOUND[0].cen, words[FOUND[0], label]),
+            f"{FOUND[1].label}: above 0?": cell(reader, FOUND[1].cen, words[FOUND[1], label]),
         }
     found = pd.DataFrame(table)
     found.index.name = "held out, centred"
+    return found
+
+
+def trained_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """The tail reader and the AV of the paper's size, best of as many texts as the same forward tokens buy, on the sources
+    of the comparison."""
+    table = {}
+    for results in everything:
+        record = results.optional(COMPARISON)
+        ways = {row["method"]: row for row in record["rows"]}
+        of = {"the paper's AV": ways["av"], "tail reader": ways["reader"], "tail reader, guided search": ways["guided"],
+              "nearest stored text": ways["retrieved"]}  # fmt: skip
+        shown = {
+            name: with_interval(row, "best_cen") + (f", best of {row['k']}" if row["k"] > 1 else "") for name, row in of.items()
+        }  # fmt: skip
+        facts = {"the AV's training": tables.trained(results), "forward tokens": f"{record['forward_tokens']:,}"}
+        table[results.label] = {**facts, **shown}
+    found = pd.DataFrame(table)
+    found.index.name = "fresh sources, centred, best text"
     return found
 
 
@@ -103,7 +131,8 @@ def tables_of_run(results: RunResults) -> list[Table]:
     """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
     stem, of = results.stem, results.label
     made = [
-        Table(f"{stem}-reader", "The tail reader beside the paper's AV", tables.reader_table(results), of=of),
+        Table(f"{stem}-reader", f"The tail reader and the AV of the run ({tables.trained(results)})",
+              tables.reader_table(results), of=of),
         Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results), of=of),
         Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results), of=of),
     ]
@@ -126,12 +155,14 @@ def reader_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, s
     everything = find_results(roots)
     shown = [r for r in without_variants(everything, own) if r.optional(tables.RESULTS)]
     findings = Table("reader-findings", "What was found", findings_table(shown))
+    compared = [r for r in largest(without_variants(everything)) if r.optional(COMPARISON)]
+    trained = Table("reader-trained", "Against the AV of the paper's size, at equal forward tokens", trained_table(compared))
     of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
     grown = [r for r in shown if r.optional(tables.ABLATION_RESULTS)]
     drawn = {spec: found for spec, found in ((COMPUTE, shown), (GROWTH, grown)) if found}
     values = {
-        "findings": findings, "of_runs": of_runs, "weights": weights_note(shown),
+        "findings": findings, "trained": trained, "of_runs": of_runs, "weights": weights_note(shown),
         "provenance": provenance(everything, FILES),
     }  # fmt: skip
-    made = [findings, *(t for part in of_runs.values() for t in part)]
+    made = [findings, trained, *(t for part in of_runs.values() for t in part)]
     return Page(PAGE, "tail_reader.md.j2", made, drawn, values)
