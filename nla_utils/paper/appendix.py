@@ -81,8 +81,6 @@ def shared_tables(shown: Sequence[RunResults]) -> dict[str, Table]:
     made = (
         Table("runs", "The runs", runs_table(shown)),
         Table("backbones", "The backbones side by side", tables.backbones_table(shown)),
-        Table("published-null", "Published best-of-K beside the null that the paper itself prints",
-              tables.published_null_table()),
         Table("claims", "The claims and what a verdict on them means", claims.claims_table()),
         Table("gap", "Centred gap, paraphrase best-of-8 minus floor", claims.gap_table(shown)),
     )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Sequence
@@ -19,6 +21,31 @@ from nla_utils.paper.results import RunResults
 from nla_utils.paper.tables import latex, markdown, tex
 
 FIGURES = ROOT / "figures"
+
+
+# A citation in prose: ``@[key]``, a key of ``references.toml``.
+CITATION = re.compile(r"@\[(\w+)\]")
+
+
+def references() -> dict[str, dict]:
+    """What the section cites, by key."""
+    return tomllib.loads(Path(__file__).with_name("references.toml").read_text(encoding="utf-8"))
+
+
+def cite(text: str) -> str:
+    """Citations of a text as Markdown links."""
+    found = references()
+
+    def link(match: re.Match) -> str:
+        work = found[match[1]]
+        return f"([{work['authors']}, {work['year']}]({work['url']}))"
+
+    return CITATION.sub(link, text)
+
+
+def cite_tex(text: str) -> str:
+    """Plain text for LaTeX, its citations as ``\\cite``."""
+    return CITATION.sub(r"\\cite{\1}", tex(text))
 
 
 @dataclass(frozen=True)
@@ -53,12 +80,17 @@ class FigureSpec:
     caption: str
 
 
+def _fill(text: str) -> str:
+    """Prose in lines of 140, links in one piece."""
+    return textwrap.fill(cite(text), 140, break_long_words=False, break_on_hyphens=False)
+
+
 def render(template: str, **values: object) -> str:
     """A file of ``paper/templates`` of the package, filled; a value that it asks for and does not get is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      undefined=jinja2.StrictUndefined)  # fmt: skip
-    environment.filters |= {"tex": tex, "fill": lambda text: textwrap.fill(text, 140, break_long_words=False)}
+    environment.filters |= {"tex": cite_tex, "fill": _fill}
     return environment.get_template(template).render(**values)
 
 

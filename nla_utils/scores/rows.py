@@ -141,7 +141,10 @@ RHO = (
     Row("best-of-K over paraphrase best-of-8", "rho_cen_bestofK", "centred_eval.best_of_k.rho_cen"),
     Row("best-of-8 over paraphrase best-of-8", "rho_cen_bestof8"),
     Row("NN-retrieval", "rho_cen_nn_retrieval", "centred_eval.nn_retrieval.rho_cen"),
+    Row("random floor", "rho_cen_random_floor", "centred_eval.random_floor.rho_cen"),
 )
+# Rows of one text: their ceiling, at equal counts, is one paraphrase.
+RHO_OF_ONE = RHO[:2]
 
 
 def _rerank(label: str, key: str, path: str = "", control: bool = False) -> Row:
