@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from nla_utils.config import ROOT
 from nla_utils.extensions.tail_reader import tables
 from nla_utils.paper.claims import cell, claimed
-from nla_utils.paper.figures import NULL_GREY, colour, level, same_limits, style
 from nla_utils.paper.findings import COMPARISON
+from nla_utils.paper.draw import NULL_GREY, SMALL, WIDTH, colour, name_ends, name_points, shade, style, styled
+from nla_utils.paper.figures import in_two_lines
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, RunResults, find_results, largest, weights_note, without_variants
 from nla_utils.paper.tables import with_interval
@@ -32,51 +33,66 @@ def draw_compute(ax: Axes, curves: dict[str, list[dict]], color: str, title: str
     """Draw centred score against forward tokens: AV, its null, the reader, and the reader's guided search."""
     looks = {"AV": (color, "o:"), "unrelated text": (NULL_GREY, "s--"), "reader": (color, "o-"),
              "reader, guided": ("black", ".-")}  # fmt: skip
+    labels = []
     for name, points in curves.items():
         tokens, means = [p["tokens"] for p in points], [p["mean"] for p in points]
         low, high = np.array([p["ci95"] for p in points]).T
-        shade, line = looks[name]
-        ax.plot(tokens, means, line, color=shade, markersize=3, label=name)
-        ax.fill_between(tokens, low, high, color=shade, alpha=0.12, linewidth=0)
+        tint, line = looks[name]
+        ax.plot(tokens, means, line, color=tint, markersize=3)
+        ax.fill_between(tokens, low, high, color=tint, alpha=0.12, linewidth=0)
+        labels.append((name, tokens[len(tokens) // 2], means[len(tokens) // 2], tint))
     ax.set_xscale("log")
-    ax.legend(frameon=False, fontsize=7)
-    style(ax, "forward tokens per target (log)", "centred fve_nrm", title)
+    style(ax, "forward tokens a target (log)\nAV: a token is paid twice, written and read", "centred fve_nrm", title)
+    name_points(ax, labels)
 
 
+@styled
 def figure_5(everything: Sequence[RunResults]) -> Figure:
     """Score against forward tokens: the AV, its null, the tail reader and its guided search."""
     chosen = largest(everything)
-    fig, axes = plt.subplots(1, len(chosen), figsize=(5.2 * len(chosen), 3.8), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(chosen), figsize=(WIDTH, 3.6), layout="constrained", sharey=True, squeeze=False)
     for ax, results in zip(axes[0], chosen):
-        draw_compute(ax, results.optional(tables.RESULTS)["compute"], colour(results.backbone), results.label)
-        level(ax, results.column("centered_eval", "corrected")[rows.RETRIEVAL.cen], "black", rows.RETRIEVAL.label, ":")
-        ax.legend(frameon=False, fontsize=7)
-    same_limits(axes[0])
+        column = results.column("centered_eval", "corrected")
+        ax.axhline(column[rows.RETRIEVAL.cen], color="black", linewidth=0.8)
+        ax.axhspan(*column["ci95"][rows.RETRIEVAL.cen], color="black", alpha=0.08, linewidth=0)
+        ax.annotate(rows.RETRIEVAL.label, (0.02, column[rows.RETRIEVAL.cen]), (0, -3), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", fontsize=SMALL, va="top")  # fmt: skip
+        draw_compute(ax, results.optional(tables.RESULTS)["compute"], colour(results.backbone), in_two_lines(results))
+        ax.label_outer()
     return fig
 
 
+@styled
 def figure_6(everything: Sequence[RunResults]) -> Figure:
     """Greedy scores against the number of sequences used."""
-    fig, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for results in everything:
+    fig, axes = plt.subplots(1, len(everything), figsize=(WIDTH, 3.4), layout="constrained", sharey=True, squeeze=False)
+    ends: list[dict[str, tuple[float, str]]] = []
+    for ax, results in zip(axes[0], everything):
         scaling = results.optional(tables.ABLATION_RESULTS)["scaling"]
-        x = [p["train_rows"] for p in scaling]
-        for who, line in SCALED_LINES.items():
+        ends.append({})
+        for i, (who, line) in enumerate(SCALED_LINES.items()):
             y = np.array([p[who]["mean"] for p in scaling])
             error = np.abs(np.array([p[who]["ci95"] for p in scaling]).T - y)
-            ax.errorbar(x, y, yerr=error, fmt=line, color=colour(results.backbone), capsize=3, markersize=4,
-                        label=f"{results.label}: {tables.SCALED[who]}")  # fmt: skip
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
-    style(ax, "sequences used (log₂)", "centred fve_nrm")
+            color = shade(colour(results.backbone), (0, -0.4, -0.7)[i])
+            # A few percent apart, so that bars of one size do not cover each other.
+            ax.errorbar([p["train_rows"] * 1.05**i for p in scaling], y, error, fmt=line, color=color, capsize=2)
+            ends[-1][tables.SCALED[who].split(",")[0]] = (y[-1], color)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        style(ax, "sequences used (log₂)", "centred fve_nrm", in_two_lines(results))
+        ax.label_outer()
+    for ax, names in zip(axes[0], ends):
+        name_ends(ax, ax.get_xlim()[1], names)
     return fig
 
 
 COMPUTE = FigureSpec("fig5_beyond", figure_5, "Score against forward tokens, held out. The tail reader writes without "
-                     "the language model; its guided search spends what the AV's best-of-K does.")  # fmt: skip
+                     "the language model and pays only to read its texts again; the AV pays for each token twice, to write it "
+                     "and to read it. The guided search spends what the AV's best of K does. The AV is the one of the run in "
+                     "the title. Bands are 95 % intervals over targets.")  # fmt: skip
 GROWTH = FigureSpec("fig6_reader_scaling", figure_6, "The tail reader's greedy score, the probe's and NN-retrieval's "
-                    "against the number of sequences that each may use, on the same held-out targets.")  # fmt: skip
+                    "against the number of sequences that each may use, on the same held-out targets. Bars are 95 % intervals "
+                    "over targets; points of one size are drawn a little apart.")  # fmt: skip
 
 
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
