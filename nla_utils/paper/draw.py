@@ -18,9 +18,8 @@ SMALL = 8
 # A decorator and a context: what is drawn in it looks the same on every machine.
 styled = plt.style.context([
     "default",
-    {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "xtick.labelsize": SMALL, "ytick.labelsize": SMALL,
-     "legend.fontsize": SMALL, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-     "lines.markersize": 4},
+    {"font.size": 9, "axes.titlesize": 9, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
+     "legend.frameon": False, "lines.markersize": 4},
 ])  # fmt: skip
 # Okabe-Ito, and two of Tol's palette: told apart by colour-blind readers.
 COLOURS = {
@@ -63,7 +62,8 @@ def shade(color: str, light: float) -> tuple[float, ...]:
 def style(ax: Axes, x: str, y: str, title: str = "") -> None:
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    ax.set_title(title)
+    ax.set_title(title, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def log2_k_axis(ax: Axes, ks: Sequence[int]) -> None:

@@ -140,9 +140,10 @@ def figure_by_run(everything: Sequence[RunResults]) -> Figure:
                              sharex=True, sharey=True)  # fmt: skip
     panels = axes.reshape(-1, 2)
     for pair, results in zip(panels, everything):
-        for ax, protocol, title in zip(pair, ("paper", "corrected"), (in_two_lines(results), "\n")):
+        for ax, protocol in zip(pair, ("paper", "corrected")):
             column, scale = results.column("rerank_eval", protocol), results.column("oracle_ceiling", protocol)
-            k_curve_panel(ax, column, scale, results.backbone, f"{title}\n{protocol}")
+            k_curve_panel(ax, column, scale, results.backbone, protocol)
+        pair[0].annotate(in_two_lines(results), (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points")
     for ax in axes.flat:
         ax.label_outer()
         ax.set_ylabel("")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from nla_utils.artefacts import atomic_write
 from nla_utils.config import ROOT
+from nla_utils.paper.draw import styled
 from nla_utils.paper.results import RunResults
 from nla_utils.paper.tables import latex, markdown, tex
 
@@ -138,6 +139,7 @@ class Page:
         return written
 
 
+@styled
 def save_figure(fig: Figure, folder: Path, name: str) -> list[Path]:
     """Write PNG to look at and PDF for LaTeX, without dates, so that equal figures are equal files."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,14 +26,19 @@ from nla_utils.scores import rows
 SECTION = ROOT / "paper" / "section11.md"
 FIGURE_1 = FigureSpec(
     "fig1_k_curves", figures.figure_1,
-    "The best of K texts, centred. Left, as published: a curve that rises with K, its floor (dotted) and ceiling (dashed). "
-    "Right, ours, held out: the same rise is there for K texts that have nothing to do with v (black). What the AV adds is "
-    "the distance between the two curves; looking up the nearest stored text is above both. Bands are intervals.",
+    "The best of K texts, centred. Above, as published: curves with their ceilings (dashed) and floors (dotted). Diamonds "
+    "are the headline best of K, of another evaluation than the curve: Qwen's is of the final checkpoint, its curve of an "
+    "earlier one; Llama's has fewer targets. Of gemma-4 only the triangles are printed. The paper prints no intervals. "
+    "Below, ours, held out and corrected: the rise with K is there for texts that have nothing to do with v. Two such nulls "
+    "coincide: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots on it). What the AV adds is "
+    "its distance from them. The best of eight paraphrases and the nearest stored text are levels, not curves. Bands are "
+    "95 % intervals over targets.",
 )  # fmt: skip
 READING = FigureSpec(
     "fig8_reading", figures.figure_reading,
-    "What v saves the AV, in nats a token of validation texts, while it is trained. Above zero it reads v. At first "
-    "the mean in every slot serves it better than the right vector.",
+    "What v saves the AV, in nats a token, while it is trained: against the v of another target, and against the mean μ. "
+    "Above zero it reads v. Lines are validation texts; their spread was not kept, so they have no intervals. Marks with a "
+    "black edge are the kept AV on the held-out targets, with 95 % intervals over targets.",
 )  # fmt: skip
 # Widths of a label, a published and two columns with intervals; and of a label and three pairs, raw and centred.
 NARROW, WIDE = (28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13)
