@@ -134,26 +134,22 @@ def k_curve_panel(ax: Axes, column: dict, scale: dict, backbone: str, title: str
 
 @styled
 def figure_by_run(everything: Sequence[RunResults]) -> Figure:
-    """K-curves with floor and ceiling, each run under both protocols, on one page."""
+    """K-curves with floor and ceiling, each run under both protocols, on one page and one scale."""
     depth = -(-len(everything) // 2)
-    fig, axes = plt.subplots(depth, 4, figsize=(WIDTH, 0.7 + 1.75 * depth), layout="constrained", squeeze=False,
-                             sharex=True, sharey=True)  # fmt: skip
-    panels = axes.reshape(-1, 2)
-    for pair, results in zip(panels, everything):
-        for ax, protocol in zip(pair, ("paper", "corrected")):
+    fig = plt.figure(figsize=(WIDTH, min(9, 0.9 + 1.75 * depth)), layout="constrained")
+    for cell, results in zip(fig.subfigures(depth, 2, squeeze=False).flat, everything):
+        cell.suptitle(in_two_lines(results), x=0.02, ha="left", fontsize=9)
+        for ax, protocol in zip(cell.subplots(1, 2, sharey=True), ("paper", "corrected")):
             column, scale = results.column("rerank_eval", protocol), results.column("oracle_ceiling", protocol)
             k_curve_panel(ax, column, scale, results.backbone, protocol)
-        pair[0].annotate(in_two_lines(results), (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points")
-    for ax in axes.flat:
-        ax.label_outer()
-        ax.set_ylabel("")
-        log2_k_axis(ax, [k for k in PUBLISHED_KS if k in (1, 4, 16, 64)])
-    for ax in panels[len(everything) :].flat:
-        ax.set_axis_off()
+            log2_k_axis(ax, PUBLISHED_KS[::2])
+            ax.set_xlim(0.9, 75)
+            ax.set(xlabel="", ylabel="")
+    if fig.axes:
+        same_limits(fig.axes)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), ncols=2, loc="outside upper center")
+    fig.supxlabel("K (rollouts to choose from, log₂)", fontsize=9)
     fig.supylabel("centred fve_nrm", fontsize=9)
-    if everything:
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, ncols=2, loc="outside lower center")
     return fig
 
 
