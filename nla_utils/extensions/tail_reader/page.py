@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from nla_utils.config import ROOT
 from nla_utils.extensions.tail_reader import tables
 from nla_utils.paper.claims import cell, claimed
-from nla_utils.paper.findings import COMPARISON
 from nla_utils.paper.draw import NULL_GREY, SMALL, WIDTH, colour, name_ends, name_points, shade, style, styled
 from nla_utils.paper.figures import in_two_lines
+from nla_utils.paper.findings import COMPARISON
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
 from nla_utils.paper.results import COMMITTED, RunResults, find_results, largest, weights_note, without_variants
 from nla_utils.paper.tables import with_interval
