@@ -14,7 +14,7 @@ from nla_utils.extensions.comparison import tables as comparison
 from nla_utils.extensions.tail_reader import page as reader_page
 from nla_utils.extensions.tail_reader import tables as reader
 from nla_utils.paper import findings
-from nla_utils.paper.claims import CLAIMS, PROTOCOLS, claimed, stated_value
+from nla_utils.paper.claims import CLAIMS, PROTOCOLS, claimed, decided, stated_value
 from nla_utils.paper.published import BACKBONES, published_null
 from nla_utils.paper.results import find_results, largest, without_variants
 from nla_utils.paper.verdicts import LEVEL, NO, UNDECIDED, UNMEASURED, VALUE_ONLY, YES, Claimed, decide, holm
@@ -107,6 +107,24 @@ def test_every_claim_finds_its_quantity_in_every_committed_run():
             both = claim.id != "held_out_equals_in_sample"
             for protocol in PROTOCOLS if both else ("corrected",):
                 assert claim.row.cen in run.column(claim.row.file, protocol), (run.title, claim.id)
+
+
+def test_what_a_notebook_decides_is_one_family_of_its_own_file():
+    """Each closing table against the rule, read off the committed results one figure at a time."""
+    for run in find_results():
+        column = run.column("rerank_eval", "corrected")
+        asked = [c for c in CLAIMS if c.row.file == "rerank_eval"]
+        words = decide({c.id: Claimed(column[c.row.cen], column["ci95"].get(c.row.cen), c.low, c.high) for c in asked})
+        shown = decided(asked, column)["in this run"]
+        assert [text.split(":")[0] for text in shown] == [words[c.id] for c in asked]
+        gained = run.source_loss
+        said = findings.answered(run.data["centered_eval"])["in this run"]
+        assert len(said) == sum(q.notebook == "04" for q in findings.QUESTIONS)
+        for q in (q for q in findings.QUESTIONS if q.source_loss and gained):
+            low, high = gained["ci95"][q.row.key]
+            assert f"[{low:+.3f}, {high:+.3f}]" in said[q.ask]
+            # Holm only ever takes a verdict away.
+            assert said[q.ask].startswith("not decided") if low <= 0 <= high else True
 
 
 def test_published_numbers_are_shown_where_they_suffice():

@@ -107,6 +107,13 @@ def scorecard(results: RunResults) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("claim")
 
 
+def decided(asked: Sequence[Claim], column: dict) -> pd.DataFrame:
+    """The verdicts on some claims from one protocol's column, ``asked`` being one family."""
+    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in asked})
+    table = [{"claim": c.sentence, "test": c.test, "in this run": cell(column, c.row.cen, words[c.id])} for c in asked]
+    return pd.DataFrame(table).set_index("claim")
+
+
 def short_scorecard(results: RunResults) -> pd.DataFrame:
     """Every claim with the test it must pass, its published value, and ours under both protocols with the verdicts."""
     full = scorecard(results).drop(columns=["where", "quantity"])

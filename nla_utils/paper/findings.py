@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Sequence
 
 import pandas as pd
@@ -116,6 +117,15 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     ]
     table += [{FIRST: ask, **{r.label: show(r) for r in shown}, "notebook": notebook} for ask, notebook, show in VALUES]
     return pd.DataFrame(table).set_index(FIRST)
+
+
+def answered(record: dict) -> pd.DataFrame:
+    """The verdicts on the questions that one results file answers by itself, one family."""
+    identity, name = record["identity"], record["name"]
+    alone = RunResults(identity["backbone"], record["profile"], {name: record}, Path())
+    asked = [q for q in QUESTIONS if q.row.file == name]
+    words = decide({q.ask: q.claimed(alone) for q in asked})
+    return pd.DataFrame([{FIRST: q.ask, "in this run": q.cell(alone, words[q.ask])} for q in asked]).set_index(FIRST)
 
 
 def reading_table(everything: Sequence[RunResults]) -> pd.DataFrame:
