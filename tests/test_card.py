@@ -6,9 +6,10 @@ import pytest
 
 from nla_utils.config import ROOT
 from nla_utils.paper.card import facts_table, slips_table
-from nla_utils.paper.published import SECTION_11, card, published
+from nla_utils.paper.published import SECTION_11, card, later_nulls, published
 from nla_utils.paper.results import find_results, largest
 from nla_utils.paper.section import section_page
+from nla_utils.paper.tables import null_mismatch
 from nla_utils.scores import rows
 
 PAGE = section_page()
@@ -97,3 +98,21 @@ def test_every_work_that_is_cited_is_in_the_list_and_every_listed_one_is_cited()
     assert cited == set(PAGE.values["references"])
     for work in PAGE.values["references"].values():
         assert PAGE.text().count(f"]({work['url']})") == 2
+
+
+def test_the_protocols_paragraph_on_the_audit_has_the_runs_numbers():
+    text = (ROOT / "paper" / "PROTOCOL.md").read_text(encoding="utf-8").split("## 11.")[1].replace("−", "-")
+    for r in RUNS:
+        steps, column = r.data["centered_eval"]["ablation"], r.column(rows.EVALUATION_FILE, "corrected")
+        order = list(steps["in_order"])
+        for slip, key, ways in (("eos_text", "replay", ("alone", "in_order")), ("in_sample", "paraphrase_bestof8", ("in_order",))):
+            for way in ways:
+                before = "paper" if way == "alone" else order[order.index(slip) - 1]
+                pair = (f"{steps[way][step][key]:.3f}".lstrip("0") for step in (before, slip))
+                assert " → ".join(pair) in text, (r.title, slip, way)
+        for value in (column[rows.IN_SAMPLE_GREEDY.key], *column["ci95"][rows.IN_SAMPLE_GREEDY.key]):
+            assert f"{value:+.3f}".replace("0.", ".") in text
+        for value in (column[rows.OTHERS_GREEDY.cen], column[rows.POOL_FLOOR.cen], null_mismatch(r)):
+            assert f"{value:.3f}".lstrip("0") in text
+    for title, *_, null, best in later_nulls():
+        assert f"{best - null:.3f}".replace("0.", ".") in text, title

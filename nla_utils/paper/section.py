@@ -98,6 +98,10 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "names": each(lambda r: r.name), "machines": " or ".join(sorted(machines)),
         "card": card(), "K": stated["centred_eval"]["K"],
         "margins": ", ".join(f"{best - null:+.3f} on {title}" for title, (null, best) in nulls.items()),
+        "retrieval": ", ".join(
+            f"{tables.number(r['best_of_k']['cen'])} against {tables.number(r['nn_retrieval']['cen'])} on {TITLES[name]}"
+            for name, r in ((name, published(name)["centred_eval"]) for name in BACKBONES)
+        ),
         "later": later, "replay": of(rows.REPLAY, "paper"), "replay_corrected": of(rows.REPLAY),
         "best": of(rows.BEST), "unrelated": of(rows.UNRELATED), "gained": of(rows.BEST_MINUS_UNRELATED, show=tables.signed),
         "greedy": of(rows.GREEDY_MINUS_OTHERS, show=tables.signed),
