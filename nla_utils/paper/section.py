@@ -92,10 +92,12 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
 
     stated, later = published(SECTION_11), published("gemma4_31b")
     nulls = {TITLES[name]: published_null(name, published(name)["centred_eval"]["K"]) for name in BACKBONES}
+    least = min(best - null for null, best in nulls.values())
     read = [r for r in about if r.source_loss]
     machines = {"a CPU" if r.data["training"]["identity"]["device"] == "cpu" else "a GPU" for r in about}
     return {
-        "names": each(lambda r: r.name), "machines": " or ".join(sorted(machines)),
+        "names": each(lambda r: r.name), "shown": each(lambda r: r.spec.shown), "small": all(r.spec.weights for r in about),
+        "machines": " or ".join(sorted(machines)),
         "card": card(), "K": stated["centred_eval"]["K"],
         "margins": ", ".join(f"{best - null:+.3f} on {title}" for title, (null, best) in nulls.items()),
         "retrieval": ", ".join(
@@ -107,6 +109,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "greedy": of(rows.GREEDY_MINUS_OTHERS, show=tables.signed),
         "nearest": of(rows.GREEDY_MINUS_RETRIEVAL, show=tables.signed),
         "nats": each(lambda r: tables.signed(r.source_loss, rows.NATS_GAINED[0].key), read),
+        "within": bool(about) and all(0 < least < tables.null_mismatch(r) for r in about),
         "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}"),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
         "sizes": ", ".join(dict.fromkeys(r.size for r in about)),
