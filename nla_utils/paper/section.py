@@ -21,6 +21,7 @@ from nla_utils.paper.results import (
     weights_note,
     without_variants,
 )
+from nla_utils.paper.verdicts import YES, decide
 from nla_utils.scores import rows
 
 SECTION = ROOT / "paper" / "section11.md"
@@ -75,9 +76,10 @@ def shared_tables(shown: Sequence[RunResults], about: Sequence[RunResults]) -> d
 
 
 def _reading_runs(measured: list[RunResults]) -> str:
-    """The runs whose own v makes a source likelier than another's, by the whole interval."""
+    """The runs whose own v makes a source more likely than another's; their verdicts are one family."""
     gained = rows.NATS_GAINED[0].key
-    return ", ".join(r.label for r in measured if r.source_loss["ci95"][gained][0] > 0)
+    words = decide({r.label: claims.claimed(r.source_loss, gained, low=0) for r in measured})
+    return ", ".join(label for label, word in words.items() if word == YES)
 
 
 def said(about: Sequence[RunResults]) -> dict[str, object]:
