@@ -269,6 +269,6 @@ def figure_4(everything: Sequence[RunResults]) -> Figure:
                           textcoords="offset points", fontsize=SMALL, ha=align, va="bottom")  # fmt: skip
     words = ["as published"] + [f"+ {SLIPS[s].what}" for s in steps if s != "paper"]
     axes[-1].set_xticks(range(len(steps)), [textwrap.fill(w, 12, break_on_hyphens=False) for w in words], fontsize=7)
-    axes[-1].set_xlabel("from left to right, one more slip corrected")
+    axes[-1].set_xlabel("slips corrected, one more at each step (named by what was wrong)")
     fig.legend(*axes[0].get_legend_handles_labels(), ncols=2, loc="outside lower center")
     return fig
