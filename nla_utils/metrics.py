@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Optional, Sequence
 
 import numpy as np
@@ -132,6 +133,16 @@ def principal_directions(x_Nd: Array, n: int) -> Array:
 def top_mean(scores_MK: Array, n: int) -> Array:
     """Mean of the n best columns per target (M,); of all columns where there are fewer."""
     return np.sort(scores_MK, axis=1)[:, -n:].mean(axis=1)
+
+
+def chance_of_rank(closer: int, stored: int, k: int) -> float:
+    """p-value of the best of ``k`` texts where ``closer`` of ``stored`` unrelated texts score at least as much.
+
+    If the k texts are as unrelated as the stored ones, all ``stored + k`` are in random order; the chance that at most
+    ``closer`` stored ones come before the best of the k is 1 − C(stored, closer + 1) / C(stored + k, closer + 1). Its
+    smallest value, with none closer, is k / (stored + k) (PROTOCOL.md §11).
+    """
+    return 1 - math.prod((stored - i) / (stored + k - i) for i in range(closer + 1))
 
 
 def slope_per_doubling(ks: Sequence[int], curve_J: Array) -> tuple[float, float, float]:

@@ -12,7 +12,7 @@ from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.extensions.release import bundle as bundles
 from nla_utils.extensions.release.bundle import write_bundle
 from nla_utils.extensions.release.methods import METHODS
-from nla_utils.metrics import fve
+from nla_utils.metrics import chance_of_rank, fve
 from nla_utils.runner.cli import app
 
 TEXT = "the lighthouse keeper wound the clock and"
@@ -25,6 +25,12 @@ def test_a_verbalization_scores_what_it_says(nla, method):
     assert 0 <= found.percentile <= 1 and found.k == 6
     pool = fve(nla.bundle.pool_v, v, nla.bundle.mu)
     assert found.percentile == pytest.approx((pool < found.score).mean() ** 6)
+    assert found.closer == (pool >= found.score).sum() and found.stored == len(pool)
+    assert f"{found.closer} of {found.stored} stored texts" in str(found)
+    if method == "guided":
+        assert found.p_value is None and "no p-value" in str(found)
+    else:
+        assert found.p_value == chance_of_rank(found.closer, found.stored, 6)
     assert found.retrieved_score == pytest.approx(pool.max())
     assert found == nla.verbalize(v, k=6, method=method)
 

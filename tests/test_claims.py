@@ -1,53 +1,103 @@
-"""Verdicts: the logic, and that every claim finds its quantity."""
+"""Verdicts: the rule by hand, that every claim finds its quantity, and that no page prints a verdict the rule does not give."""
+
+import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_utils.paper import claims
-from nla_utils.paper.claims import CLAIMS, FALLS, STANDS, UNDECIDED, judge, judge_published, verdict
+from nla_utils import metrics
+from nla_utils.config import ROOT
+from nla_utils.extensions.comparison import tables as comparison
+from nla_utils.extensions.tail_reader import page as reader_page
+from nla_utils.extensions.tail_reader import tables as reader
+from nla_utils.paper import findings
+from nla_utils.paper.claims import CLAIMS, PROTOCOLS, claimed, decided, stated_value
 from nla_utils.paper.published import BACKBONES, published_null
-from nla_utils.paper.results import find_results
+from nla_utils.paper.results import find_results, largest, without_variants
+from nla_utils.paper.verdicts import LEVEL, NO, UNDECIDED, UNMEASURED, VALUE_ONLY, YES, Claimed, decide, holm
 from nla_utils.scores.column import Column
 
 ABOVE = next(c for c in CLAIMS if c.id == "greedy_beats_other_greedy")
-WITHIN = next(c for c in CLAIMS if c.id == "spearman_is_zero")
+SHOWN = without_variants(find_results())
+VERDICT = re.compile(rf"^({YES}|{NO}|{UNDECIDED}|{VALUE_ONLY}): ")
 
 
-@pytest.mark.parametrize("claim, low, high, expected", [
-    (ABOVE, 0.01, 0.02, STANDS), (ABOVE, -0.02, -0.01, FALLS), (ABOVE, -0.01, 0.01, UNDECIDED),
-    (WITHIN, -0.05, 0.05, STANDS), (WITHIN, 0.15, 0.2, FALLS), (WITHIN, 0.05, 0.15, UNDECIDED),
+def above_zero(value, half):
+    return Claimed(value, (value - half, value + half), 0.0)
+
+
+def within(value, half, delta=0.02):
+    return Claimed(value, (value - half, value + half), -delta, delta)
+
+
+def alone(figure):
+    return decide({"": figure})[""]
+
+
+def test_holm_by_hand():
+    # Sorted: .005 × 4, .01 × 3, .03 × 2, and .04 × 1, which may not fall below the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_family_flips_a_verdict_that_an_interval_alone_would_give():
+    close = above_zero(0.022, 0.02)
+    assert alone(close) == YES and 0.01 < close.p < LEVEL
+    others = {name: above_zero(0.0, 0.02) for name in "abc"}
+    assert decide({"close": close, **others})["close"] == UNDECIDED
+    certain = {name: above_zero(1.0, 0.02) for name in "abc"}
+    assert decide({"close": close, **certain})["close"] == YES
+
+
+@pytest.mark.parametrize("figure, expected", [
+    (above_zero(0.02, 0.01), YES), (above_zero(-0.02, 0.01), NO), (above_zero(0.005, 0.01), UNDECIDED),
+    (within(0.005, 0.01), YES), (within(0.05, 0.01), NO), (within(-0.05, 0.01), NO), (within(0.015, 0.01), UNDECIDED),
+    (within(0.025, 0.01), UNDECIDED), (within(0.0, 0.03), UNDECIDED),
+    (Claimed(1.0, (1.0, 1.0), 0.98, 1.02), YES), (Claimed(0.0, (0.0, 0.0), 0.0), UNDECIDED),
 ])  # fmt: skip
-def test_verdicts(claim, low, high, expected):
-    assert verdict(claim, low, high) == expected
+def test_verdicts(figure, expected):
+    assert alone(figure) == expected
 
 
-@given(st.floats(-1, 1), st.floats(0, 1))
-def test_a_wider_interval_never_decides_more(middle, half):
-    for claim in CLAIMS:
-        if verdict(claim, middle - half, middle + half) != UNDECIDED:
-            assert verdict(claim, middle, middle) == verdict(claim, middle - half, middle + half)
+@given(st.floats(-1, 1), st.floats(1e-3, 1), st.floats(1e-3, 1), st.floats(0, 0.5))
+def test_alone_a_verdict_is_where_the_interval_is(value, below, above, delta):
+    low, high = value - below, value + above
+    for figure, yes, no in (
+        (Claimed(value, (low, high), 0.0), low > 0, high < 0),
+        (Claimed(value, (low, high), -delta, delta), -delta < low and high < delta, low > delta or high < -delta),
+    ):
+        if min(abs(end - bound) for end in (low, high) for bound in (figure.low, figure.high)) > 1e-9:
+            assert alone(figure) == (YES if yes else NO if no else UNDECIDED)
+
+
+def test_without_an_interval_there_is_no_verdict_and_no_member():
+    close = above_zero(0.022, 0.02)
+    family = {"close": close, "value": Claimed(0.5, None, 0.0), "null": Claimed(0.5, (None, None), 0.0), "none": Claimed(None, None)}
+    assert decide(family) == {"close": YES, "value": VALUE_ONLY, "null": VALUE_ONLY, "none": UNMEASURED}
 
 
 def test_a_planted_effect_is_found_and_none_is_not():
     rng = np.random.default_rng(0)
-    found = {}
+    column = Column("corrected", 100)
     for name, effect in (("planted", 0.03), ("none", 0.0)):
-        column = Column("corrected", 100)
-        column.add(ABOVE.row.cen, rng.normal(effect, 0.05, size=100))
-        found[name] = judge(ABOVE, column.to_json())[1]
-    assert found == {"planted": STANDS, "none": UNDECIDED}
+        column.add(name, rng.normal(effect, 0.05, size=100))
+    record = column.to_json()
+    assert decide({n: claimed(record, n, 0.0) for n in ("planted", "none")}) == {"planted": YES, "none": UNDECIDED}
 
 
-def test_false_alarms_are_as_rare_as_the_interval_says():
+def test_false_alarms_in_a_whole_table_are_as_rare_as_the_rule_says():
     rng = np.random.default_rng(1)
-    alarms = 0
-    for _ in range(400):
-        values = rng.normal(0, 0.05, size=60)
-        low, high = np.percentile(claims.metrics.bootstrap_means(values, resamples=1000), [2.5, 97.5])
-        alarms += verdict(ABOVE, low, high) == STANDS
-    assert alarms <= 24
+    single = table = 0
+    for _ in range(150):
+        values = rng.normal(0, 0.05, size=(8, 60))
+        ends = [np.percentile(metrics.bootstrap_means(v, resamples=500), [2.5, 97.5]) for v in values]
+        family = {i: Claimed(v.mean(), tuple(end), 0.0) for i, (v, end) in enumerate(zip(values, ends))}
+        table += set(decide(family).values()) != {UNDECIDED}
+        single += any(alone(figure) != UNDECIDED for figure in family.values())
+    assert table <= 18 < 30 <= single
 
 
 def test_every_claim_finds_its_quantity_in_every_committed_run():
@@ -55,20 +105,136 @@ def test_every_claim_finds_its_quantity_in_every_committed_run():
         for claim in CLAIMS:
             # What training on a target is worth is asked once, under one encoding.
             both = claim.id != "held_out_equals_in_sample"
-            for protocol in ("paper", "corrected") if both else ("corrected",):
+            for protocol in PROTOCOLS if both else ("corrected",):
                 assert claim.row.cen in run.column(claim.row.file, protocol), (run.title, claim.id)
 
 
-def test_published_numbers_are_judged_where_they_suffice():
-    stated = {c.id: judge_published(c, "gemma2_2b") for c in CLAIMS}
-    assert stated["best_of_k_beats_paraphrase"] == ("+0.033", STANDS)
-    assert stated["best_of_8_beats_paraphrase"] == ("-0.026", FALLS)
-    assert stated["greedy_beats_other_greedy"][1] == claims.UNMEASURED
+def test_what_a_notebook_decides_is_one_family_of_its_own_file():
+    """Each closing table against the rule, read off the committed results one figure at a time."""
+    for run in find_results():
+        column = run.column("rerank_eval", "corrected")
+        asked = [c for c in CLAIMS if c.row.file == "rerank_eval"]
+        words = decide({c.id: Claimed(column[c.row.cen], column["ci95"].get(c.row.cen), c.low, c.high) for c in asked})
+        shown = decided(asked, column)["in this run"]
+        assert [text.split(":")[0] for text in shown] == [words[c.id] for c in asked]
+        gained = run.source_loss
+        said = findings.answered(run.data["centered_eval"])["in this run"]
+        assert len(said) == sum(q.notebook == "04" for q in findings.QUESTIONS)
+        for q in (q for q in findings.QUESTIONS if q.source_loss and gained):
+            low, high = gained["ci95"][q.row.key]
+            assert f"[{low:+.3f}, {high:+.3f}]" in said[q.ask]
+            # Holm only ever takes a verdict away.
+            assert said[q.ask].startswith("not decided") if low <= 0 <= high else True
+
+
+def test_published_numbers_are_shown_where_they_suffice():
+    stated = {c.id: stated_value(c, "gemma2_2b") for c in CLAIMS}
+    assert stated["best_of_k_beats_paraphrase"] == pytest.approx(0.033, abs=5e-4)
+    assert stated["best_of_8_beats_paraphrase"] == pytest.approx(-0.026, abs=5e-4)
+    assert stated["greedy_beats_other_greedy"] is None
     for name in BACKBONES:
         for claim in CLAIMS:
-            judge_published(claim, name)
+            stated_value(claim, name)
 
 
 def test_the_papers_own_null_line_passes_through_its_two_points():
     assert published_null("gemma2_2b", 199)[0] == pytest.approx(0.6533, abs=1e-3)
     assert published_null("gemma2_2b", 2000)[0] == pytest.approx(0.7118, abs=1e-3)
+
+
+def naive(figures):
+    """The written rule once more: [(value, interval or None, low, high)] of one table to its words."""
+    p = {}
+    for i, (value, ends, low, high) in enumerate(figures):
+        if ends is None:
+            continue
+        sides = []
+        for bound in (b for b in (low, high) if abs(b) != math.inf):
+            width = value - ends[0] if value > bound else ends[1] - value
+            z = math.inf if width == 0 else 1.959963985 * abs(value - bound) / width
+            sides.append(math.erfc(z / math.sqrt(2)))
+        p[i] = max(sides)
+    words, rejecting = [VALUE_ONLY if i not in p else UNDECIDED for i in range(len(figures))], True
+    for rank, i in enumerate(sorted(p, key=p.get)):
+        rejecting = rejecting and p[i] * (len(p) - rank) <= 0.05
+        if rejecting:
+            value, _, low, high = figures[i]
+            words[i] = YES if low < value < high else NO
+    return words
+
+
+def figures_of(column, key, low, high):
+    """The figure as ``naive`` takes it, none where it was not measured."""
+    return [] if key not in column else [(column[key], column["ci95"].get(key), low, high)]
+
+
+def scorecard_figures(run):
+    return [f for c in CLAIMS for p in PROTOCOLS for f in figures_of(run.column(c.row.file, p), c.row.cen, c.low, c.high)]
+
+
+def findings_figures(runs):
+    return [f for q in findings.QUESTIONS for r in runs
+            for f in figures_of(r.source_loss if q.source_loss else r.column(q.row.file, q.protocol), q.row.cen, q.low, q.high)]  # fmt: skip
+
+
+def reader_figures(run):
+    return [f for c in reader.CLAIMS for f in figures_of(reader.reader_column(run), c.row.cen, c.low, c.high)]
+
+
+def families():
+    """Every printed table with verdicts by its stem, and its figures in the order of its cells."""
+    found = {"findings": findings_figures(largest(SHOWN))}
+    for run in SHOWN:
+        found[f"{run.stem}-scorecard"] = scorecard_figures(run)
+    read = [r for r in SHOWN if r.optional(reader.RESULTS)]
+    found |= {f"{r.stem}-reader-scorecard": reader_figures(r) for r in read}
+    found["reader-findings"] = [
+        f for row in reader_page.FOUND for r in largest(read) for f in figures_of(reader.reader_column(r), row.cen, 0.0, math.inf)
+    ]  # fmt: skip
+    compared = [r.optional(comparison.RESULTS) for r in SHOWN if r.optional(comparison.RESULTS)]
+    found["comparison-findings"] = [
+        f for _, method, key, low in comparison.QUESTIONS for record in compared
+        for f in figures_of(next(r for r in record["rows"] if r["method"] == method), key, low, math.inf)
+    ]  # fmt: skip
+    return found
+
+
+FAMILIES = families()
+
+
+def words_of(text):
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    return [match[1] for cell in cells if (match := VERDICT.match(cell))]
+
+
+def printed(stem):
+    return words_of((ROOT / "paper" / "tables" / f"{stem}.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("stem", FAMILIES)
+def test_a_table_prints_the_verdicts_that_the_rule_gives(stem):
+    # What the first table shows beside its verdicts comes after them, as values only.
+    expected, words = naive(FAMILIES[stem]), printed(stem)
+    assert words[: len(expected)] == expected and set(words[len(expected) :]) <= {VALUE_ONLY}
+    assert len(expected) >= 4
+
+
+def test_no_page_prints_a_verdict_that_is_in_none_of_these_tables():
+    pages = [*(ROOT / "paper").glob("*.md"), ROOT / "README.md"]
+    allowed = {tuple(printed(stem)) for stem in FAMILIES}
+    allowed |= {tuple(printed(stem.replace("scorecard", "verdicts"))) for stem in FAMILIES
+                if (ROOT / "paper" / "tables" / f"{stem.replace('scorecard', 'verdicts')}.md").exists()}  # fmt: skip
+    seen = 0
+    for page in pages:
+        for block in re.split(r"\n(?!\|)", page.read_text(encoding="utf-8")):
+            if words := tuple(words_of(block)):
+                assert words in allowed, (page.name, words)
+                seen += 1
+    assert seen >= len(FAMILIES)
+
+
+def test_the_sections_scorecard_has_the_verdicts_of_the_appendix():
+    shown = [p for p in (ROOT / "paper" / "tables").glob("*-verdicts.md")]
+    assert shown
+    for path in shown:
+        assert printed(path.stem) == printed(path.stem.replace("verdicts", "scorecard"))

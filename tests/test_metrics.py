@@ -1,5 +1,7 @@
 """Metrics against closed forms, brute force, and their properties."""
 
+import itertools
+
 import naive
 import numpy as np
 import pytest
@@ -96,6 +98,15 @@ def test_own_mean_pushes_the_floor_below_one_half():
     v = np.random.default_rng(2).normal(size=(8, 500))
     assert metrics.pair_floor(v, v.mean(axis=0)).mean() == pytest.approx(0.5 - 0.5 / 7, abs=0.01)
     assert metrics.pair_floor(v, np.zeros(500)).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_chance_of_a_rank_is_that_of_counting_all_orders():
+    stored, k = 5, 2
+    # The places of the k texts among all, best first: so many stored texts are ahead of the better one.
+    ahead = [min(places) for places in itertools.combinations(range(stored + k), k)]
+    for closer in range(stored + 1):
+        assert metrics.chance_of_rank(closer, stored, k) == pytest.approx(np.mean([a <= closer for a in ahead]))
+    assert metrics.chance_of_rank(0, 512, 64) == pytest.approx(64 / (512 + 64))
 
 
 def test_slope_of_a_straight_line():

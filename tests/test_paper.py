@@ -15,7 +15,9 @@ from nla_utils.artefacts import read_record
 from nla_utils.config import ROOT
 from nla_utils.extensions.comparison.page import comparison_page
 from nla_utils.extensions.depth.page import depth_page
+from nla_utils.extensions.release.publish import dataset_card, model_card
 from nla_utils.extensions.tail_reader.page import reader_page
+from nla_utils.lm.registry import REGISTRY
 from nla_utils.paper import findings, tables
 from nla_utils.paper.appendix import appendix_page
 from nla_utils.paper.published import BACKBONES, k_curve, published
@@ -45,13 +47,40 @@ def test_committed_pages_are_what_the_results_give(name):
 def test_committed_tables_are_what_the_results_give():
     made = {t.stem: t for page in PAGES.values() for t in page.tables}
     for stem, table in made.items():
-        assert (ROOT / "paper" / "tables" / f"{stem}.md").read_text(encoding="utf-8") == table.markdown
+        for end, text in table.files.items():
+            assert (ROOT / "paper" / "tables" / f"{stem}.{end}").read_text(encoding="utf-8") == text
     assert {p.stem for p in (ROOT / "paper" / "tables").glob("*.md")} == set(made)
 
 
 def test_the_readmes_tables_are_those_of_the_paper():
-    for stem in ("findings", "reader-findings"):
+    for stem in ("findings", "reader-findings", "reader-trained", "published-null"):
         assert (ROOT / "paper" / "tables" / f"{stem}.md").read_text(encoding="utf-8") in README
+
+
+def _names_weights(text, spec):
+    return spec.weights in " ".join(text.split())
+
+
+def test_what_names_a_backbone_names_its_weights():
+    """Pages, README, NOTICE, cards and the bundles' records say what the registry says of the weights."""
+    texts = {name: page.text() for name, page in PAGES.items()}
+    texts["tex"] = PAGES["section11"].tex(ROOT / "paper" / "section11.tex")
+    texts |= {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "NOTICE")}
+    texts |= {r.title: model_card(r) + dataset_card(r, ROOT) for r in EVERYTHING}
+    texts |= {str(p): p.read_text(encoding="utf-8") for p in (ROOT / "bundles").glob("*/bundle.json")}
+    described = [spec for spec in REGISTRY.values() if spec.weights]
+    assert {spec.name for spec in described} == {r.backbone for r in EVERYTHING}
+    for where, text in texts.items():
+        named = [spec for spec in described if spec.name in text or spec.title in text]
+        assert named, where
+        assert all(_names_weights(text.replace(r"\_", "_"), spec) for spec in named), where
+
+
+def test_a_table_of_one_run_names_its_backbone_with_the_variant():
+    for results in EVERYTHING:
+        of_run = [t for page in PAGES.values() for t in page.tables if t.stem.startswith(f"{results.stem}-") and t.of]
+        assert all(results.spec.variant in text for t in of_run for text in t.files.values())
+    assert sum(bool(t.of) for page in PAGES.values() for t in page.tables) > 50
 
 
 def test_every_committed_number_traces_to_a_run():
@@ -73,7 +102,7 @@ def test_every_committed_number_traces_to_a_run():
 
 
 def test_no_decimal_is_typed_into_the_prose():
-    modules = ("section", "appendix", "findings", "audit", "pages")
+    modules = ("section", "appendix", "findings", "audit", "card", "pages")
     sources = [ROOT / "nla_utils" / "paper" / f"{name}.py" for name in modules]
     sources += (ROOT / "nla_utils" / "paper" / "templates").glob("*.j2")
     for path in sources:
@@ -111,12 +140,10 @@ def test_pages_are_made_without_torch_in_seconds(tmp_path):
 def test_the_section_stands_on_published_numbers_alone(tmp_path):
     section_page([tmp_path / "none"]).write(tmp_path / "s.md", tmp_path / "f")
     text = appendix_page([tmp_path / "none"]).text()
-    assert "Gemma-2-2B, published" in text and (tmp_path / "f" / "fig1_k_curves.png").exists()
+    assert "Gemma-2-2B, published" in text and "Qwen2.5-7B" in (tmp_path / "s.md").read_text(encoding="utf-8") and (tmp_path / "f" / "fig1_k_curves.png").exists()
 
 
 def test_the_section_is_one_to_print():
-    lines = (ROOT / "paper" / "section11.md").read_text(encoding="utf-8").split("\n")
-    assert len(lines) <= 250
     assert PAGES["section11"].tex(ROOT / "paper" / "section11.tex") == (ROOT / "paper" / "section11.tex").read_text()
 
 
@@ -150,9 +177,8 @@ def test_variance_explained_of_the_table_is_that_of_the_arrays():
 
 def test_the_first_table_says_no_where_an_interval_says_no():
     table = findings.findings_table(EVERYTHING)
-    assert len(table) <= 6
     nearest = table.loc["Is greedy text closer than the nearest stored text?"]
-    assert nearest["answer"] == findings.NO and all(nearest.iloc[1:-1].str.startswith("-"))
+    assert all(nearest.iloc[:-1].str.startswith("no: -"))
 
 
 def test_latex_tables_are_ascii():
@@ -176,7 +202,8 @@ def test_executed_notebooks_are_labelled_with_the_commit_that_they_ran_at():
     for folder in (ROOT / "notebooks" / "executed").glob("*/*"):
         results = next(r for r in EVERYTHING if (r.backbone, r.profile) == (folder.parent.name, folder.name))
         (line,) = [line for line in lines if f"`{folder.parent.name}/{folder.name}`" in line]
-        assert all(results.data[name]["code"]["git_commit"][:12] in line for name in NAMES)
+        records = [*results.data.values(), results.optional("tail_reader") or results.data["targets"]]
+        assert all(record["code"]["git_commit"][:12] in line for record in records)
 
 
 def test_a_committed_run_of_a_corpus_names_the_corpus_that_is_here():

@@ -1,15 +1,25 @@
-"""What the README tells a reader to type is a command, with options that it has."""
+"""What the README tells a reader to type is a command with options that it has; what it says of numbers is what they are."""
 
 import re
 import shlex
 
 import pytest
 import typer
+from safetensors import safe_open
 
 from nla_utils.config import ROOT
+from nla_utils.metrics import chance_of_rank
+from nla_utils.paper import claims
+from nla_utils.paper.findings import QUESTIONS, findings_table
+from nla_utils.paper.published import look_up, published
+from nla_utils.paper.results import find_results
 from nla_utils.runner.cli import app
+from nla_utils.scores import rows
 
-FENCED = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PROSE = " ".join(TEXT.split())
+FENCED = TEXT.split("```")[1::2]
+RUNS = {(r.backbone, r.profile): r for r in find_results()}
 LINES = [line.split(" #")[0].strip() for block in FENCED if block[0] == "\n" for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("nla ")]
 TARGETS = [line for line in LINES if line.startswith("make ")]
@@ -30,3 +40,46 @@ def test_a_target_of_the_readme_is_in_the_makefile(line):
 
 def test_the_readme_shows_every_command():
     assert {shlex.split(line)[1] for line in COMMANDS} | ELSEWHERE == set(typer.main.get_command(app).commands)
+
+
+def test_the_caption_says_whose_texts_beat_retrieval():
+    pairs = {}
+    for name in ("gemma2_2b", "qwen25_7b", "llama32_3b"):
+        best, nearest = (look_up(published(name), f"centred_eval.{row}.cen") for row in ("best_of_k", "nn_retrieval"))
+        pairs[name] = best > nearest
+        assert re.search(rf"\({best:.3f} against {nearest:.3f}\)", PROSE), name
+    assert pairs == {"gemma2_2b": False, "qwen25_7b": True, "llama32_3b": True}
+    for backbone in ("gemma3-270m", "smollm2-135m"):
+        column = RUNS[backbone, "paper"].column(rows.BEST.file, "corrected")
+        assert column[rows.BEST.cen] < column[rows.RETRIEVAL.cen]
+
+
+def test_what_reading_the_null_behind_bos_moves_is_that_of_the_results():
+    held = RUNS["gemma3-270m", "paper"].data[rows.EVALUATION_FILE]["protocols"]
+    behind, without = (held[p][rows.UNRELATED.cen] for p in ("corrected", "paper_on_held_out"))
+    said = f"{behind - without:.3f} on the same targets ({behind:.3f} behind BOS, {without:.3f} as the paper reads them)"
+    assert said in PROSE
+
+
+def test_the_p_value_of_the_example_is_the_smallest_that_the_stored_texts_can_give():
+    k, stored, k_again, p = re.search(r"p = (\d+) / \((\d+) \+ (\d+)\) = ([\d.]+)", PROSE).groups()
+    assert k == k_again and p == f"{chance_of_rank(0, int(stored), int(k)):.3f}"
+    with safe_open(ROOT / "bundles" / "gemma3-270m" / "reference.safetensors", "np") as kept:
+        assert kept.get_slice("ids").get_shape()[0] == int(stored)
+    assert f"0 of {stored} stored texts are as close; p = {p} for the best of {k}" in PROSE
+
+
+def test_two_runs_spread_as_far_as_is_said():
+    column = RUNS["smollm2-135m", "laptop"].column(rows.EVALUATION_FILE, "corrected")
+    now = column[rows.GREEDY_MINUS_OTHERS.cen]
+    before = float(re.search(r"results at commit beef2c1\) had \+([\d.]+)", PROSE)[1])
+    assert f"margin over others' of {now:+.3f}" in PROSE
+    assert f"|Δ|/√2 = {abs(before - now) / 2**0.5:.3f}" in PROSE
+
+
+def test_the_margin_that_the_text_calls_unsettled_is_yes_in_one_table_and_not_decided_in_the_other():
+    run = RUNS["smollm2-135m", "paper"]
+    (asked,) = [q for q in QUESTIONS if q.row is rows.GREEDY_MINUS_OTHERS]
+    assert findings_table(list(RUNS.values())).loc[asked.ask, run.label].startswith("yes: +0.019")
+    assert claims.verdicts(run)["greedy_beats_other_greedy", "corrected"] == "not decided"
+    assert "+0.019 is *yes* among the verdicts of this table and *not decided* among" in PROSE

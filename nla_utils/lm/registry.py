@@ -16,7 +16,7 @@ import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Iterable, Optional
 
 from nla_utils.artefacts import require_disk, sha256_file, write_json
 from nla_utils.config import cache_dir
@@ -43,7 +43,8 @@ class BackboneSpec:
     ``layer`` None means round(0.73 L). ``start_id`` None means the tokenizer's BOS. ``eos_ids``
     None means the tokenizer's EOS. ``padding_side`` None means the tokenizer's own.
     ``ceiling`` is the row that the paper divides by in ρ on this backbone. ``license`` is that of the weights, which
-    holds for what derives from them; None where it is not known here.
+    holds for what derives from them; None where it is not known here. ``title`` is the name as its makers write it,
+    ``variant`` and ``weights`` are what pages say of the weights, in short and in full; empty where nothing is known here.
     """
 
     name: str
@@ -55,6 +56,14 @@ class BackboneSpec:
     padding_side: Optional[str] = None
     ceiling: str = "paraphrase_bestof8"
     license: Optional[str] = None
+    title: str = ""
+    variant: str = ""
+    weights: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The name for readers, with the variant: ``Gemma-3-270M (base, 4-bit)``."""
+        return (self.title or self.name) + (f" ({self.variant})" if self.variant else "")
 
 
 def _read_registry() -> dict[str, BackboneSpec]:
@@ -73,6 +82,14 @@ def _frozen(value):
 
 
 REGISTRY = _read_registry()
+
+
+def weights_note(names: Iterable[str]) -> str:
+    """One sentence for each backbone of ``names`` whose weights the registry describes."""
+    specs = (REGISTRY[name] for name in dict.fromkeys(names) if name in REGISTRY)
+    return " ".join(f"{spec.shown}: {spec.weights}." for spec in specs if spec.weights)
+
+
 AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
 TARGET_FILES = ("*.pt", "targets.safetensors", "*.json")
 # The same weights again, under another name or in a folder.

@@ -12,20 +12,25 @@ from nla_utils.paper import claims, figures, tables
 from nla_utils.paper.audit import audit_table
 from nla_utils.paper.findings import ITERATION, STUDY, iteration_table, study_table
 from nla_utils.paper.pages import FigureSpec, Page, Table, provenance
-from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, without_variants
+from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results, weights_note, without_variants
 from nla_utils.scores import rows
 
 APPENDIX = ROOT / "paper" / "appendix.md"
 FIGURE_SPECS = (
     FigureSpec("figA_k_curves_by_run", figures.figure_by_run, "K-curves of every run under both protocols, with floor, "
-               "ceiling and controls. Bands are intervals."),
-    FigureSpec("fig2_mu_and_floor", figures.figure_2, "‖μ‖ against the random floor: raw scores of unrelated pairs rise "
-               "with ‖μ‖, centred ones stay at one half."),
-    FigureSpec("fig3_replay_ladder", figures.figure_3, "Replay of the same targets: as published, and with the last "
-               "token, the text's lost ids and EOS, the missing BOS corrected. Which of them costs most differs "
-               "between backbones."),
-    FigureSpec("fig4_slip_by_slip", figures.figure_4, "The paper's procedure at the top, each line below corrects one "
-               "more of its slips; the last is the corrected protocol. Bands are intervals."),
+               "ceiling and controls, all on one scale. The two controls often coincide: dots on the wide pale line. Bands "
+               "are 95 % intervals over targets."),
+    FigureSpec("fig2_mu_and_floor", figures.figure_2, "The score of unrelated pairs, raw (filled) and centred (open), "
+               "paper protocol. Left, ours: the raw one is ½ (1 + the share of the mean square that lies along μ). Right: by "
+               "‖μ‖, which grows with the scale of the activations, backbones come in another order; the paper prints ‖μ‖ "
+               "but not the share, and no intervals. Ours have 95 % intervals over targets."),
+    FigureSpec("fig3_replay_ladder", figures.figure_3, "Replay of the same targets: as published, with the last "
+               "token found from the mask, and from there with the sampled ids, with BOS, or with both. The rows are no path "
+               "along which one slip after another is corrected, so no line joins them. Bars are 95 % intervals over targets."),
+    FigureSpec("fig4_slip_by_slip", figures.figure_4, "The paper's procedure on the left, each step to the right corrects "
+               "one more of its slips; the last is the corrected protocol. In the last step of ρ the numerator becomes the best "
+               "of as many rollouts as there are paraphrases below it, so no line joins it to the others. Bars are 95 % "
+               "intervals over targets."),
 )  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def tables_of_run(results: RunResults) -> list[Table]:
         made.append(("study", caption, study_table(results)))
     if results.optional(ITERATION):
         made.append(("iteration", "Search made into a policy", iteration_table(results)))
-    return [Table(f"{results.stem}-{end}", caption, frame) for end, caption, frame in made]
+    return [Table(f"{results.stem}-{end}", caption, frame, of=results.label) for end, caption, frame in made]
 
 
 def shared_tables(shown: Sequence[RunResults]) -> dict[str, Table]:
@@ -81,8 +86,6 @@ def shared_tables(shown: Sequence[RunResults]) -> dict[str, Table]:
     made = (
         Table("runs", "The runs", runs_table(shown)),
         Table("backbones", "The backbones side by side", tables.backbones_table(shown)),
-        Table("published-null", "Published best-of-K beside the null that the paper itself prints",
-              tables.published_null_table()),
         Table("claims", "The claims and what a verdict on them means", claims.claims_table()),
         Table("gap", "Centred gap, paraphrase best-of-8 minus floor", claims.gap_table(shown)),
     )  # fmt: skip
@@ -102,10 +105,12 @@ def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str,
     everything = find_results(roots)
     shown = without_variants(everything, own)
     shared, seeds = shared_tables(shown), seeds_tables(everything)
-    of_runs = {r.title: tables_of_run(r) for r in shown}
-    drawn = {spec: shown for spec in FIGURE_SPECS if shown}
+    of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
+    # The floors of a sweep's layers are points of figure 2.
+    drawn = {spec: everything if spec.draw is figures.figure_2 else shown for spec in FIGURE_SPECS if shown}
     values = {
         "shared": shared, "seeds": seeds, "of_runs": of_runs, "keys": tables.markdown(keys_table()),
+        "weights": weights_note(everything),
         "provenance": provenance(everything, (*NAMES, STUDY, ITERATION)),
     }  # fmt: skip
     made = [*shared.values(), *seeds, *(t for part in of_runs.values() for t in part)]

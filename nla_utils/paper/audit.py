@@ -5,11 +5,11 @@ Slips are those of :mod:`nla_utils.protocol`; every figure is read from the run'
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Sequence
 
 import pandas as pd
 
-from nla_utils.paper.results import RunResults
+from nla_utils.paper.results import CORPUS, RunResults
 from nla_utils.paper.tables import number, signed
 from nla_utils.protocol import SLIPS
 from nla_utils.scores import rows
@@ -19,6 +19,13 @@ def _step(results: RunResults, slip: str, key: str) -> str:
     """A quantity as published and with this one slip corrected."""
     alone = results.data["centered_eval"]["ablation"]["alone"]
     return f"{number(alone['paper'][key])} → {number(alone[slip][key])}"
+
+
+def _in_order(results: RunResults, slip: str, key: str) -> str:
+    """A quantity with all earlier slips corrected, and with this one too."""
+    steps = results.data["centered_eval"]["ablation"]["in_order"]
+    before = list(steps)[list(steps).index(slip) - 1]
+    return f"{number(steps[before][key])} → {number(steps[slip][key])}"
 
 
 def _pair(results: RunResults, row: rows.Row) -> str:
@@ -33,7 +40,13 @@ def _corrected(results: RunResults, row: rows.Row) -> str:
 def _in_sample(results: RunResults) -> str:
     count, column = results.data["training"]["in_sample_trained_on"], results.column("centered_eval", "corrected")
     shown = "an unknown number" if count is None else count
-    return f"{shown} of {column['n']} trained on; advantage of greedy {signed(column, rows.IN_SAMPLE_GREEDY.key)}"
+    low, high = column["ci95"][rows.IN_SAMPLE_GREEDY.key]
+    undecided = ", not decided" if low <= 0 <= high else ""
+    return (
+        f"{shown} of {column['n']} trained on. Other targets, the slips above corrected: paraphrase "
+        f"{_in_order(results, 'in_sample', 'paraphrase_bestof8')}. Training: greedy's margin over others', in-sample − held "
+        f"out, {signed(column, rows.IN_SAMPLE_GREEDY.key)}{undecided}"
+    )
 
 
 def _null(results: RunResults) -> str:
@@ -47,13 +60,19 @@ def _first_k(results: RunResults) -> str:
 
 
 def _floor_kind(results: RunResults) -> str:
-    shown = (("random floor", rows.POOL_FLOOR), ("others' greedy", rows.OTHERS_GREEDY), ("greedy", rows.GREEDY))
-    return ", ".join(f"{label} {_corrected(results, row)}" for label, row in shown)
+    floor, greedy = _corrected(results, rows.POOL_FLOOR), _corrected(results, rows.OTHERS_GREEDY)
+    return f"at {results.size}: others' greedy {greedy}, random floor {floor}"
 
 
 def _raw_select(results: RunResults) -> str:
     training = results.data["training"]
-    return f"step {training['best_step']} kept, centred would keep {training['best_step_by_centred']}"
+    interval = training["validation"][0]["step"]
+    kept = f"step {training['best_step']} of {training['steps']} kept, centred would keep {training['best_step_by_centred']}"
+    if interval == training["steps"]:
+        return kept
+    saved = [v for v in training["validation"] if v["step"] % interval == 0]
+    authors = max(saved, key=lambda v: v["fve_nrm"])["step"]
+    return f"{kept}; the authors, who save at multiples of {interval} alone, would keep {authors}"
 
 
 def _retokenize(results: RunResults) -> str:
@@ -77,7 +96,10 @@ def _one_span(results: RunResults) -> str:
 
 
 def _eos_text(results: RunResults) -> str:
-    return f"replay {_step(results, 'eos_text', 'replay')}; {results.data['targets']['ended_share']:.1%} end in EOS"
+    return (
+        f"{results.data['targets']['ended_share']:.1%} end in EOS; replay alone {_step(results, 'eos_text', 'replay')}, in order "
+        f"{_in_order(results, 'eos_text', 'replay')}. It also drops the decoding and tokenizing again, which moves padding"
+    )
 
 
 def _self_mu(results: RunResults) -> str:
@@ -115,4 +137,19 @@ def audit_table(results: RunResults) -> pd.DataFrame:
         {"slip": s.id, "what it is": s.what, "acts in": s.acts_in, "what it moves": MOVES[s.id](results)}
         for s in SLIPS.values()
     ]
+    return pd.DataFrame(table).set_index("slip")
+
+
+def audit_of_all(runs: Sequence[RunResults], everything: Sequence[RunResults]) -> pd.DataFrame:
+    """Each slip, what it is, and what it moves in each of ``runs``. What depends on size is shown at every size that a
+    backbone has in ``everything``."""
+    table = []
+    for slip in SLIPS.values():
+        row = {"slip": slip.id, "what it is": slip.what}
+        for results in runs:
+            moved = MOVES[slip.id]
+            own = [r for r in everything if r.backbone == results.backbone and not CORPUS.search(r.family)]
+            own.sort(key=lambda r: r.data["targets"]["sizes"]["N"])
+            row[results.label] = "; ".join(moved(r) for r in own) if slip.id == "floor_kind" else moved(results)
+        table.append(row)
     return pd.DataFrame(table).set_index("slip")

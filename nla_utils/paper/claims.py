@@ -1,7 +1,7 @@
-"""The paper's claims as data, the test that each must pass, and the verdicts on published numbers and runs.
+"""The paper's claims as data, the test that each must pass, and the verdicts on runs.
 
-A verdict follows from an interval: *stands* where all of it passes, *falls* where all of it fails, *not decided
-at this n* otherwise. Published numbers come without per-target data, so they are judged by their value alone.
+Verdicts follow the one rule of :mod:`nla_utils.paper.verdicts`; the verdicts of one run's scorecard, under both
+protocols, are one family. Published numbers come without intervals, so they are shown beside the test and not judged.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Optional, Sequence
 
 import pandas as pd
 
 from nla_utils import metrics
 from nla_utils.paper.published import SECTION_11, TITLES, k_curve, look_up, published
 from nla_utils.paper.results import RunResults
-from nla_utils.paper.tables import signed, with_interval
+from nla_utils.paper.tables import number, signed, with_interval
+from nla_utils.paper.verdicts import UNMEASURED, VALUE_ONLY, Claimed, decide
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
-STANDS, FALLS, UNDECIDED, UNMEASURED = "stands", "falls", "not decided at this n", "–"
+PROTOCOLS = ("paper", "corrected")
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,23 @@ class Claim:
         """The condition, for the reader."""
         if self.low == -math.inf:
             return f"< {self.high:g}"
+        if self.low == -self.high:
+            return f"within ±{self.high:g}"
         return f"> {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
 
 
-def _read_claims() -> tuple[Claim, ...]:
-    """The claims of ``claims.toml`` beside this file."""
-    entries = tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))["claim"]
-    return tuple(Claim(**{**e, "row": getattr(rows, e["row"]), "stated": tuple(e.get("stated", ()))}) for e in entries)
+def read(kind: str) -> list[dict]:
+    """The entries of one kind, ``claim`` or ``question``, in ``claims.toml`` beside this file."""
+    return tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))[kind]
 
 
-CLAIMS = _read_claims()
+CLAIMS = tuple(Claim(**{**e, "row": getattr(rows, e["row"]), "stated": tuple(e.get("stated", ()))}) for e in read("claim"))
 
 
-def stated_value(claim: Claim, name: str) -> float:
-    """The claim's quantity in a published record."""
+def stated_value(claim: Claim, name: str) -> Optional[float]:
+    """The claim's quantity in a published record, ``None`` where the paper prints too little."""
+    if not claim.stated:
+        return None
     curve = k_curve(name)
     derived = {
         "k_curve.r_squared": metrics.slope_per_doubling(list(curve), list(curve.values()))[2], "k_curve.best_of_8": curve[8],
@@ -71,55 +75,49 @@ def stated_value(claim: Claim, name: str) -> float:
     return values[0] if len(values) == 1 else values[0] - values[1]
 
 
-def verdict(claim: Claim, low: float, high: float) -> str:
-    """Verdict on an interval [low, high] of the claim's quantity."""
-    if claim.low < low and high < claim.high:
-        return STANDS
-    return FALLS if high <= claim.low or low >= claim.high else UNDECIDED
+def claimed(column: dict, key: str, low: float = -math.inf, high: float = math.inf) -> Claimed:
+    """A figure of one protocol's column with the bounds of a claim about it."""
+    return Claimed(column.get(key), column["ci95"].get(key), low, high)
 
 
-def judge(claim: Claim, column: dict) -> tuple[str, str]:
-    """(value with interval, verdict) in one protocol's column; a quantity without interval is judged by value."""
-    key = claim.row.cen
-    value = column.get(key)
-    if value is None:
-        return UNMEASURED, UNMEASURED
-    if key not in column["ci95"]:
-        return f"{value:.3f}", verdict(claim, value, value)
-    low, high = column["ci95"][key]
-    return signed(column, key), verdict(claim, low, high)
+def cell(column: dict, key: str, word: str) -> str:
+    """The verdict and what it is about, ``yes: +0.035 [+0.024, +0.046]``."""
+    if word == UNMEASURED:
+        return UNMEASURED
+    return f"{word}: {number(column[key]) if word == VALUE_ONLY else signed(column, key)}"
 
 
-def judge_published(claim: Claim, name: str) -> tuple[str, str]:
-    """(value, verdict) of a published backbone, by its value alone."""
-    if not claim.stated:
-        return UNMEASURED, UNMEASURED
-    value = stated_value(claim, name)
-    return f"{value:+.3f}", verdict(claim, value, value)
-
-
-def verdicts(results: RunResults) -> dict[str, str]:
-    """Verdict on each of §11's own claims by its id, under the corrected protocol."""
-    own = [c for c in CLAIMS if c.where != "control"]
-    return {c.id: judge(c, results.column(c.row.file, "corrected"))[1] for c in own}
+def verdicts(results: RunResults) -> dict[tuple[str, str], str]:
+    """The verdict on every claim and control of a run, by its id and the protocol: one family."""
+    return decide({
+        (c.id, p): claimed(results.column(c.row.file, p), c.row.cen, c.low, c.high) for c in CLAIMS for p in PROTOCOLS
+    })  # fmt: skip
 
 
 def scorecard(results: RunResults) -> pd.DataFrame:
     """Every claim: the published value, ours under both protocols, and the verdicts."""
-    table = []
+    table, words = [], verdicts(results)
     for claim in CLAIMS:
+        stated = stated_value(claim, SECTION_11)
         row = {"claim": claim.sentence, "where": claim.where, "quantity": f"{claim.quantity}: {claim.test}"}
-        value, word = judge_published(claim, SECTION_11)
-        row[f"published, {TITLES[SECTION_11]}"] = value if word == UNMEASURED else f"{value} {word}"
-        for protocol, label in (("paper", "paper protocol"), ("corrected", "corrected")):
-            row[label] = " ".join(dict.fromkeys(judge(claim, results.column(claim.row.file, protocol))))
+        row[f"published, {TITLES[SECTION_11]} (value only)"] = UNMEASURED if stated is None else f"{stated:+.3f}"
+        for protocol, label in zip(PROTOCOLS, ("paper protocol", "corrected")):
+            row[label] = cell(results.column(claim.row.file, protocol), claim.row.cen, words[claim.id, protocol])
         table.append(row)
     return pd.DataFrame(table).set_index("claim")
 
 
+def decided(asked: Sequence[Claim], column: dict) -> pd.DataFrame:
+    """The verdicts on some claims from one protocol's column, ``asked`` being one family."""
+    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in asked})
+    table = [{"claim": c.sentence, "test": c.test, "in this run": cell(column, c.row.cen, words[c.id])} for c in asked]
+    return pd.DataFrame(table).set_index("claim")
+
+
 def short_scorecard(results: RunResults) -> pd.DataFrame:
-    """Every claim, its published value and ours under both protocols, each with the verdict on it."""
+    """Every claim with the test it must pass, its published value, and ours under both protocols with the verdicts."""
     full = scorecard(results).drop(columns=["where", "quantity"])
+    full.insert(0, "test", [c.test for c in CLAIMS])
     controls = {c.sentence for c in CLAIMS if c.where == "control"}
     return full.rename(index=lambda sentence: f"control: {sentence}" if sentence in controls else sentence)
 
@@ -135,8 +133,7 @@ def claims_table() -> pd.DataFrame:
 
 def gap_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """The claim that the centred gap (paraphrase − floor) is a property of the backbone: one row a run."""
-    protocols = ("paper", "corrected")
     table = [
-        (r.title, *(with_interval(r.column("oracle_ceiling", p), rows.GAP.cen) for p in protocols)) for r in everything
+        (r.title, *(with_interval(r.column("oracle_ceiling", p), rows.GAP.cen) for p in PROTOCOLS)) for r in everything
     ]
-    return pd.DataFrame(table, columns=["run", *protocols]).set_index("run")
+    return pd.DataFrame(table, columns=["run", *PROTOCOLS]).set_index("run")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, Sequence
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Sequence
 
 import pandas as pd
 
 from nla_utils.paper import claims, tables
 from nla_utils.paper.results import RunResults, largest
+from nla_utils.paper.verdicts import NO, UNDECIDED, UNMEASURED, VALUE_ONLY, YES, Claimed, decide
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
@@ -15,7 +19,10 @@ STUDY = "training_study"
 ITERATION = "expert_iteration"
 # The parts of a study where reading v is easy.
 EASY = ("positive control", "by heart")
-YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "not decided", "it differs"
+COMPARISON = "comparison"
+# The kinds of vector that say whether the score is gamed, the last as it should be.
+VECTORS = ("Gaussian", "difference of two means", "an activation")
+FIRST = "question (held out, centred)"
 
 
 def variance_explained(results: RunResults, row: Row) -> float:
@@ -34,56 +41,91 @@ def three_scales(results: RunResults, row: Row) -> str:
     return f"{score:.3f} · {2 * score - 1:.3f} · {variance_explained(results, row):.2f}"
 
 
-def _signed(row: Row) -> Callable[[RunResults], tuple[str, str]]:
-    """The answer that an interval gives to "is it above zero?", and the value with the interval."""
+@dataclass(frozen=True)
+class Question:
+    """A question of the first table, from ``claims.toml``: yes where the figure lies between ``low`` and ``high``."""
 
-    def answer(results: RunResults) -> tuple[str, str]:
-        column = results.column(row.file, "corrected")
-        low, high = column["ci95"][row.cen]
-        return (YES if low > 0 else NO if high <= 0 else UNDECIDED), tables.signed(column, row.cen)
+    ask: str
+    row: Row
+    notebook: str
+    low: float = -math.inf
+    high: float = math.inf
+    protocol: str = "corrected"
+    source_loss: bool = False
 
-    return answer
+    def column(self, results: RunResults) -> dict:
+        """The column of a run's results that has the figure; empty where it was not measured."""
+        found = results.source_loss if self.source_loss else results.column(self.row.file, self.protocol)
+        return found or {"ci95": {}}
+
+    def claimed(self, results: RunResults) -> Claimed:
+        """The figure with its interval and the bounds."""
+        return claims.claimed(self.column(results), self.row.cen, self.low, self.high)
+
+    def cell(self, results: RunResults, word: str) -> str:
+        """The verdict, and the figure: a difference with its sign."""
+        column, key = self.column(results), self.row.cen
+        return claims.cell(column, key, word) if self.low == 0 else f"{word}: {tables.with_interval(column, key)}"
 
 
-def _replay(results: RunResults) -> tuple[str, str]:
-    shown = [tables.number(results.column(rows.REPLAY.file, p)[rows.REPLAY.cen]) for p in ("paper", "corrected")]
-    published, corrected = (YES if value == tables.number(1) else NO for value in shown)
-    return f"{published}; corrected, {corrected}", "; ".join(shown)
+def _read_questions() -> tuple[Question, ...]:
+    return tuple(Question(**{**entry, "row": getattr(rows, entry["row"])}) for entry in claims.read("question"))
 
 
-def _read(results: RunResults) -> tuple[str, str]:
-    column = results.source_loss
-    if column is None:
-        return "not measured", "–"
-    key = rows.NATS_GAINED[0].key
-    return (YES if column["ci95"][key][0] > 0 else UNDECIDED), tables.signed(column, key)
+QUESTIONS = _read_questions()
 
 
-QUESTIONS: tuple[tuple[str, str, Callable[[RunResults], tuple[str, str]]], ...] = (
-    ("Does the same text score 1, as published?", "03", _replay),
-    ("Does its own v make a source likelier than another's, in nats a token?", "04", _read),
-    ("Is greedy text closer to its own v than to others'?", "04", _signed(rows.GREEDY_MINUS_OTHERS)),
-    ("Are K rollouts worth more than K unrelated texts?", "04", _signed(rows.BEST_MINUS_UNRELATED)),
-    ("Is greedy text closer than the nearest stored text?", "04", _signed(rows.GREEDY_MINUS_RETRIEVAL)),
-    ("What is greedy text worth: ½(1 + cos) · cosine · variance explained", "04",
-     lambda r: ("", three_scales(r, rows.GREEDY))),
+def _pair(a: Row, b: Row, kind: str) -> Callable[[RunResults], str]:
+    """Two figures of one column, shown without a verdict: results have no interval of their difference."""
+
+    def shown(results: RunResults) -> str:
+        values = (tables.number(results.column(row.file, "corrected")[row.at(kind)]) for row in (a, b))
+        return f"{VALUE_ONLY}: {' against '.join(values)}"
+
+    return shown
+
+
+def gamed(results: RunResults) -> str:
+    """What the guided search scores on vectors of three kinds; in brackets the chance that the best of as many unrelated
+    texts scores less."""
+    record = results.optional(COMPARISON)
+    if record is None:
+        return UNMEASURED
+    found = {row["kind"]: row for row in record["directions"] if row["method"] == "guided"}
+    return " · ".join(f"{tables.number(found[k]['score'])} ({found[k]['percentile']:.0%})" for k in VECTORS)
+
+
+# What is shown beside the verdicts, by question: figures that no rule judges.
+VALUES: tuple[tuple[str, str, Callable[[RunResults], str]], ...] = (
+    ("Is the best of K rollouts closer than the nearest stored text?", "04", _pair(rows.BEST, rows.RETRIEVAL, "cen")),
+    ("Raw, is the best of K rollouts closer than μ, which says nothing?", "04", _pair(rows.BEST, rows.CONSTANT_MU, "raw")),
+    ("What does greedy text score: ½(1 + cos) · cosine · variance explained?", "04",
+     lambda r: three_scales(r, rows.GREEDY)),
+    ("Is the score gamed? Guided search on a Gaussian vector · a difference of two means · a real activation", "09", gamed),
+    ("How do §11's own claims fare in the scorecard?", "06", lambda r: verdict_counts(r)),
 )  # fmt: skip
 
 
-def agreed(found: Mapping[str, tuple[str, str]]) -> str:
-    """The answer of all backbones, ``{label: (answer, number)}``, if it is one."""
-    answers = {answer for answer, _ in found.values()}
-    return answers.pop() if len(answers) == 1 else UNEQUAL
-
-
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """A few questions, the answer where the backbones agree, the numbers of each one's largest run, and the notebook."""
-    shown, table = largest(everything), []
-    for question, notebook, ask in QUESTIONS:
-        found = {r.label: ask(r) for r in shown}
-        row = {"question (held out, centred)": question, "answer": agreed(found)}
-        table.append({**row, **{label: value for label, (_, value) in found.items()}, "notebook": notebook})
-    return pd.DataFrame(table).set_index("question (held out, centred)")
+    """What is asked of each backbone's largest run, and the answer with its number. The verdicts on all of them are one
+    family."""
+    shown = largest(everything)
+    words = decide({(q.ask, r.label): q.claimed(r) for q in QUESTIONS for r in shown})
+    table = [
+        {FIRST: q.ask, **{r.label: q.cell(r, words[q.ask, r.label]) for r in shown}, "notebook": q.notebook}
+        for q in QUESTIONS
+    ]
+    table += [{FIRST: ask, **{r.label: show(r) for r in shown}, "notebook": notebook} for ask, notebook, show in VALUES]
+    return pd.DataFrame(table).set_index(FIRST)
+
+
+def answered(record: dict) -> pd.DataFrame:
+    """The verdicts on the questions that one results file answers by itself, one family."""
+    identity, name = record["identity"], record["name"]
+    alone = RunResults(identity["backbone"], record["profile"], {name: record}, Path())
+    asked = [q for q in QUESTIONS if q.row.file == name]
+    words = decide({q.ask: q.claimed(alone) for q in asked})
+    return pd.DataFrame([{FIRST: q.ask, "in this run": q.cell(alone, words[q.ask])} for q in asked]).set_index(FIRST)
 
 
 def reading_table(everything: Sequence[RunResults]) -> pd.DataFrame:
@@ -148,7 +190,7 @@ def easy_table(everything: Sequence[RunResults]) -> pd.DataFrame:
 
 
 def verdict_counts(results: RunResults) -> str:
-    """How many of §11's own claims stand, fall and are not decided, corrected."""
-    words = list(claims.verdicts(results).values())
-    verbs = {claims.STANDS: "stand", claims.FALLS: "fall", claims.UNDECIDED: "not decided"}
-    return ", ".join(f"{verb} {words.count(word)}" for word, verb in verbs.items())
+    """How many of §11's own claims got which verdict, corrected: ``yes 4 · no 2 · not decided 1 · value only 1``."""
+    own = [c.id for c in claims.CLAIMS if c.where != "control"]
+    words = [word for (name, protocol), word in claims.verdicts(results).items() if name in own and protocol == "corrected"]
+    return " · ".join(f"{word} {words.count(word)}" for word in (YES, NO, UNDECIDED, VALUE_ONLY))

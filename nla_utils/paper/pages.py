@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Sequence
@@ -15,24 +17,59 @@ from matplotlib.figure import Figure
 
 from nla_utils.artefacts import atomic_write
 from nla_utils.config import ROOT
+from nla_utils.paper.draw import styled
 from nla_utils.paper.results import RunResults
 from nla_utils.paper.tables import latex, markdown, tex
 
 FIGURES = ROOT / "figures"
 
 
+# A citation in prose: ``@[key]``, a key of ``references.toml``.
+CITATION = re.compile(r"@\[(\w+)\]")
+
+
+def references() -> dict[str, dict]:
+    """What the section cites, by key."""
+    return tomllib.loads(Path(__file__).with_name("references.toml").read_text(encoding="utf-8"))
+
+
+def cite(text: str) -> str:
+    """Citations of a text as Markdown links."""
+    found = references()
+
+    def link(match: re.Match) -> str:
+        work = found[match[1]]
+        return f"([{work['authors']}, {work['year']}]({work['url']}))"
+
+    return CITATION.sub(link, text)
+
+
+def cite_tex(text: str) -> str:
+    """Plain text for LaTeX, its citations as ``\\cite``."""
+    return CITATION.sub(r"\\cite{\1}", tex(text))
+
+
 @dataclass(frozen=True)
 class Table:
-    """A generated table: file stem, caption, contents, and the widths of its columns where it has to wrap in print."""
+    """A generated table: file stem, caption, contents, the widths of its columns where it has to wrap in print, and the
+    run that it is of, which its files name."""
 
     stem: str
     caption: str
     frame: pd.DataFrame
     widths: tuple[float, ...] = ()
+    of: str = ""
 
     @property
     def markdown(self) -> str:
         return markdown(self.frame)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What its files hold, by their ending."""
+        caption = f"{self.caption}. {self.of}" if self.of else self.caption
+        head = f"*{caption}*\n\n" if self.of else ""
+        return {"md": head + self.markdown, "tex": latex(self.frame, caption, f"tab:{self.stem}", self.widths)}
 
 
 @dataclass(frozen=True)
@@ -44,12 +81,17 @@ class FigureSpec:
     caption: str
 
 
+def _fill(text: str) -> str:
+    """Prose in lines of 140, links in one piece."""
+    return textwrap.fill(cite(text), 140, break_long_words=False, break_on_hyphens=False)
+
+
 def render(template: str, **values: object) -> str:
     """A file of ``paper/templates`` of the package, filled; a value that it asks for and does not get is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      undefined=jinja2.StrictUndefined)  # fmt: skip
-    environment.filters |= {"tex": tex, "fill": lambda text: textwrap.fill(text, 140, break_long_words=False)}
+    environment.filters |= {"tex": cite_tex, "fill": _fill}
     return environment.get_template(template).render(**values)
 
 
@@ -85,8 +127,7 @@ class Page:
         path = path or self.path
         written = [path]
         for table in self.tables:
-            files = {"md": table.markdown, "tex": latex(table.frame, table.caption, f"tab:{table.stem}", table.widths)}
-            for end, text in files.items():
+            for end, text in table.files.items():
                 written.append(path.parent / "tables" / f"{table.stem}.{end}")
                 atomic_write(written[-1], text.encode())
         for spec, shown in self.figures.items():
@@ -98,6 +139,7 @@ class Page:
         return written
 
 
+@styled
 def save_figure(fig: Figure, folder: Path, name: str) -> list[Path]:
     """Write PNG to look at and PDF for LaTeX, without dates, so that equal figures are equal files."""
     folder.mkdir(parents=True, exist_ok=True)

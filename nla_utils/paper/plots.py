@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nla_utils.metrics import fve, fve_matrix
-from nla_utils.paper.figures import NULL_GREY, colour, k_curve_panel, same_limits, style
+from nla_utils.paper.draw import NULL_GREY, colour, same_limits, shade, style, styled
+from nla_utils.paper.figures import k_curve_panel
 from nla_utils.paper.tables import with_interval
 from nla_utils.protocol import Protocol
 from nla_utils.scores.column import Column
@@ -25,50 +26,70 @@ WIDTH = 160
 
 
 def _one_line(text: str) -> str:
+    """The text on one line; of a long one the end, since v is taken at the last token."""
     line = " ".join(text.split())
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return line if len(line) <= WIDTH else "…" + line[1 - WIDTH :]
 
 
 def texts_table(backbone: Backbone, texts: Mapping[str, Sequence[int]]) -> str:
-    """Token sequences as text by label, one line each."""
+    """Token sequences as text by label, one line each, the end of a long one."""
     width = max(map(len, texts))
     return "\n".join(f"{label:<{width}}  {_one_line(backbone.decode_text(ids))}" for label, ids in texts.items())
 
 
+def most(values: Sequence[float]) -> tuple[float, float]:
+    """The range that an axis shows: the middle 99 % of the values, a tenth wider, so that no outlier stretches it."""
+    low, high = np.nanpercentile(values, [0.5, 99.5])
+    room = 0.1 * (high - low) or 0.5
+    return low - room, high + room
+
+
+@styled
 def lengths_and_norms(targets: Targets, backbone: str) -> Figure:
     """Histograms of sequence length and of ‖v‖."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    left.hist(targets.lengths, bins=np.arange(targets.ids.shape[1] + 2) - 0.5, color=colour(backbone))
-    style(left, "sequence length (tokens)", "sequences")
-    right.hist(np.linalg.norm(targets.v, axis=1), bins=40, color=colour(backbone))
-    right.axvline(np.linalg.norm(targets.mu), color="black", linestyle="--", label="‖μ‖")
-    right.legend(frameon=False)
-    style(right, "‖v‖", "targets")
+    left.hist(targets.lengths, bins=np.arange(targets.ids.shape[1] + 2) - 0.5, color=colour(backbone), log=True)
+    style(left, "sequence length (tokens)", "sequences (log)")
+    norms, mu = np.linalg.norm(targets.v, axis=1), np.linalg.norm(targets.mu)
+    low, high = most(norms)
+    outside = int(((norms < low) | (norms > high)).sum())
+    right.hist(norms, bins=np.linspace(low, high, 41), color=colour(backbone))
+    right.axvline(mu, color="black", linestyle="--", label="‖μ‖")
+    right.legend()
+    style(right, "‖v‖", "targets", f"{outside} of {len(norms)} lie beyond the axis")
     return fig
 
 
+@styled
 def cosine_histograms(raw: np.ndarray, centred: np.ndarray, backbone: str) -> Figure:
     """Cosines of unrelated pairs: raw they crowd far from 0, centred they sit around 0."""
     fig, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
     bins = np.linspace(-1, 1, 81)
     ax.hist(raw, bins=bins, color=NULL_GREY, alpha=0.7, label="raw")
     ax.hist(centred, bins=bins, color=colour(backbone), alpha=0.7, label="centred")
-    ax.legend(frameon=False)
+    ax.legend()
     style(ax, "cosine of two unrelated targets", "pairs")
     return fig
 
 
+@styled
 def training_curves(training: dict, backbone: str) -> Figure:
-    """Loss by step, and both validation criteria."""
+    """Loss by step, raw and as the mean of the steps round each, and both validation criteria."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     c = colour(backbone)
-    left.plot(range(1, len(training["loss"]) + 1), training["loss"], color=c, linewidth=1)
+    loss, steps = np.array(training["loss"]), np.arange(1, len(training["loss"]) + 1)
+    window = min(len(loss), max(5, len(loss) // 40))
+    smooth = np.convolve(loss, np.ones(window), "same") / np.convolve(np.ones(len(loss)), np.ones(window), "same")
+    left.plot(steps, loss, color=shade(c, 0.6), linewidth=0.5, label="each step")
+    left.plot(steps, smooth, color=shade(c, -0.3), label=f"mean of {window} steps")
+    left.set_ylim(*most(loss))
+    left.legend()
     style(left, "step", "cross-entropy (nats / token)")
     steps = [r["step"] for r in training["validation"]]
     criteria = (("fve_nrm", "raw, no BOS (kept by this)", "o-"), ("fve_nrm_cen", "centred, with BOS", "s--"))
     for key, label, line in criteria:
         right.plot(steps, [r[key] for r in training["validation"]], line, color=c, label=label)
-    right.legend(frameon=False, fontsize=8)
+    right.legend()
     style(right, "step", "validation fve_nrm, greedy")
     return fig
 
@@ -86,6 +107,7 @@ def source_loss_by_position(column: dict, backbone: str) -> Figure:
     return _saved(range(1, len(nats["own"]) + 1), nats, backbone, "-", "token of the source", "nats")
 
 
+@styled
 def _saved(
     x: Sequence[int], nats: Mapping[str, np.ndarray], backbone: str, line: str, x_label: str, unit: str
 ) -> Figure:
@@ -98,6 +120,7 @@ def _saved(
     return fig
 
 
+@styled
 def bars(rows: Sequence[Row], column: dict, backbone: str, x: str, kind: str = "cen") -> Figure:
     """Rows of a column as points with intervals; controls are grey squares."""
     fig, ax = plt.subplots(figsize=(7, 0.32 * len(rows) + 0.9), layout="constrained")
@@ -132,15 +155,18 @@ def ablation_table(steps: dict, keys: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(found).T
 
 
+@styled
 def k_curves(columns: Mapping[str, Column], scales: Mapping[str, dict], backbone: str, of: str = "AV") -> Figure:
     """Both protocols' K-curves with their nulls, floors and ceilings; ``of`` names whose texts they are."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for ax, (protocol, column) in zip(axes, columns.items()):
-        k_curve_panel(ax, column.to_json(), scales[protocol], colour(backbone), protocol, of)
+        k_curve_panel(ax, column.to_json(), scales[protocol], backbone, f"{protocol}, M = {column.n}", of)
     same_limits(axes)
+    fig.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     return fig
 
 
+@styled
 def spearman_histogram(columns: Mapping[str, Column], backbone: str) -> Figure:
     """Distribution over targets of Spearman(mean log-probability, oracle score)."""
     fig, axes = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained", sharey=True)
@@ -172,6 +198,7 @@ def verbalizations(
     return "\n\n".join(blocks)
 
 
+@styled
 def score_histogram(targets: Targets, rollouts: Rollouts, protocol: Protocol, backbone: str) -> Figure:
     """Centred scores of all rollouts against their own target and against the other targets."""
     v, h = targets.v[rollouts.rows], rollouts.h(protocol)
@@ -181,6 +208,6 @@ def score_histogram(targets: Targets, rollouts: Rollouts, protocol: Protocol, ba
     bins = np.linspace(0, 1, 61)
     ax.hist(np.concatenate(other), bins=bins, density=True, color=NULL_GREY, alpha=0.6, label="another target")
     ax.hist(own.ravel(), bins=bins, density=True, color=colour(backbone), alpha=0.6, label="its own target")
-    ax.legend(frameon=False)
+    ax.legend()
     style(ax, "centred fve_nrm of a rollout", "density", protocol.name)
     return fig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from nla_utils import metrics
 from nla_utils.artefacts import read_json
@@ -50,6 +50,18 @@ def ceiling(name: str) -> tuple[float, float]:
     return rows["random_floor"]["cen"], rows[record["ceiling_used"]]["cen"]
 
 
+def card() -> dict:
+    """§11's model card: its tables and statements as text, digit for digit."""
+    return published(f"{SECTION_11}_card")
+
+
+def null_at(points: Mapping[int, float], k: int) -> float:
+    """The best of k unrelated texts, centred: read off the straight line against log K through ``points``,
+    ``{number of texts: their best}``."""
+    slope, intercept, _ = metrics.slope_per_doubling(list(points), list(points.values()))
+    return slope * math.log2(k) + intercept
+
+
 def published_null(name: str, k: int) -> tuple[float, float]:
     """(best of k unrelated texts, best of k rollouts), centred, from what the paper itself prints.
 
@@ -59,5 +71,19 @@ def published_null(name: str, k: int) -> tuple[float, float]:
     """
     record = published(name)
     points = {199: look_up(record, "ceilings.nn_in_pool.cen"), 2000: look_up(record, "centred_eval.nn_retrieval.cen")}
-    slope, intercept, _ = metrics.slope_per_doubling(list(points), list(points.values()))
-    return slope * math.log2(k) + intercept, look_up(record, "centred_eval.best_of_k.cen")
+    return null_at(points, k), look_up(record, "centred_eval.best_of_k.cen")
+
+
+def later_nulls() -> Iterator[tuple[str, int, float, float]]:
+    """(backbone, k, best of k unrelated texts, best of k rollouts), centred, of the paper's later ports.
+
+    They print no NN-in-pool, so the line runs from one text (the floor) to NN-retrieval from the pool. A null curve
+    bends down against log K, so it lies above that line between its ends, and the difference is an upper bound.
+    """
+    gpt_oss, gemma_4 = published("gpt_oss_20b"), published("gemma4_31b")
+    parts = ((TITLES["gpt_oss_20b"], gpt_oss), ("gemma-4-31B-it", gemma_4["it"]), ("gemma-4-31B", gemma_4["base"]))
+    for title, record in parts:
+        anchors, curve = record["ceilings"], record["k_curve"]["cen"]
+        k = max(map(int, curve))
+        points = {1: anchors["random_floor"]["cen"], anchors["pool"]: anchors["nn_retrieval"]["cen"]}
+        yield title, k, null_at(points, k), curve[str(k)]

@@ -9,12 +9,11 @@ from typing import Iterable, Optional
 
 from nla_utils.artefacts import read_record, sha256_file
 from nla_utils.config import ROOT, RunConfig
+from nla_utils.lm import registry
 
 COMMITTED = ROOT / "paper" / "results"
 VARIED = re.compile(r"(layer|seed)\d+")
 CORPUS = re.compile(r"corpus-(.+)$")
-# How the makers of the offline backbones write their names.
-NAMES_SHOWN = {"gemma3-270m": "Gemma-3-270M", "smollm2-135m": "SmolLM2-135M"}
 # The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
 NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
 
@@ -38,16 +37,25 @@ class RunResults:
         return f"{self.backbone} · {self.profile}"
 
     @property
+    def spec(self) -> registry.BackboneSpec:
+        """The registry's entry of the backbone, or one that knows its name alone."""
+        return registry.REGISTRY.get(self.backbone) or registry.BackboneSpec(self.backbone, self.backbone)
+
+    @property
     def name(self) -> str:
         """The backbone as its makers write it."""
-        return NAMES_SHOWN.get(self.backbone, self.backbone)
+        return self.spec.title or self.backbone
+
+    @property
+    def size(self) -> str:
+        """How many targets, and of which corpus if it has one: ``30,000 targets``."""
+        corpus = CORPUS.search(self.family)
+        return f"{self.data['targets']['sizes']['N']:,} targets" + (f" of {corpus[1]}" if corpus else "")
 
     @property
     def label(self) -> str:
-        """What a figure calls the run: ``Gemma-3-270M, 30,000 targets``, and of which corpus if it has one."""
-        corpus = CORPUS.search(self.family)
-        of = f" of {corpus[1]}" if corpus else ""
-        return f"{self.name}, {self.data['targets']['sizes']['N']:,} targets{of}"
+        """What tables and figures call the run: ``Gemma-3-270M (base, 4-bit), 30,000 targets``."""
+        return f"{self.spec.shown}, {self.size}"
 
     @property
     def stem(self) -> str:
@@ -109,6 +117,11 @@ def find_results(roots: Iterable[Path] = (COMMITTED,)) -> list[RunResults]:
             if results is not None:
                 found[results.backbone, results.profile] = results
     return [found[k] for k in sorted(found)]
+
+
+def weights_note(everything: Iterable[RunResults]) -> str:
+    """What the weights of the runs' backbones are, one sentence each, as the registry has it."""
+    return registry.weights_note(r.backbone for r in everything)
 
 
 def without_variants(

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Mapping, Optional, Sequence
 
 import pandas as pd
 
-from nla_utils.paper.published import BACKBONES, SECTION_11, TITLES, k_curve, look_up, published, published_null
+from nla_utils.paper.published import (
+    BACKBONES,
+    SECTION_11,
+    TITLES,
+    k_curve,
+    later_nulls,
+    look_up,
+    null_at,
+    published,
+    published_null,
+)
 from nla_utils.paper.results import RunResults, group
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
@@ -99,6 +110,20 @@ def ceilings_table(results: RunResults, kind: str) -> pd.DataFrame:
     return _side_by_side([(row, kind) for row in rows.CEILINGS], results)
 
 
+def both_kinds_table(shown: Sequence[Row], results: RunResults) -> pd.DataFrame:
+    """Published · paper protocol · corrected, each raw and centred. Of tails, probes and other controls the paper prints
+    nothing."""
+    made = {kind: _side_by_side([(row, kind) for row in shown], results) for kind in ("raw", "cen")}
+    table = pd.DataFrame({
+        f"{column.split(',')[0]}, {word}": made[kind][column]
+        for column in made["raw"].columns for kind, word in (("raw", "raw"), ("cen", "centred"))
+    })  # fmt: skip
+    if rows.CONSTANT_MU in shown:
+        # Centred, μ is the zero vector, which has no direction.
+        table.loc[rows.CONSTANT_MU.title, [c for c in table.columns if c.endswith("centred")]] = number(None)
+    return table
+
+
 def evaluation_table(results: RunResults, kind: str) -> pd.DataFrame:
     """Centred evaluation (PROTOCOL.md §4)."""
     shown = [*rows.EVALUATION, rows.CONSTANT_MU] if kind == "raw" else rows.EVALUATION
@@ -106,8 +131,26 @@ def evaluation_table(results: RunResults, kind: str) -> pd.DataFrame:
 
 
 def rho_table(results: RunResults) -> pd.DataFrame:
-    """ρ_cen; ``corrected`` divides by a ceiling drawn as often as the row."""
-    return _side_by_side([(row, "") for row in rows.RHO], results)
+    """ρ_cen; ``corrected`` divides by a ceiling drawn as often as the row. A ratio whose denominator may be zero is none."""
+    stated = published(SECTION_11)
+    table = [
+        {"row": row.title, PUBLISHED: number(look_up(stated, row.published_path) if row.published_path else None, 2),
+         "paper protocol": rho(results, "paper", row), "corrected": rho(results, "corrected", row)}
+        for row in rows.RHO
+    ]  # fmt: skip
+    return pd.DataFrame(table).set_index("row")
+
+
+def rho(results: RunResults, protocol: str, row: Row) -> str:
+    """ρ with its interval; a dash where there is none, or where ceiling − floor, between the ends of their intervals,
+    may be zero."""
+    scale = results.column(rows.CEILING_FILE, protocol)
+    if protocol == "paper":
+        divisor = f"{results.spec.ceiling}_cen_fve_mean"
+    else:
+        divisor = (rows.PARAPHRASE_ALL if row in rows.RHO_OF_ONE else rows.PARAPHRASE).cen
+    (low, _), (_, floor) = scale["ci95"][divisor], scale["ci95"][rows.FLOOR.cen]
+    return with_interval(results.column(row.file, protocol), row.key, 2) if low > floor else number(None)
 
 
 def rerank_table(results: RunResults) -> pd.DataFrame:
@@ -141,10 +184,8 @@ def k_curve_table(results: RunResults) -> pd.DataFrame:
 
 
 def short_k_curve_table(results: RunResults) -> pd.DataFrame:
-    """The corrected K-curve beside the published one and beside its null."""
-    null = "control: unrelated text"
-    shown = k_curve_table(results)[[PUBLISHED, "corrected", f"{null}, corrected"]]
-    return shown.rename(columns={f"{null}, corrected": null})
+    """The published K-curve, and ours under both protocols, each beside its null."""
+    return k_curve_table(results).drop(columns="control: other targets' rollouts, corrected")
 
 
 def _curve_point(column: dict, key: str, k: str) -> str:
@@ -173,13 +214,25 @@ def backbones_table(everything: Sequence[RunResults]) -> pd.DataFrame:
 
 def published_null_table() -> pd.DataFrame:
     """The paper's best of K beside the best of as many unrelated texts, interpolated from the paper's own rows."""
-    table = []
-    for name in BACKBONES:
-        k = published(name)["centred_eval"]["K"]
-        null, rollouts = published_null(name, k)
-        table.append({"backbone": TITLES[name], "K": str(k), "best of K rollouts": number(rollouts),
-                      "best of K unrelated texts": number(null), "difference": f"{rollouts - null:+.3f}"})  # fmt: skip
+    k_of = {name: published(name)["centred_eval"]["K"] for name in BACKBONES}
+    found = [(TITLES[name], k, *published_null(name, k), "") for name, k in k_of.items()]
+    found += [(*later, "at most ") for later in later_nulls()]
+    table = [
+        {"backbone": title, "K": str(k), "best of K rollouts": number(rollouts),
+         "best of K unrelated texts": ("at least " if bound else "") + number(null),
+         "difference": f"{bound}{rollouts - null:+.3f}"}
+        for title, k, null, rollouts, bound in found
+    ]  # fmt: skip
     return pd.DataFrame(table).set_index("backbone")
+
+
+def null_mismatch(results: RunResults) -> float:
+    """How far the null that is read off NN-in-pool and NN-retrieval, as of the paper's rows, lies above the measured best of
+    K unrelated texts that are encoded as rollouts are: centred, paper protocol."""
+    scale, column = (results.column(name, "paper") for name in (rows.CEILING_FILE, rows.EVALUATION_FILE))
+    sizes = results.data["targets"]["sizes"]
+    points = {sizes["M"] - 1: scale[rows.NN_IN_POOL.cen], sizes["pool"]: column[rows.RETRIEVAL.cen]}
+    return null_at(points, column["K"]) - column[rows.UNRELATED.cen]
 
 
 def _plain(value) -> str:
@@ -205,12 +258,13 @@ TEX = {
     "&": r"\&", "%": r"\%", "_": r"\_", "<": "$<$", ">": "$>$", "‖": r"$\|$", "μ": r"$\mu$", "ρ": r"$\rho$",
     "−": "$-$", "–": "--", "·": r"$\cdot$", "²": "$^2$", "₂": "$_2$", "§": r"\S{}", "’": "'",
     "→": r"$\rightarrow$", "½": r"$\frac12$", "ĥ": r"$\hat h$", "×": r"$\times$", "≤": r"$\leq$", "#": r"\#",
-    "“": "``", "”": "\'\'", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
+    "\u00a0": "~", "“": "``", "”": "\'\'", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
 }  # fmt: skip
 
 
 def tex(text: object) -> str:
     """Plain text for LaTeX, in ASCII; `code` becomes typewriter."""
-    parts = str(text).split("`")
+    # An interval is not broken over two lines.
+    parts = re.sub(r"\[([-+\d.]+), ([-+\d.]+)\]", "[\\1,\u00a0\\2]", str(text)).split("`")
     escaped = ["".join(TEX.get(c, c) for c in part) for part in parts]
     return "".join(rf"\texttt{{{part}}}" if i % 2 else part for i, part in enumerate(escaped))

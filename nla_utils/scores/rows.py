@@ -133,6 +133,7 @@ NATS_MEAN = Row("μ", "nats_mean", control=True)
 NATS_NONE = Row("no slot", "nats_none", control=True)
 NATS = (NATS_OWN, NATS_OTHER, NATS_MEAN, NATS_NONE)
 NATS_GAINED = tuple(minus(row, NATS_OWN) for row in NATS[1:])
+NATS_OTHER_MINUS_OWN, NATS_MEAN_MINUS_OWN, NATS_NONE_MINUS_OWN = NATS_GAINED
 
 RHO = (
     Row("greedy", "rho_cen_greedy", "centred_eval.greedy.rho_cen"),
@@ -140,7 +141,10 @@ RHO = (
     Row("best-of-K over paraphrase best-of-8", "rho_cen_bestofK", "centred_eval.best_of_k.rho_cen"),
     Row("best-of-8 over paraphrase best-of-8", "rho_cen_bestof8"),
     Row("NN-retrieval", "rho_cen_nn_retrieval", "centred_eval.nn_retrieval.rho_cen"),
+    Row("random floor", "rho_cen_random_floor", "centred_eval.random_floor.rho_cen"),
 )
+# Rows of one text: their ceiling, at equal counts, is one paraphrase.
+RHO_OF_ONE = RHO[:2]
 
 
 def _rerank(label: str, key: str, path: str = "", control: bool = False) -> Row:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Callable, Mapping
+from typing import Mapping
 
 import pandas as pd
 
-from nla_utils.paper.findings import NO, UNDECIDED, YES, agreed
+from nla_utils.paper.claims import claimed
+from nla_utils.paper.findings import COMPARISON as RESULTS
 from nla_utils.paper.tables import number, signed, with_interval
+from nla_utils.paper.verdicts import decide
 
-RESULTS = "comparison"
 # What a reader is shown for a method.
 SHOWN = {
     "av": "the paper's AV", "reader": "tail reader", "guided": "tail reader, guided", "lens": "logit lens",
@@ -22,35 +23,33 @@ def shown(method: str) -> str:
     return SHOWN.get(method, method)
 
 
-def _above(key: str, chance: float) -> Callable[[dict], tuple[str, str]]:
-    def ask(row: dict) -> tuple[str, str]:
-        low, high = row["ci95"][key]
-        shown = signed(row, key) if chance == 0 else with_interval(row, key, 2)
-        return YES if low > chance else NO if high < chance else UNDECIDED, shown
-
-    return ask
-
-
-# Question, the way of reading that it is asked of, and how it is answered from that way's row.
+# Question, the way of reading that it is asked of, the figure in that way's row, and what it has to be above for a yes.
 QUESTIONS = (
-    ("Is the reader's likeliest text right of two twins more often than half?", "reader", _above("greedy_names_twin", 0.5)),
-    ("Is the AV's?", "av", _above("greedy_names_twin", 0.5)),
-    ("Are the guided search's last 4 tokens closer than the source's own?", "guided", _above("best_minus_last_4", 0)),
-    ("Are those of the AV's best text?", "av", _above("best_minus_last_4", 0)),
-    ("Is the AV's likeliest text closer to its own source than to others?", "av", _above("greedy_minus_others", 0)),
-    ("Is that of the logit lens?", "lens", _above("greedy_minus_others", 0)),
-    ("Is that of a Patchscope?", "patchscope", _above("greedy_minus_others", 0)),
-)  # fmt: skip
+    ("Is the reader's likeliest text right of two twins more often than half?", "reader", "greedy_names_twin", 0.5),
+    ("Is the AV's?", "av", "greedy_names_twin", 0.5),
+    ("Are the guided search's last 4 tokens closer than the source's own?", "guided", "best_minus_last_4", 0.0),
+    ("Are those of the AV's best text?", "av", "best_minus_last_4", 0.0),
+    ("Is the AV's likeliest text closer to its own source than to others?", "av", "greedy_minus_others", 0.0),
+    ("Is that of the logit lens?", "lens", "greedy_minus_others", 0.0),
+    ("Is that of a Patchscope?", "patchscope", "greedy_minus_others", 0.0),
+)
 
 
 def findings_table(records: Mapping[str, dict]) -> pd.DataFrame:
-    """Some questions, the answer where the backbones agree, and each one's number; ``records`` by the label of the run."""
+    """Some questions and each backbone's verdict with its number; ``records`` by the label of the run. The verdicts of
+    the table are one family."""
+    rows = {(label, row["method"]): row for label, record in records.items() for row in record["rows"]}
+    words = decide({
+        (ask, label): claimed(rows[label, method], key, low) for ask, method, key, low in QUESTIONS for label in records
+    })  # fmt: skip
     table = []
-    for question, method, ask in QUESTIONS:
-        found = {label: ask(next(r for r in record["rows"] if r["method"] == method)) for label, record in records.items()}
-        row = {"question": question, "answer": agreed(found)}
-        table.append({**row, **{label: value for label, (_, value) in found.items()}})
-    return pd.DataFrame(table, columns=["question", "answer", *records]).set_index("question")
+    for ask, method, key, low in QUESTIONS:
+        row = {"question": ask}
+        for label in records:
+            of = rows[label, method]
+            row[label] = f"{words[ask, label]}: {signed(of, key) if low == 0 else with_interval(of, key, 2)}"
+        table.append(row)
+    return pd.DataFrame(table, columns=["question", *records]).set_index("question")
 
 
 def _written(record: dict) -> list[dict]:

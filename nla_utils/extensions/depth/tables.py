@@ -55,6 +55,11 @@ class Depth:
         return f"{self.backbone} · {'-'.join(shared)}"
 
     @property
+    def label(self) -> str:
+        """The backbone and the number of targets, for readers."""
+        return next(iter(self.runs.values())).label
+
+    @property
     def sequences(self) -> dict[str, str]:
         """By layer where an AV was trained: whether from the sequences that text alone was measured on."""
         return {layer: "the same" if r.seed == _seed(self.record) else f"seed {r.seed}" for layer, r in self.runs.items()}

@@ -24,7 +24,7 @@ from nla_utils.extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import row_streams
-from nla_utils.metrics import fve, variance_explained
+from nla_utils.metrics import chance_of_rank, fve, variance_explained
 from nla_utils.stages.encoding import nats_per_token
 
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
@@ -39,10 +39,12 @@ class Verbalization:
 
     ``score`` is ½(1 + ``cosine``) of the re-encoded text, in [0, 1], ``cosine`` the centred cosine; both are the paper's
     measure, called fve_nrm there. ``variance_explained`` is what other work calls so: of activations at norm 1, against
-    the pool's mean as the guess to beat. ``percentile`` is the chance that the best of as many unrelated texts scores
-    less; ``nats`` what a token of the text costs the language model, behind BOS and without v; ``greedy`` the text chosen
-    without looking at v again, with its score; ``retrieved`` the stored text whose activation is nearest to v, with its
-    score and its nats.
+    the pool's mean as the guess to beat. ``closer`` of ``stored`` texts score at least as much, and ``p_value`` is the
+    chance of so few if the k texts were unrelated to v, too (:func:`~nla_utils.metrics.chance_of_rank`); ``None`` for
+    ``guided``, whose search looks at v more often than k times. ``percentile`` is the share of stored texts that score
+    less to the power of k, an estimate of 1 − p that is 1 where none is closer. ``nats`` is what a token of the text
+    costs the language model, behind BOS and without v; ``greedy`` the text chosen without looking at v again, with its
+    score; ``retrieved`` the stored text whose activation is nearest to v, with its score and its nats.
     """
 
     method: str
@@ -51,6 +53,9 @@ class Verbalization:
     score: float
     cosine: float
     variance_explained: float
+    closer: int
+    stored: int
+    p_value: Optional[float]
     percentile: float
     nats: float
     greedy: str
@@ -63,11 +68,15 @@ class Verbalization:
         return asdict(self)
 
     def __str__(self) -> str:
+        chance = "no p-value: the search looked at v"
+        if self.p_value is not None:
+            least = "" if self.closer else ", the smallest that so many can give"
+            chance = f"p = {self.p_value:.3f} for the best of {self.k}{least}"
         return "\n".join((
             repr(_end_of(self.text)),
             f"  score      {self.score:.3f}  ½(1 + cosine), centred; the best of {self.k} by {self.method}",
             f"  cosine     {self.cosine:.3f}  variance explained {self.variance_explained:.2f}",
-            f"  chance     the best of {self.k} unrelated texts scores less in {self.percentile:.1%}",
+            f"  chance     {self.closer} of {self.stored} stored texts are as close; {chance}",
             f"  fluency    {self.nats:.1f} nats a token without v; the retrieved text has {self.retrieved_nats:.1f}",
             f"  greedy     {self.greedy_score:.3f}  {_end_of(self.greedy)!r}",
             f"  retrieved  {self.retrieved_score:.3f}  {_end_of(self.retrieved)!r}",
@@ -158,10 +167,13 @@ class NLA:
         value, explained = float(fve(h, v, mu)), float(variance_explained(h, v, self.bundle.mean_direction))
         null = fve(self.bundle.pool_v, v, mu)
         near = self.bundle.pool_texts[int(null.argmax())]
+        closer, stored = int((null >= value).sum()), len(null)
         nats, near_nats = nats_per_token(self.backbone, [self._read_again(text), near])
         return Verbalization(
             method=method, k=k, text=self._text(text), score=value, cosine=2 * value - 1,
-            variance_explained=explained, percentile=float((null < value).mean() ** k), nats=float(nats),
+            variance_explained=explained, closer=closer, stored=stored,
+            p_value=None if method == "guided" else chance_of_rank(closer, stored, k),
+            percentile=float((null < value).mean() ** k), nats=float(nats),
             greedy=self._text(texts[0]), greedy_score=float(fve(self._as_read(texts[0]), v, mu)),
             retrieved=self._text(near), retrieved_score=float(null.max()), retrieved_nats=float(near_nats),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 ``bundles/<backbone>/``: ``av.safetensors`` (float32, the paper's AV), ``reader.safetensors`` (A_j in half
 precision, prior), ``reference.safetensors`` (means, whitening, some of the pool's texts), ``bundle.json``
-(identity, AV config, hashes).
+(identity, what the weights are, AV config, hashes).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nla_utils.config import DATA, AVConfig, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.extensions.tail_reader.reader import TailReader, half_norms, load_reader, reader_from
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.registry import resolve
+from nla_utils.lm.registry import resolve, weights_note
 from nla_utils.run import Run
 from nla_utils.stages.targets import load_targets
 from nla_utils.stages.training import load_av
@@ -127,6 +127,7 @@ def write_bundle(run: Run, out: Path) -> list[Path]:
         atomic_write(out / name, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
     record = {
         "identity": {k: v for k, v in folder.identity.items() if k in IDENTITY},
+        "weights": weights_note([folder.identity["backbone"]]),
         "av_config": asdict(av.config),
         "sha256": {name: sha256_file(out / name) for name in FILES},
         "made_from": {name: folder.sha256_of(name) for name in ("targets", "best_av", "reader")},

@@ -25,6 +25,7 @@ from nla_utils.extensions.release.bundle import SHIPPED_TAIL
 from nla_utils.extensions.tail_reader.reader import ARTEFACT, RIDGES, TailReader, read_tails, reader_from, solve_reader
 from nla_utils.extensions.tail_reader.sums import sums_at_layers
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.registry import weights_note
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
@@ -58,7 +59,8 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = SHOWN_CANDIDATE
     readers = layer_readers(nla, layers)
     cells = [_cells(nla, readers[layer], v_Td, k) for layer, v_Td in zip(layers, v_LTd)]
     return {
-        "text": text, "backbone": nla.backbone.name, "own_layer": nla.backbone.layer, "k": k, "layers": list(layers),
+        "text": text, "backbone": nla.backbone.name, "weights": weights_note([nla.backbone.name]),
+        "own_layer": nla.backbone.layer, "k": k, "layers": list(layers),
         "stored": len(nla.bundle.pool_texts), "tokens": [nla.backbone.tokenizer.decode([i]) for i in ids], "cells": cells,
     }  # fmt: skip
 

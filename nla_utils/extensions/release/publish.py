@@ -10,7 +10,7 @@ import pandas as pd
 
 from nla_utils.artefacts import RunFolder, atomic_write, sha256_file
 from nla_utils.errors import ArtefactError
-from nla_utils.lm.registry import REGISTRY
+from nla_utils.lm.registry import REGISTRY, weights_note
 from nla_utils.paper.appendix import tables_of_run
 from nla_utils.paper.pages import render
 from nla_utils.paper.results import RunResults, load_results
@@ -70,6 +70,7 @@ def model_card(results: RunResults) -> str:
     return render(
         "model_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], training=training,
         commit=commit["code"]["git_commit"], tables=tables_of_run(results), license=_license(facts),
+        weights=weights_note([facts["identity"]["backbone"]]),
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def dataset_card(results: RunResults, folder: Path) -> str:
     facts = results.data["targets"]
     files = [(p.name, f"{p.stat().st_size:,}", sha256_file(p)) for p in sorted(folder.glob("targets.*"))]
     return render("dataset_card.md.j2", facts=facts, identity=facts["identity"], sizes=facts["sizes"], files=files,
-                  license=_license(facts))  # fmt: skip
+                  license=_license(facts), weights=weights_note([facts["identity"]["backbone"]]))  # fmt: skip
 
 
 def _license(facts: dict) -> str | None:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pandas as pd
 
-from nla_utils.paper.claims import Claim, judge
+from nla_utils.config import PROFILES
+from nla_utils.paper.claims import Claim, cell, claimed
 from nla_utils.paper.results import RunResults
 from nla_utils.paper.tables import number, over_seeds, with_interval
+from nla_utils.paper.verdicts import decide
 from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
@@ -48,12 +50,12 @@ def _claim(name: str, sentence: str, row: Row, low: float = 0.0) -> Claim:
 # Judged in the reader's own column of the results, under the corrected protocol.
 CLAIMS: tuple[Claim, ...] = (
     _claim("reader_beats_retrieval", "Greedy text beats the nearest of the pool's texts.", rows.GREEDY_MINUS_RETRIEVAL),
-    _claim("reader_beats_av", "Greedy text beats the AV's greedy text.", MINUS_AV),
+    _claim("reader_beats_av", "Greedy text beats the greedy text of the run's AV.", MINUS_AV),
     _claim("reader_beats_probe", "Greedy text beats a linear probe's guess.", rows.GREEDY_MINUS_PROBE),
     _claim("reader_beats_other", "Greedy text fits its own target better than other targets.", rows.GREEDY_MINUS_OTHERS),
     _claim("reader_best_beats_unrelated", "The best of K draws beats the best of K unrelated texts.",
            rows.BEST_MINUS_UNRELATED),
-    _claim("reader_best_beats_av", "The best of K draws beats the AV's best of K.", BEST_MINUS_AV),
+    _claim("reader_best_beats_av", "The best of K draws beats the best of K of the run's AV.", BEST_MINUS_AV),
     _claim("reader_best_beats_tail_4", "The best of K draws beats the source's own last 4 tokens.", BEST_MINUS_TAIL),
     _claim("guided_nears_tail_8", "Guided search comes within 0.05 of the source's own last 8 tokens.",
            GUIDED_MINUS_TAIL, low=-0.05),
@@ -66,6 +68,13 @@ def reader_column(results: RunResults, protocol: str = "corrected") -> dict:
     return results.optional(RESULTS)["reader"][protocol]
 
 
+def trained(results: RunResults) -> str:
+    """How much the AV of a run was trained, and whether that is less than the paper's."""
+    facts = results.data["training"]
+    short = results.data["targets"]["sizes"]["N"] < PROFILES["paper"].n_targets
+    return f"{'undertrained: ' if short else ''}{facts['train_pairs']:,} pairs, {facts['steps']:,} steps"
+
+
 def reader_table(results: RunResults) -> pd.DataFrame:
     """Centred, held out, ``corrected``: AV and tail reader on the same targets."""
     av, reader, ceilings = results.column("centered_eval", "corrected"), reader_column(results), results.column(
@@ -73,14 +82,15 @@ def reader_table(results: RunResults) -> pd.DataFrame:
     table = [(row.title, with_interval(av, row.cen), with_interval(reader, row.cen)) for row in ROWS]
     tails = [(f"the source's own last {n}", with_interval(ceilings, rows.TAILS[n].cen)) for n in (1, 2, 4, 8)]
     table += [(label, text, text) for label, text in tails]
-    return pd.DataFrame(table, columns=["row", "the paper's AV", "tail reader"]).set_index("row")
+    return pd.DataFrame(table, columns=["row", "the AV of the run", "tail reader"]).set_index("row")
 
 
 def scorecard(results: RunResults) -> pd.DataFrame:
-    """The controls applied to the tail reader, and what it set out to beat; held out, ``corrected``."""
+    """The controls applied to the tail reader, and what it set out to beat; held out, ``corrected``; one family."""
     column = reader_column(results)
+    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in CLAIMS})
     table = [
-        {"claim": c.sentence, "quantity": f"{c.quantity}: {c.test}", "tail reader": " ".join(judge(c, column))}
+        {"claim": c.sentence, "quantity": f"{c.quantity}: {c.test}", "tail reader": cell(column, c.row.cen, words[c.id])}
         for c in CLAIMS
     ]
     return pd.DataFrame(table).set_index("claim")

@@ -1,0 +1,85 @@
+"""Tables: ratios without a denominator, nulls read off a line, and intervals in print."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+
+from nla_utils import metrics
+from nla_utils.paper import tables
+from nla_utils.paper.audit import audit_of_all, audit_table
+from nla_utils.paper.published import later_nulls, null_at, published_null
+from nla_utils.paper.results import RunResults, find_results, largest
+from nla_utils.scores import rows
+
+EVERYTHING = find_results()
+RUNS = largest(EVERYTHING)
+
+
+def _with_interval_of(results, key, interval):
+    data = copy.deepcopy(results.data)
+    data[rows.CEILING_FILE]["protocols"]["corrected"]["ci95"][key] = interval
+    return RunResults(results.backbone, results.profile, data, results.folder)
+
+
+def test_a_ratio_is_a_dash_where_its_denominator_may_be_zero():
+    for results in EVERYTHING:
+        scale = results.column(rows.CEILING_FILE, "corrected")["ci95"]
+        may_be_zero = scale[rows.PARAPHRASE_ALL.cen][0] <= scale[rows.FLOOR.cen][1]
+        for row in rows.RHO_OF_ONE:
+            assert (tables.rho(results, "corrected", row) == "–") == may_be_zero, results.title
+    shown = {r.backbone: tables.rho(r, "corrected", rows.RHO[0]) for r in RUNS}
+    assert {text == "–" for text in shown.values()} == {True, False}
+    floor = RUNS[0].column(rows.CEILING_FILE, "corrected")["ci95"][rows.FLOOR.cen][1]
+    for row, divisor in ((rows.RHO[0], rows.PARAPHRASE_ALL), (rows.RHO[3], rows.PARAPHRASE)):
+        assert tables.rho(_with_interval_of(RUNS[0], divisor.cen, [floor - 1e-6, 1]), "corrected", row) == "–"
+        assert tables.rho(_with_interval_of(RUNS[0], divisor.cen, [floor + 1e-6, 1]), "corrected", row) != "–"
+
+
+def test_a_null_that_is_a_straight_line_is_read_off_exactly():
+    line = lambda k: 0.5 + 0.02 * math.log2(k)  # noqa: E731
+    assert null_at({199: line(199), 2000: line(2000)}, 64) == pytest.approx(line(64))
+
+
+def test_the_null_of_the_later_ports_is_a_lower_bound_on_one_that_bends_down():
+    """The expected maximum of k of a pool: read from its ends, it is below itself in between."""
+    pool = np.random.default_rng(0).normal(0.5, 0.1, (40, 500))
+    curve = dict(zip((1, 64, 500), metrics.exact_k_curve(pool, [1, 64, 500]).mean(axis=0)))
+    assert null_at({1: curve[1], 500: curve[500]}, 64) < curve[64]
+    found = {title: best - null for title, _, null, best in later_nulls()}
+    assert len(found) == 3 and all(difference < 0.02 for difference in found.values())
+
+
+def test_gemmas_margin_over_its_null_is_within_what_reading_the_null_costs():
+    null, best = published_null("gemma2_2b", 64)
+    assert all(0 < best - null < tables.null_mismatch(r) for r in RUNS)
+    for r in RUNS:
+        scale, column = (r.column(name, "paper") for name in (rows.CEILING_FILE, rows.EVALUATION_FILE))
+        a, b = scale[rows.NN_IN_POOL.cen], column[rows.RETRIEVAL.cen]
+        slope = (b - a) / math.log2(2000 / 199)
+        naive = a - slope * math.log2(199 / 64) - column[rows.UNRELATED.cen]
+        assert tables.null_mismatch(r) == pytest.approx(naive)
+
+
+def test_an_interval_stays_in_one_piece_in_print():
+    assert tables.tex("+0.1 [-0.2, +0.3] a, b") == "+0.1 [-0.2,~+0.3] a, b"
+
+
+def test_the_audit_says_what_the_published_rule_of_checkpoints_would_keep():
+    for r in EVERYTHING:
+        training = r.data["training"]
+        interval = training["validation"][0]["step"]
+        allowed = {v["step"]: v["fve_nrm"] for v in training["validation"] if v["step"] % interval == 0}
+        moved = audit_table(r).loc["raw_select", "what it moves"]
+        assert f"multiples of {interval} alone, would keep {max(allowed, key=allowed.get)}" in moved
+
+
+def test_the_audit_of_all_shows_the_floor_at_every_size():
+    table = audit_of_all(RUNS, EVERYTHING)
+    for r in RUNS:
+        sizes = {o.size for o in EVERYTHING if o.backbone == r.backbone and " of " not in o.size}
+        assert len(sizes) >= 3 and all(f"at {size}:" in table.loc["floor_kind", r.label] for size in sizes)
+        column = r.column(rows.EVALUATION_FILE, "corrected")
+        low, high = column["ci95"][rows.IN_SAMPLE_GREEDY.key]
+        assert ("not decided" in table.loc["in_sample", r.label]) == (low <= 0 <= high)
