@@ -69,7 +69,7 @@ def test_what_names_a_backbone_names_its_weights():
     texts |= {r.title: model_card(r) + dataset_card(r, ROOT) for r in EVERYTHING}
     texts |= {str(p): p.read_text(encoding="utf-8") for p in (ROOT / "bundles").glob("*/bundle.json")}
     described = [spec for spec in REGISTRY.values() if spec.weights]
-    assert {spec.name for spec in described} == {r.backbone for r in EVERYTHING}
+    assert {spec.name for spec in described} >= {r.backbone for r in EVERYTHING}
     for where, text in texts.items():
         named = [spec for spec in described if spec.name in text or spec.title in text]
         assert named, where
