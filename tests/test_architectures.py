@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import SHAPE, build_tokenizer, save_tiny, tiny_config
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     Lfm2Config,
@@ -90,16 +89,3 @@ def test_a_tokenizer_without_bos_is_refused_by_name(tmp_path):
     folder = save_tiny(tmp_path / "bare", ARCHITECTURES["mistral"], build_tokenizer("right", False, False, bos=False))
     with pytest.raises(ConfigError, match="bare: its tokenizer has no BOS token"):
         open_run(tiny_config(folder, tmp_path))
-
-
-def test_a_head_with_a_bias_is_refused_by_name(tmp_path):
-    folder = save_tiny(tmp_path / "biased", ARCHITECTURES["llama-tied"], build_tokenizer("right", False, True))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
-    config = tiny_config(folder, tmp_path)
-    run = open_run(config)
-    run.backbone.model = model.requires_grad_(False)
-    from nla_utils.lm.checks import check_backbone
-
-    with pytest.raises(BackboneError, match="biased: .*"):
-        check_backbone(run.backbone)

@@ -56,3 +56,24 @@ def test_soft_cap():
     out, _ = short_attention(None, q, k, v, None, scaling=3.0, softcap=1.5)
     scores = 1.5 * torch.tanh(q @ k.transpose(2, 3) * 3.0 / 1.5)
     torch.testing.assert_close(out, (torch.softmax(scores, -1) @ v).transpose(1, 2))
+
+
+def test_values_may_be_of_another_width_than_keys():
+    q, k, v = inputs()
+    out, _ = short_attention(None, q, k, v[..., :5], causal(5), scaling=0.3)
+    whole, _ = short_attention(None, q, k, v, causal(5), scaling=0.3)
+    torch.testing.assert_close(out, whole[..., :5])
+
+
+def test_scores_are_not_rounded_before_the_softmax():
+    """Scores of a few hundred that are nearly alike, as Qwen2.5 has them: in bfloat16 their last bit is worth one."""
+    q, k, v = (x.detach() for x in inputs(length=40))
+    q, k, v = (x.bfloat16() for x in (10 + q, 10 + 0.3 * k, v))
+    wide_k, wide_v = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    scores = q.double() @ wide_k.transpose(2, 3) * 0.3
+    exact = (torch.softmax(scores, -1) @ wide_v).transpose(1, 2)
+    assert scores.mean() > 200
+    ours, _ = short_attention(None, q, k, v, None, scaling=0.3)
+    rounded = (torch.softmax(scores.bfloat16().double(), -1) @ wide_v).transpose(1, 2)
+    error = [(x.double() - exact).norm() / exact.norm() for x in (ours, rounded)]
+    assert ours.dtype == torch.bfloat16 and error[0] < 2.0**-8 < error[1]

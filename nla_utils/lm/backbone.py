@@ -12,9 +12,11 @@ from typing import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from nla_utils.errors import BackboneError
 from nla_utils.lm.cpu import head_product, product_dtype
+from nla_utils.lm.cross_entropy import CHUNK_ROWS, head_cross_entropy, head_logprobs
 from nla_utils.lm.registry import BackboneSpec
 
 # Tokens encoded together, and rows decoded together: enough to keep the products of two CPU cores efficient, and to
@@ -31,7 +33,8 @@ class _LayerReached(Exception):
 class Backbone:
     """A frozen causal language model, its tokenizer and the extraction layer.
 
-    ``head_weight`` (V, d) is the output head's, in the dtype that its products are taken in.
+    ``head_weight`` (V, d) is the output head's, in the dtype that its products are taken in. ``own_head``: the model's
+    logits are more than its product and a soft cap (a bias, a scale), so the model itself makes them.
     """
 
     spec: BackboneSpec
@@ -45,6 +48,7 @@ class Backbone:
     padding_side: str
     weight_hash: str
     library_attention: str
+    own_head: bool = False
 
     @property
     def name(self) -> str:
@@ -97,12 +101,43 @@ class Backbone:
         The rows are made contiguous: a head applied to a strided slice is far slower on a CPU. So is a
         product into fresh memory, hence ``out_nV`` for callers that come again.
         """
+        if self.own_head:
+            return self._own_logits(hidden_nd)
         hidden_nd = hidden_nd.to(self.head_weight.device).contiguous()
         if out_nV is None:
             out_nV = hidden_nd.new_empty(len(hidden_nd), len(self.head_weight))
         logits_nV = head_product(hidden_nd, self.head_weight, out_nV)
         cap = self.softcap
         return logits_nV if cap is None else logits_nV.div_(cap).tanh_().mul_(cap)
+
+    def _own_logits(self, hidden_nd: Tensor) -> Tensor:
+        """As the model's own code makes them: it is run on one token, and its last hidden state is replaced."""
+
+        def put(_module, _given, found: ModelOutput) -> ModelOutput:
+            found["last_hidden_state"] = hidden_nd[None]
+            return found
+
+        handle = self.model.base_model.register_forward_hook(put)
+        try:
+            start_11 = torch.tensor([[self.start_id]], device=self.device)
+            return self.model(input_ids=start_11, use_cache=False).logits[0]
+        finally:
+            handle.remove()
+
+    def cross_entropy(self, hidden_nd: Tensor, targets_n: Tensor, share_n: Tensor | None = None) -> Tensor:
+        """Mean token cross-entropy (nats) from final hidden states (n, d), or each token's times its share, summed."""
+        if not self.own_head:
+            return head_cross_entropy(hidden_nd, self.head_weight, targets_n, self.softcap, share_n)
+        nats_n = nn.functional.cross_entropy(self.logits(hidden_nd).float(), targets_n, reduction="none")
+        return nats_n.mean() if share_n is None else (nats_n * share_n).sum()
+
+    @torch.inference_mode()
+    def logprobs(self, hidden_nd: Tensor, targets_n: Tensor) -> Tensor:
+        """log p of each target (n,) from final hidden states (n, d), under the whole vocabulary at temperature 1."""
+        if not self.own_head:
+            return head_logprobs(hidden_nd, self.head_weight, targets_n, self.softcap)
+        parts = zip(hidden_nd.split(CHUNK_ROWS), targets_n.split(CHUNK_ROWS))
+        return torch.cat([-nn.functional.cross_entropy(self.logits(h).float(), y, reduction="none") for h, y in parts])
 
     @property
     def softcap(self) -> float | None:

@@ -64,7 +64,7 @@ def short_attention(
     module: nn.Module,
     query_BHTD: Tensor,
     key_BGSD: Tensor,
-    value_BGSD: Tensor,
+    value_BGSE: Tensor,
     attention_mask: Optional[Tensor],
     scaling: Optional[float] = None,
     softcap: Optional[float] = None,
@@ -72,21 +72,23 @@ def short_attention(
 ) -> tuple[Tensor, None]:
     """Attention as two matrix products; the query heads that share a key-value head are rows of the same one.
 
-    ``attention_mask`` is additive, (B, 1, T, S). Returns (B, T, H, D) as the library expects.
+    ``attention_mask`` is additive, (B, 1, T, S). Returns (B, T, H, value width) as the library expects.
+
+    Scores and weights are float32. Rounded to bfloat16 before the softmax, as in the library's ``eager``, scores of Qwen2.5
+    move the activation at single positions by more than its own norm.
     """
     B, H, T, D = query_BHTD.shape
     G, S = key_BGSD.shape[1:3]
-    given, wide = query_BHTD.dtype, product_dtype(query_BHTD)
-    query_BHTD, key_BGSD, value_BGSD = (x.to(wide) for x in (query_BHTD, key_BGSD, value_BGSD))
+    given = query_BHTD.dtype
+    query_BHTD, key_BGSD, value_BGSE = (x.float() for x in (query_BHTD, key_BGSD, value_BGSE))
     rows_BGRD = query_BHTD.reshape(B, G, (H // G) * T, D)
-    scores_BGRS = (rows_BGRD @ key_BGSD.transpose(2, 3)).float() * (D**-0.5 if scaling is None else scaling)
+    scores_BGRS = (rows_BGRD @ key_BGSD.transpose(2, 3)) * (D**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores_BGRS = softcap * torch.tanh(scores_BGRS / softcap)
     if attention_mask is not None:
         scores_BGRS = (scores_BGRS.view(B, G, -1, T, S) + attention_mask[:, :, None, :, :S]).view(B, G, -1, S)
-    weights_BGRS = torch.softmax(scores_BGRS, dim=-1).to(given).to(wide)
-    out_BHTD = (weights_BGRS @ value_BGSD).to(given).view(B, H, T, D)
-    return out_BHTD.transpose(1, 2).contiguous(), None
+    out_BHTE = (torch.softmax(scores_BGRS, dim=-1) @ value_BGSE).to(given).view(B, H, T, -1)
+    return out_BHTE.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, short_attention)

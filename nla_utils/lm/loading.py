@@ -17,6 +17,7 @@ from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.checks import check_backbone
+from nla_utils.lm.choices import choose_attention, choose_head
 from nla_utils.lm.registry import BackboneSpec, fetch, read_model_config, resolve, weight_hash
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
@@ -101,17 +102,18 @@ def load_backbone(given: RunConfig) -> Backbone:
     """
     found = describe(given)
     model = load_model(found.folder, given).eval().requires_grad_(False)
-    library_attention = model.config._attn_implementation
-    if model.device.type == "cpu":
-        model.set_attn_implementation(cpu.ATTENTION)
-        cpu.widen_linear_maps(model.base_model)
     head_weight = model.get_output_embeddings().weight
     head_weight = head_weight.to(cpu.product_dtype(head_weight))
     side = found.spec.padding_side or found.tokenizer.padding_side
     backbone = Backbone(
         found.spec, model, head_weight, found.tokenizer, found.layer, *found.special, side, weight_hash(found.folder),
-        library_attention,
+        model.config._attn_implementation,
     )  # fmt: skip
+    if model.device.type == "cpu":
+        # Before linear maps are widened: what is compared with is computed from the weights as they are.
+        choose_attention(backbone)
+        cpu.widen_linear_maps(model.base_model)
+    choose_head(backbone)
     check_backbone(backbone)
     return backbone
 

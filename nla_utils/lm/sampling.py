@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from nla_utils.artefacts import derive_seed
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cpu import product_dtype
 from nla_utils.progress import Progress
 
 # A batch drops its finished rows when so many of them are finished: fewer would not pay for copying the cache.
@@ -179,10 +178,7 @@ class _PreallocatedLayer(DynamicLayer):
         self.length, self.filled = length, 0
 
     def lazy_initialization(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        # In the dtype that attention multiplies in, so that a step need not convert all that came before it.
-        self.buffers = [
-            x.new_empty(*x.shape[:2], self.length, x.shape[3], dtype=product_dtype(x)) for x in (key_BGTD, value_BGTD)
-        ]
+        self.buffers = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_BGTD, value_BGTD)]
         self.is_initialized = True
 
     def update(self, key_BGTD: Tensor, value_BGTD: Tensor, *_, **__) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nla_utils.config import BATCH_SIZE
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cross_entropy import head_cross_entropy
 from nla_utils.lm.sampling import pad
 from nla_utils.stages.verbalizer import ActivationVerbalizer, text_hidden
 
@@ -23,9 +22,7 @@ def padded_loss(
     """Teacher-forced cross-entropy of padded texts, each token times its share; the same as ``pair_loss`` where the
     share is 1/n of the n valid tokens and 0 elsewhere."""
     hidden_BTd = text_hidden(backbone, av(v_Bd, backbone.dtype), backbone.embed(ids_BT))
-    return head_cross_entropy(
-        hidden_BTd.flatten(0, 1), backbone.head_weight, ids_BT.flatten(), backbone.softcap, share_BT.flatten()
-    )
+    return backbone.cross_entropy(hidden_BTd.flatten(0, 1), ids_BT.flatten(), share_BT.flatten())
 
 
 class GraphedStep:

@@ -19,7 +19,6 @@ from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.checks import check_frozen
-from nla_utils.lm.cross_entropy import head_cross_entropy
 from nla_utils.lm.sampling import SamplingSettings, pad, sample
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
@@ -57,7 +56,7 @@ def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts:
     ids_BT, valid_BT = (x.to(backbone.device) for x in pad(texts, backbone.pad_id, "right"))
     prefix_BPd, valid_BT = av(v_Bd.to(backbone.device), backbone.dtype), valid_BT.bool()
     hidden_nd = text_hidden(backbone, prefix_BPd, backbone.embed(ids_BT))[valid_BT]
-    return head_cross_entropy(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
+    return backbone.cross_entropy(hidden_nd, ids_BT[valid_BT])
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ from nla_utils.artefacts import atomic_write, write_json
 from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cross_entropy import head_logprobs
 
 ARTEFACT = "best_av"
 
@@ -111,7 +110,7 @@ def text_logprobs(
     """log p of each valid token of texts behind a prefix (B, T), 0 elsewhere; ``text_BTd`` are their embeddings."""
     hidden_nd = text_hidden(backbone, prefix_BPd, text_BTd)[valid_BT]
     logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
-    logp_BT[valid_BT] = head_logprobs(hidden_nd, backbone.head_weight, ids_BT[valid_BT], backbone.softcap)
+    logp_BT[valid_BT] = backbone.logprobs(hidden_nd, ids_BT[valid_BT])
     return logp_BT
 
 

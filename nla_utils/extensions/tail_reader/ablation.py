@@ -26,7 +26,6 @@ from nla_utils.extensions.tail_reader.reader import (
 from nla_utils.extensions.tail_reader.scores import names_last_token
 from nla_utils.extensions.tail_reader.sums import ReaderSums, add_rows, empty_sums, leading
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cross_entropy import head_logprobs
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.progress import Progress
 from nla_utils.run import Run
@@ -119,7 +118,7 @@ def _log_probability(backbone: Backbone, ids_Bj: Tensor) -> Tensor:
     start_B1 = torch.full((len(ids_Bj), 1), backbone.start_id, device=ids_Bj.device)
     inputs_Bj = torch.cat([start_B1, ids_Bj[:, :-1]], dim=1)
     hidden_Bjd = backbone.last_hidden(input_ids=inputs_Bj)
-    logp = head_logprobs(hidden_Bjd.flatten(0, 1), backbone.head_weight, ids_Bj.flatten(), backbone.softcap)
+    logp = backbone.logprobs(hidden_Bjd.flatten(0, 1), ids_Bj.flatten())
     return logp.view(ids_Bj.shape).sum(dim=1)
 
 
