@@ -20,6 +20,7 @@ from nla_utils.stages import ceilings as ceilings_module
 from nla_utils.stages.ceilings import PROMPT, prompt_ids
 from nla_utils.stages.encoding import re_encode
 from nla_utils.stages.pairs import make_split, paper_pairs
+from nla_utils.stages.trainer import History
 from nla_utils.stages.training import load_av
 
 BY_NAME = {p.name: p for p in PROTOCOLS}
@@ -205,14 +206,21 @@ def test_floor_kind(scored_run, columns):
         assert columns[p][2].values["kcurve_shuffled_v_cen"]["4"] == pytest.approx(np.mean(best), abs=1e-6)
 
 
-def test_raw_select_keeps_a_checkpoint_of_a_short_run(scored_run):
+def test_raw_select(scored_run):
+    """The best by the raw score at multiples of the validation interval, whatever the last step would give."""
     run = scored_run[0]
-    sidecar = run.folder.load("best_av").sidecar
+    sidecar, every = run.folder.load("best_av").sidecar, run.sizes.validate_every
     validated = {r["step"]: r for r in sidecar["validation"]}
     assert sidecar["steps"] in validated, "the last step was not validated"
-    assert sidecar["best_val_fve_nrm"] == max(r["fve_nrm"] for r in validated.values())
-    centred = max(validated.values(), key=lambda r: r["fve_nrm_cen"])["step"]
-    assert sidecar["best_step_by_centred"] == centred
+    saved = {step: r for step, r in validated.items() if step % every == 0}
+    assert sidecar["best_val_fve_nrm"] == max(r["fve_nrm"] for r in saved.values())
+    assert sidecar["best_step_by_centred"] == max(saved.values(), key=lambda r: r["fve_nrm_cen"])["step"]
+
+
+def test_raw_select_keeps_no_last_step_but_of_a_run_shorter_than_an_interval():
+    scores = {2: 0.6, 4: 0.7, 5: 0.9}
+    history = History([0.0] * 5, [{"step": step, "fve_nrm": x} for step, x in scores.items()])
+    assert history.best("fve_nrm", 2)["step"] == 4 and history.best("fve_nrm", 20)["step"] == 5
 
 
 def test_retokenize_and_no_stop(tiny_run):

@@ -66,13 +66,20 @@ def _floor_kind(results: RunResults) -> str:
 
 def _raw_select(results: RunResults) -> str:
     training = results.data["training"]
-    interval = training["validation"][0]["step"]
-    kept = f"step {training['best_step']} of {training['steps']} kept, centred would keep {training['best_step_by_centred']}"
-    if interval == training["steps"]:
-        return kept
-    saved = [v for v in training["validation"] if v["step"] % interval == 0]
+    validation, kept, steps = training["validation"], training["best_step"], training["steps"]
+    if not validation:
+        return "a released checkpoint; its validation is not known"
+    at, interval = {v["step"]: v for v in validation}, validation[0]["step"]
+    words = [f"step {kept} of {steps} kept, centred would keep {training['best_step_by_centred']}"]
+    if steps != kept:
+        raw, cen = (at[steps][key] - at[kept][key] for key in ("fve_nrm", "fve_nrm_cen"))
+        words.append(f"on the validation targets the last step has {raw:+.3f} raw, {cen:+.3f} centred against it")
+    saved = [v for v in validation if v["step"] % interval == 0]
     authors = max(saved, key=lambda v: v["fve_nrm"])["step"]
-    return f"{kept}; the authors, who save at multiples of {interval} alone, would keep {authors}"
+    # Runs before this rule was followed may have kept their last step.
+    if authors != kept:
+        words.append(f"the authors, who save at multiples of {interval} alone, would keep {authors}")
+    return "; ".join(words)
 
 
 def _retokenize(results: RunResults) -> str:

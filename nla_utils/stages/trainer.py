@@ -40,8 +40,11 @@ class History:
     loss: list[float] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
 
-    def best(self, key: str) -> dict:
-        return max(self.validation, key=lambda r: r[key])
+    def best(self, key: str, every: int) -> dict:
+        """The validation that is best by a score, of those at multiples of ``every`` steps, as the authors save
+        checkpoints; of all of them where training is shorter than that."""
+        saved = [r for r in self.validation if r["step"] % every == 0]
+        return max(saved or self.validation, key=lambda r: r[key])
 
 
 def batches_of_epoch(run: Run, split: Split, epoch: int) -> list[np.ndarray]:
@@ -176,7 +179,7 @@ class Trainer:
         pairs = self.split.pairs.take(self.split.validation[: self.run.sizes.n_validate])
         record = validate(self.backbone, self.av, self.targets, pairs)
         self.history.validation.append({"step": self.step, **record})
-        if self.history.best("fve_nrm")["step"] == self.step:
+        if self.history.best("fve_nrm", self.run.sizes.validate_every)["step"] == self.step:
             self.best = self.av.trainable()
 
     def _save_state(self) -> None:

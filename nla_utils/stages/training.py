@@ -17,8 +17,9 @@ from nla_utils.stages.verbalizer import ARTEFACT, ActivationVerbalizer, checkpoi
 def train_av(run: Run, targets: Targets) -> dict:
     """Train the AV, or do nothing if a finished one is on disk; returns its sidecar.
 
-    The checkpoint kept is the best by the paper's criterion (raw fve_nrm of the validation pairs);
-    unlike the paper the last step is validated too, so that a short run keeps one.
+    The checkpoint kept is the best by the paper's rule: raw fve_nrm of the validation pairs, at multiples of the
+    validation interval. The last step is validated too, to say what it would give; it is kept only by a run that is shorter
+    than one interval.
     """
     if run.folder.has(ARTEFACT):
         return run.folder.load(ARTEFACT).sidecar
@@ -27,7 +28,8 @@ def train_av(run: Run, targets: Targets) -> dict:
     trainer = Trainer(run, targets)
     trainer.train()
     history, split = trainer.history, trainer.split
-    best = history.best("fve_nrm")
+    every = run.sizes.validate_every
+    best = history.best("fve_nrm", every)
     artefact = run.folder.save(
         ARTEFACT,
         {k: v.numpy() for k, v in trainer.best.items()},
@@ -43,7 +45,7 @@ def train_av(run: Run, targets: Targets) -> dict:
         steps=trainer.step,
         best_step=best["step"],
         best_val_fve_nrm=best["fve_nrm"],
-        best_step_by_centred=history.best("fve_nrm_cen")["step"],
+        best_step_by_centred=history.best("fve_nrm_cen", every)["step"],
         loss=history.loss,
         validation=history.validation,
     )
