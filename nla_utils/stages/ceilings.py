@@ -86,7 +86,7 @@ def make_ceilings(run: Run, targets: Targets) -> Ceilings:
     if run.folder.has(ARTEFACT):
         return load_ceilings(run)
     backbone, sizes = run.backbone, run.sizes
-    require_disk(run.folder.path, 2 * (sizes.pool_size + sizes.n_eval * 40) * backbone.d * 4)
+    require_disk(run.folder.path, 2 * (sizes.n_targets + sizes.n_eval * 40) * backbone.d * 4)
     tensors: dict[str, np.ndarray] = {}
     with Progress(total=6, desc="ceilings", unit="part") as bar:
         for protocol in PROTOCOLS:
@@ -101,8 +101,9 @@ def make_ceilings(run: Run, targets: Targets) -> Ceilings:
             tensors[f"{name}.tail"] = tails.reshape(len(rows), len(TAIL_LENGTHS), -1)
             bar.update()
         tensors["paper.pool_h"] = re_encode(backbone, targets.sequences(targets.pool), PAPER.on_ids)
-        # Behind BOS the pool's texts re-encode to the pool's own activations.
-        tensors["corrected.pool_h"] = targets.v[targets.pool]
+        # Behind BOS a target's text re-encodes to its own v, so every one that is not evaluated costs nothing.
+        # The pool comes first among them.
+        tensors["corrected.pool_h"] = targets.v[targets.unevaluated]
         nats = nats_per_token(backbone, targets.sequences(targets.pool[:POOL_TEXTS]))
         tensors["pool_logp"] = -nats.astype(np.float32)
         bar.update()

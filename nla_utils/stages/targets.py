@@ -49,6 +49,11 @@ class Targets:
         return np.arange(self.n_eval, self.n_eval + self.pool_size)
 
     @property
+    def unevaluated(self) -> np.ndarray:
+        """All rows that no protocol evaluates: the pool, and what is for training only."""
+        return np.arange(self.n_eval, len(self.v) - self.n_eval)
+
+    @property
     def held_out(self) -> np.ndarray:
         return np.arange(len(self.v) - self.n_eval, len(self.v))
 
