@@ -24,11 +24,12 @@ from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
 PUBLISHED = f"published, {TITLES[SECTION_11]}"
+NULL_SIZE = Row("unrelated texts to choose from, P", "unrelated_text_pool_size")
 # The numbers of §11's summary.
 HEADLINE = (
     (rows.REPLAY, "cen"), (rows.PARAPHRASE, "cen"), (rows.FLOOR, "raw"), (rows.FLOOR, "cen"), (rows.GREEDY, "raw"),
     (rows.GREEDY, "cen"), (rows.OTHERS_GREEDY, "cen"), (rows.PROBE[8], "cen"), (rows.BEST, "cen"), (rows.UNRELATED, "cen"),
-    (rows.OTHERS_BEST, "cen"), (rows.RETRIEVAL, "cen"), (rows.SLOPE, "cen"), (rows.SLOPE_UNRELATED, "cen"),
+    (NULL_SIZE, ""), (rows.OTHERS_BEST, "cen"), (rows.RETRIEVAL, "cen"), (rows.SLOPE, "cen"), (rows.SLOPE_UNRELATED, "cen"),
     (rows.LOGP_RERANK, "cen"), (rows.ANCHOR_RERANK, "cen"),
 )  # fmt: skip
 MU_NORM = Row("‖μ‖", "mu_norm", "centred_eval.mu_norm")
@@ -93,7 +94,7 @@ def _side_by_side(shown: Sequence[tuple[Row, str]], results: RunResults, kind_in
     """Published · paper protocol · corrected, of each row and kind."""
     stated, table = published(SECTION_11), []
     for row, kind in shown:
-        path, digits = row.published_path.format(kind=kind), 1 if row is MU_NORM else 3
+        path, digits = row.published_path.format(kind=kind), {MU_NORM.key: 1, NULL_SIZE.key: 0}.get(row.key, 3)
         label = _with_kind(row, kind) if kind_in_label else row.title
         ours = [with_interval(results.column(row.file, p), row.at(kind), digits) for p in ("paper", "corrected")]
         table.append((label, number(look_up(stated, path) if path else None, digits), *ours))
@@ -127,7 +128,7 @@ def both_kinds_table(shown: Sequence[Row], results: RunResults) -> pd.DataFrame:
 def evaluation_table(results: RunResults, kind: str) -> pd.DataFrame:
     """Centred evaluation (PROTOCOL.md §4)."""
     shown = [*rows.EVALUATION, rows.CONSTANT_MU] if kind == "raw" else rows.EVALUATION
-    return _side_by_side([(row, kind) for row in shown], results)
+    return _side_by_side([*((row, kind) for row in shown), (NULL_SIZE, "")], results)
 
 
 def rho_table(results: RunResults) -> pd.DataFrame:
