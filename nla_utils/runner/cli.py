@@ -13,8 +13,11 @@ from nla_utils.runner import extension_commands  # noqa: F401, whose commands re
 from nla_utils.runner.options import Adopt, app, finish, show, where, with_config, write_pages
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
-AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
-TARGETS_HELP = "Released targets instead of drawing them: hub:org/name[@commit] or a folder."
+AV_HELP = "An AV instead of training one: released (the authors' own for the backbone), hub:org/name[@commit] or a folder."
+TARGETS_HELP = (
+    "Targets instead of drawing them: released (the authors' own for the backbone), pool (their vectors alone: no "
+    "ceilings), hub:org/name[@commit], a folder or a file."
+)
 CORPUS_HELP = "Targets from texts of your own instead: a .jsonl with a field 'text', or a folder of .txt files."
 SEEDS_HELP = "Seeds of targets, training and rollouts, with commas; each is a run of its own."
 WITH_HELP = "What to run beside §11, with commas: tail-reader, depth."

@@ -65,7 +65,7 @@ def score_ceilings(targets: Targets, ceilings: Ceilings, protocol: Protocol) -> 
         scores = CeilingScores(Scorer(v, pool, mu), texts, protocol)
         for row in (*rows.CEILINGS, rows.GAP):
             column.add(row.at(kind), row.values(scores))
-        column.put(f"replay_{kind}_fve_p50", float(np.median(scores.replay)))
+        column.put(f"replay_{kind}_fve_p50", float(np.nanmedian(scores.replay)))
         column.difference(rows.PARAPHRASE.at(kind), rows.UNRELATED_8.at(kind))
     return column
 

@@ -88,7 +88,11 @@ def make_ceilings(run: Run, targets: Targets) -> Ceilings:
             tails = re_encode(backbone, tail_ids(targets, rows), protocol.on_ids)
             tensors[f"{name}.tail"] = tails.reshape(len(rows), len(TAIL_LENGTHS), -1)
             bar.update()
-        tensors["paper.pool_h"] = re_encode(backbone, targets.sequences(targets.pool), PAPER.on_ids)
+        # Where no text of the pool is known there is no null without BOS: NaN.
+        pool = targets.pool[targets.lengths[targets.pool] > 0]
+        tensors["paper.pool_h"] = re_encode(
+            backbone, targets.sequences(pool if len(pool) else targets.pool), PAPER.on_ids
+        )
         # Behind BOS the pool's texts re-encode to the pool's own activations.
         tensors["corrected.pool_h"] = targets.v[targets.pool]
         bar.update()
@@ -122,11 +126,15 @@ def _paraphrase_settings(config: RunConfig) -> SamplingSettings:
 def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Protocol) -> list[list[int]]:
     """Token ids of 8 paraphrases per target, targets in order; what any run beside this one has drawn is taken.
 
-    Prompts are padded on the left and begin with the start token where ``left_prompts``, else as the tokenizer does
+    A target whose text is not known has paraphrases of no tokens. Prompts are padded on the left and begin with the start token where ``left_prompts``, else as the tokenizer does
     by default (slip ``pad_generate``).
     """
     backbone, settings = run.backbone, _paraphrase_settings(run.config)
     kind = CORRECTED.name if protocol.left_prompts else PAPER.name
+    known = targets.lengths[rows] > 0
+    everything, rows = rows, rows[known]
+    if not len(rows):
+        return [[]] * (len(everything) * N_PARAPHRASES)
     prompts = [prompt_ids(backbone, backbone.decode_text(targets.sequence(i)), protocol) for i in rows]
     side = "left" if protocol.left_prompts else backbone.padding_side
 
@@ -142,7 +150,8 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
     plan |= {"sources": json_hash(targets.sequences(rows)), "batch": backbone.sample_batch}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
     drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, f"paraphrasing, {kind}", "text")
-    return [row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])]
+    texts = iter([row[:n].tolist() for row, n in zip(drawn["ids"], drawn["lengths"])])
+    return [next(texts) if there else [] for there in np.repeat(known, N_PARAPHRASES)]
 
 
 def continue_prompts(

@@ -22,7 +22,14 @@ def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: 
 
     ``eos_kept``: the ids themselves; else their decoded text, tokenized again, which has lost its special tokens.
     ``bos``: behind the start token. ``last_index``: read at the last token, or where the authors look for it.
+    A sequence of no ids is a text that is not known (of a released target): its activation is NaN.
     """
+    known = [i for i, s in enumerate(sequences) if len(s)]
+    if len(known) < len(sequences):
+        h_Nd = np.full((len(sequences), backbone.d), np.nan, dtype=np.float32)
+        if known:
+            h_Nd[known] = re_encode(backbone, [sequences[i] for i in known], protocol)
+        return h_Nd
     ids = [list(s) for s in sequences]
     if not protocol.eos_kept:
         ids = [backbone.tokenize_text(backbone.decode_text(s)) for s in ids]

@@ -37,7 +37,7 @@ def draw_texts(
 
 @torch.inference_mode()
 def _av(backbone: Backbone, bundle: Bundle, v_Bd: Tensor, seed: int, greedy_B: Tensor) -> list[list[int]]:
-    settings = SamplingSettings(max_new_tokens=bundle.av.config.max_new_tokens)
+    settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
     samples = sample(backbone, bundle.av(v_Bd, backbone.dtype), settings, seed, greedy_B=greedy_B)
     return [samples.sequence(i) for i in range(len(v_Bd))]
 
