@@ -144,7 +144,7 @@ def test_the_released_system_is_evaluated_end_to_end(published, tmp_path, name):
     published.cut.add(spec.targets_file)
     command = ("--backbone", name, "--av", "released", "--targets", "released")
     done = nla(published, tmp_path / "cache", out, *command)
-    if done.returncode == 2:  # cut, said in one line, and to be started again
+    if done.returncode == 2 and "01_" not in done.stdout:  # cut, said in one line, and to be started again
         assert "error:" in done.stderr and "Traceback" not in done.stderr
         done = nla(published, tmp_path / "cache", out, *command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -173,7 +173,7 @@ def test_the_released_system_is_evaluated_end_to_end(published, tmp_path, name):
 
 def test_the_pool_alone_suffices_without_ceilings(published, tmp_path):
     done = nla(published, tmp_path / "cache", tmp_path / "runs", "--backbone", "qwen25-7b", "--av", "released",
-               "--targets", "pool", "--until", "5")  # fmt: skip
+               "--targets", "pool")  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert REGISTRY["qwen25-7b"].targets_file not in published.served or "_pool.pt" in str(published.served)
     (folder,) = (tmp_path / "runs" / "qwen25-7b").glob("*-targets-pool")

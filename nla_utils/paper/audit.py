@@ -66,6 +66,8 @@ def _floor_kind(results: RunResults) -> str:
 
 def _raw_select(results: RunResults) -> str:
     training = results.data["training"]
+    if not training["validation"]:
+        return "not trained here"
     interval = training["validation"][0]["step"]
     kept = f"step {training['best_step']} of {training['steps']} kept, centred would keep {training['best_step_by_centred']}"
     if interval == training["steps"]:
@@ -77,6 +79,8 @@ def _raw_select(results: RunResults) -> str:
 
 def _retokenize(results: RunResults) -> str:
     t = results.data["training"]
+    if t["pairs"] is None:
+        return "not trained here"
     return f"{t['changed_pairs']} of {t['pairs']} texts come back as other ids, {t['skipped_pairs']} skipped"
 
 

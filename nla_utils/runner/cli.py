@@ -38,6 +38,7 @@ def reproduce(
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is finished and matches is skipped."""
     from nla_utils.lm.registry import settled
+    from nla_utils.lm.releases import POOL
     from nla_utils.runner.notebooks import reproduce as run_all
     from nla_utils.runner.notebooks import select_stages
 
@@ -46,7 +47,11 @@ def reproduce(
         dataclasses.replace(config, backbone=b, seed=seed, av=av, released_targets=targets, corpus=texts)
         for b in map(settled, backbone) for seed in parse_seeds(seeds)
     ]  # fmt: skip
-    run_all(configs, lambda folder: finish(folder, adopt), select_stages(first, last, with_))
+    stages = select_stages(first, last, with_)
+    if targets == POOL:
+        # Vectors without texts have no ceilings, which the pages of 06 set every other row against.
+        stages = [stage for stage in stages if stage.number < 6]
+    run_all(configs, lambda folder: finish(folder, adopt), stages)
 
 
 @with_config()

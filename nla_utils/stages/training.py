@@ -103,6 +103,7 @@ def describe(sidecar: dict, targets: Targets) -> dict:
     )  # fmt: skip
     return {
         **{k: sidecar[k] for k in keys},
+        **{k: sidecar[k] for k in ("released", "released_from") if k in sidecar},
         "in_sample_trained_on": _trained_on(sidecar, targets.in_sample),
         "held_out_trained_on": _trained_on(sidecar, targets.held_out),
     }
