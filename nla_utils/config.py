@@ -81,7 +81,8 @@ class RunConfig:
     """One run: a backbone, a profile, a seed, and where its artefacts go.
 
     ``av``: a released AV to evaluate instead of training one, ``released_targets``: targets to use instead of drawing
-    them; each ``hub:org/name[@commit]`` or a folder. ``corpus``: texts to take targets from instead of the model's
+    them; each ``released`` (what the authors published for the backbone), ``hub:org/name[@commit]`` or a folder. Targets
+    may also be one file, or ``pool``: the authors' vectors alone, without texts. ``corpus``: texts to take targets from instead of the model's
     samples, a ``.jsonl`` or a folder of ``.txt``. ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and
     ``pool_size`` are overrides; ``None`` means the backbone's or the profile's own value.
     """
@@ -204,8 +205,10 @@ def size_overrides(pairs: Iterable[str]) -> dict[str, int]:
 class AVConfig:
     """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused.
 
-    Two fields are ours. ``target_span``: what the AV was trained to write, ``full`` as every published one, or
-    ``last:n``. ``inject_norm``: the norm that v is rescaled to, ``None`` for its own, as in every published one.
+    ``prefix_mode``: ``static`` (P vectors) or ``mlp`` (P vectors made of v). ``use_layer_embed``: an embedding of the layer
+    is added to every slot. ``inject_norm``: ``none``, ``embed`` (v at the mean norm of the rows of the raw embedding
+    table), or, in our own studies alone, a number. ``temperature`` and ``top_p`` are those of the AV's rollouts.
+    ``target_span`` is ours: what the AV was trained to write, ``full`` as every published one, or ``last:n``.
     """
 
     backbone_id: str
@@ -220,8 +223,9 @@ class AVConfig:
     prefix_mode: str = "static"
     prefix_mlp_hidden: Optional[int] = None
     num_inject_slots: int = 1
+    use_layer_embed: bool = False
     target_span: str = "full"
-    inject_norm: Optional[float] = None
+    inject_norm: str | float | None = None
     lambda_mag: float = 0.0
     beta_kl: float = 0.0
     gamma_entropy: float = 0.0
@@ -230,19 +234,50 @@ class AVConfig:
     h_max: float = 0.0
 
     def __post_init__(self) -> None:
-        supported = {"prefix_mode": "static", "num_inject_slots": 1, "pool": "last"}
-        for name, value in supported.items():
-            if getattr(self, name) != value:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; only {value!r} is supported")
+        norm, whole = self.inject_norm, lambda x, least: type(x) is int and x >= least
+        right = {
+            "backbone_id": (isinstance(self.backbone_id, str), "a model's name"),
+            "extraction_layer": (whole(self.extraction_layer, 1), "a whole number of at least 1"),
+            "num_prefix_tokens": (whole(self.num_prefix_tokens, 0), "a whole number of at least 0"),
+            "max_new_tokens": (whole(self.max_new_tokens, 1), "a whole number of at least 1"),
+            "num_inject_slots": (whole(self.num_inject_slots, 1), "a whole number of at least 1"),
+            "d_vector": (self.d_vector is None or whole(self.d_vector, 1), "null or a whole number"),
+            "pool": (self.pool == "last", "'last'"),
+            "prefix_mode": (self.prefix_mode in ("static", "mlp"), "'static' or 'mlp'"),
+            "prefix_mlp_hidden": (self.prefix_mode != "mlp" or whole(self.prefix_mlp_hidden, 1),
+                                  "a whole number where prefix_mode is 'mlp'"),
+            "use_layer_embed": (isinstance(self.use_layer_embed, bool), "true or false"),
+            "inject_norm": (norm in (None, "none", "embed") or _is_number(norm) and norm > 0, "'none', 'embed' or a norm"),
+            "temperature": (_is_number(self.temperature) and self.temperature > 0, "a number above 0"),
+            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
+        }  # fmt: skip
+        for name, (is_right, wanted) in right.items():
+            if not is_right:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; an AV's configuration has {wanted} there")
 
     @classmethod
     def from_json(cls, path: Path) -> "AVConfig":
-        """Read a ``config.json``; raises ``ConfigError`` on keys that no release has."""
+        """Read a ``config.json``. Keys that no release is known to have are named in a warning and not used.
+
+        Raises ``ConfigError`` that names the file for what is not a JSON object, and for missing or wrong values.
+        """
         try:
             values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{path} is no JSON object ({error})") from None
-        return _build(cls, values, f"{path}: unknown key")
+            raise ConfigError(f"{path} is not a JSON object ({error})") from None
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            meant = "; ".join(f"{key!r}: {nearest(key, known)}" for key in unknown)
+            print(f"warning: {path}: keys that are not used: {meant}")
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except (TypeError, ConfigError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _build(kind: type, values: Mapping[str, Any], complaint: str) -> Any:

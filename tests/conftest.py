@@ -66,14 +66,21 @@ def build_backbone(folder: Path, architecture: str, padding_side: str, bos_is_eo
     return save_tiny(folder, CONFIGS[architecture], build_tokenizer(padding_side, bos_is_eos, adds_bos))
 
 
-def save_tiny(folder: Path, config, tokenizer: PreTrainedTokenizerFast, shard: str = "5GB") -> Path:
-    """A random model of a configuration made from the tokenizer's ids, with the tokenizer, in ``folder``."""
+def save_tiny(
+    folder: Path, config, tokenizer: PreTrainedTokenizerFast, shard: str = "5GB", quiet: bool = False
+) -> Path:
+    """A random model of a configuration made from the tokenizer's ids, with the tokenizer, in ``folder``; where it is
+    ``quiet`` its head gives all ids that are no token of the tokenizer a logit of 0, and so never names them."""
     ids = dict(
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(config(ids)).save_pretrained(folder, max_shard_size=shard)
+    model = AutoModelForCausalLM.from_config(config(ids))
+    if quiet:
+        with torch.no_grad():
+            model.get_output_embeddings().weight[400:] = 0
+    model.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save_pretrained(folder)
     return folder
 

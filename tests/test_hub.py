@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -138,6 +139,46 @@ def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, tmp_path):
     done = in_a_process(hub, tmp_path, program)
     assert done.returncode == 0 and done.stdout.split()[-1] == "model.safetensors", done.stderr[-2000:]
     assert "consolidated" not in done.stdout and not any("original" in path for path, _ in hub.ranges)
+
+
+def test_the_first_complete_download_pins_the_commit_for_later_runs(hub, tmp_path):
+    hub.lie.add("model.safetensors")
+    assert ask(hub, tmp_path, "org/model")[0] == 3 and not (tmp_path / "pins").exists()
+    hub.lie.clear()
+    assert ask(hub, tmp_path, "org/model")[0] == 0
+    first = hub.commit("org/model")
+    hub.files["org/model"]["config.json"] = b'{"pushed": "since"}'
+    # Offline too: nothing has to be asked.
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        _, lines = ask(hub, tmp_path, "org/model", **environment)
+        assert json.loads(lines[-1])["at"] == first
+    _, lines = ask(hub, tmp_path, "org/model@main")
+    assert json.loads(lines[-1])["at"] == hub.commit("org/model") != first
+
+
+def test_a_pinned_commit_that_is_gone_is_named_with_the_file_that_pins_it(hub, tmp_path):
+    assert ask(hub, tmp_path, "org/model")[0] == 0
+    hub.files["org/model"]["config.json"] = b"{}"
+    shutil.rmtree(tmp_path / "hub")
+    code, lines = ask(hub, tmp_path, "org/model")
+    assert code == 3 and "an earlier run pinned" in lines[-1] and "models--org--model" in lines[-1]
+
+
+def test_files_that_an_earlier_run_did_not_ask_for_are_fetched_at_the_same_commit(hub, tmp_path):
+    program = "import sys; from nla_utils.lm.hub import snapshot; print(snapshot('org/model', sys.argv[1:]))"
+    assert in_a_process(hub, tmp_path, program, "config.json").returncode == 0
+    assert "model.safetensors" not in hub.served
+    assert in_a_process(hub, tmp_path, program, "*.safetensors").returncode == 0 and "model.safetensors" in hub.served
+    done = in_a_process(hub, tmp_path, program, "*.bin")
+    assert "has no file *.bin; it holds" in done.stderr
+
+
+def test_what_is_still_to_be_fetched_is_known_before(hub, tmp_path):
+    program = "from nla_utils.lm.hub import bytes_to_fetch; print(bytes_to_fetch('org/model', ['*.json', '*.safetensors']))"
+    wanted = sum(len(data) for name, data in hub.files["org/model"].items() if name != "notes.md")
+    assert int(in_a_process(hub, tmp_path, program).stdout) == wanted and not hub.served
+    assert ask(hub, tmp_path, "org/model")[0] == 0
+    assert int(in_a_process(hub, tmp_path, program).stdout) == 0
 
 
 def test_an_unknown_revision_is_named(hub, tmp_path):

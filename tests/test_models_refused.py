@@ -1,15 +1,19 @@
 """Models that a user may bring: what is told of them, and which are refused, by name."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
-from conftest import build_tokenizer, save_tiny, tiny_config
+import torch
+from conftest import SHAPE, build_tokenizer, save_tiny, tiny_config
 from transformers import Gemma3Config, LlamaConfig, OPTConfig
 
 from nla_utils.errors import BackboneError, ConfigError, SourceError
+from nla_utils.lm import loading
 from nla_utils.lm.checks import check_backbone
 from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.registry import REGISTRY
 
 
 def saved(folder, config, **tokenizer):
@@ -28,6 +32,31 @@ def test_a_multimodal_model_is_refused_by_name_before_weights_load(tmp_path):
     Gemma3Config().save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="is multimodal .Gemma3Config.*kind gemma3_text"):
         load_backbone(tiny_config(tmp_path / "model", tmp_path))
+
+
+def test_the_text_part_of_gemma_4_is_loaded_as_it_is_in_the_whole(tmp_path, monkeypatch, capsys):
+    """Its registry entry is unverified: whatever is wrong with a real one, no weight of the text part is left out."""
+    from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
+    from transformers.models.gemma4 import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
+
+    tokenizer, heads = build_tokenizer("left", False, True), dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+    text = Gemma4TextConfig(
+        **SHAPE, head_dim=8, global_head_dim=8, sliding_window=64, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+        vocab_size=len(tokenizer), vocab_size_per_layer_input=len(tokenizer), bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    vision = Gemma4VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, **heads)
+    whole = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, audio_config=None)).eval()
+    for saved_part in (whole, tokenizer):
+        saved_part.save_pretrained(tmp_path / "model")
+    spec = dataclasses.replace(REGISTRY["gemma4-31b"], source=str(tmp_path / "model"), layer=2)
+    monkeypatch.setattr(loading, "resolve", lambda _: spec)
+    backbone = load_backbone(tiny_config(tmp_path / "model", tmp_path))
+    assert "has not been run with this code" in capsys.readouterr().out and backbone.start_id == 2
+    ids = AutoTokenizer.from_pretrained(tmp_path / "model")("It was a day", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        theirs = whole(input_ids=ids, output_hidden_states=True).hidden_states[2][0, -1]
+    ours = backbone.encode([ids[0, 1:].tolist()], start=True)[0]
+    torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "nosuch"}', "{}", '{"a": ', '{"model_type": "llama", "hidden_size": "x"}'])

@@ -191,8 +191,8 @@ def test_av_of_another_backbone_is_refused(gemma_run, tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"extraction_layer": 3', '"extraction_layer": 2'))
     with pytest.raises(ArtefactError, match="layer 2"):
         import_av(tmp_path, backbone)
-    (tmp_path / "config.json").write_text(text.replace('"top_p"', '"topp"'))
-    with pytest.raises(ConfigError, match="top_p"):
+    (tmp_path / "config.json").write_text(text.replace('"num_prefix_tokens"', '"prefix_tokens"'))
+    with pytest.raises(ConfigError, match="num_prefix_tokens"):
         import_av(tmp_path, backbone)
 
 

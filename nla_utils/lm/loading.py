@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from nla_utils.artefacts import read_json
 from nla_utils.config import RunConfig
@@ -76,6 +76,7 @@ class Description:
     folder: Path
     layer: int
     d: int
+    n_layers: int
     tokenizer: PreTrainedTokenizerBase
     special: tuple[int, tuple[int, ...], int]
 
@@ -87,11 +88,14 @@ def describe(given: RunConfig) -> Description:
     or ``SourceError``.
     """
     spec = resolve(given.backbone)
+    if spec.unverified:
+        print(f"{spec.name} has not been run with this code: {spec.unverified}")
     folder = fetch(spec)
     config = read_model_config(spec, folder)
     layer = pick_layer(given.layer, spec, config.num_hidden_layers)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Description(spec, folder, layer, config.hidden_size, tokenizer, special_ids(spec, tokenizer, folder))
+    special = special_ids(spec, tokenizer, folder)
+    return Description(spec, folder, layer, config.hidden_size, config.num_hidden_layers, tokenizer, special)
 
 
 def load_backbone(given: RunConfig) -> Backbone:
@@ -125,6 +129,10 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
     """
     spread = {"device_map": "auto"} if config.device == SPLIT else {}
     try:
+        whole = AutoConfig.from_pretrained(folder)
+        if (text := whole.get_text_config()) is not whole:
+            # The language model of a multimodal one, whose weights are called what they are called inside it.
+            spread |= {"config": text, "key_mapping": {r"^model\.language_model\.": "model."}}
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **spread
         )
@@ -134,7 +142,7 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise SourceError(f"{folder}: its files lack {len(lacking)} weights of the model, {lacking[0]} among them")
-    if not spread:
+    if config.device != SPLIT:
         return model.to(pick_device(config.device))
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     if any(table.device.type == "meta" for table in tables):

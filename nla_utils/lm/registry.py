@@ -45,6 +45,9 @@ class BackboneSpec:
     ``ceiling`` is the row that the paper divides by in ρ on this backbone. ``license`` is that of the weights, which
     holds for what derives from them; None where it is not known here. ``title`` is the name as its makers write it,
     ``variant`` and ``weights`` are what pages say of the weights, in short and in full; empty where nothing is known here.
+    ``av`` and ``targets`` are the repositories of what the authors published for it, ``targets_file`` the file in the
+    latter; their vectors alone are in ``…_pool.pt`` beside it. ``unverified`` says why a backbone may not work here, None
+    for those that were run or rehearsed.
     """
 
     name: str
@@ -59,6 +62,10 @@ class BackboneSpec:
     title: str = ""
     variant: str = ""
     weights: str = ""
+    av: Optional[str] = None
+    targets: Optional[str] = None
+    targets_file: Optional[str] = None
+    unverified: Optional[str] = None
 
     @property
     def shown(self) -> str:
@@ -90,8 +97,6 @@ def weights_note(names: Iterable[str]) -> str:
     return " ".join(f"{spec.shown}: {spec.weights}." for spec in specs if spec.weights)
 
 
-AV_FILES = ("config.json", "best_av.safetensors", "best_av.pt")
-TARGET_FILES = ("*.pt", "targets.safetensors", "*.json")
 # The same weights again, under another name or in a folder.
 OTHER_LAYOUTS = ("consolidated*", "*/*")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
@@ -152,7 +157,9 @@ def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
     except Exception as error:  # each architecture validates its configuration in its own way
         raise SourceError(f"{folder / 'config.json'} is no configuration of a model known here ({error})") from None
     text = config.get_text_config()
-    if text is not config:
+    if text is not config and spec.unverified:
+        config = text
+    elif text is not config:
         raise ConfigError(
             f"{spec.name} is multimodal ({type(config).__name__}); save its language model alone, of kind "
             f"{text.model_type}, and give that folder"
@@ -163,36 +170,6 @@ def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
             f"an activation cannot enter as an embedding"
         )
     return config
-
-
-def fetch_av(source: str) -> Path:
-    """Folder of a released AV: ``hub:org/name[@commit]``, fetched and pinned, or a folder with its files.
-
-    Raises ``SourceError`` if it is neither, or lacks ``config.json`` or both checkpoint formats.
-    """
-    folder = _released(source, AV_FILES, "model")
-    if not (folder / "config.json").exists() or not any((folder / f).exists() for f in AV_FILES[1:]):
-        raise SourceError(f"{source}: an AV is config.json with best_av.safetensors or best_av.pt; {folder} lacks them")
-    return folder
-
-
-def fetch_targets(source: str) -> Path:
-    """Folder of released targets: ``hub:org/name[@commit]``, fetched and pinned, or a folder with their files.
-
-    Raises ``SourceError`` if it is neither or cannot be fetched.
-    """
-    return _released(source, TARGET_FILES, "dataset")
-
-
-def _released(source: str, files: tuple[str, ...], kind: str) -> Path:
-    if not source.startswith("hub:"):
-        if not Path(source).is_dir():
-            raise SourceError(f"{source} is neither a folder nor written as hub:org/name")
-        return Path(source)
-    name = source.removeprefix("hub:")
-    if not HUB_ID.match(name):
-        raise SourceError(f"{source}: write it as hub:org/name or hub:org/name@commit")
-    return snapshot(name, files, kind)
 
 
 def weight_hash(folder: Path) -> str:

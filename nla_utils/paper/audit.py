@@ -68,7 +68,7 @@ def _raw_select(results: RunResults) -> str:
     training = results.data["training"]
     validation, kept, steps = training["validation"], training["best_step"], training["steps"]
     if not validation:
-        return "a released checkpoint; its validation is not known"
+        return "not trained here"
     at, interval = {v["step"]: v for v in validation}, validation[0]["step"]
     words = [f"step {kept} of {steps} kept, centred would keep {training['best_step_by_centred']}"]
     if steps != kept:
@@ -84,6 +84,8 @@ def _raw_select(results: RunResults) -> str:
 
 def _retokenize(results: RunResults) -> str:
     t = results.data["training"]
+    if t["pairs"] is None:
+        return "not trained here"
     return f"{t['changed_pairs']} of {t['pairs']} texts come back as other ids, {t['skipped_pairs']} skipped"
 
 

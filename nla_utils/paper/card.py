@@ -20,8 +20,15 @@ def _corrected(row: rows.Row, kind: str) -> Callable[[RunResults], str]:
     return lambda r: number(r.column(row.file, "corrected")[row.at(kind)])
 
 
+def _validation(results: RunResults) -> str:
+    """Ours is ½(1 + cos); what the authors wrote into their checkpoints is a plain cosine already."""
+    training = results.data["training"]
+    value = training["best_val_fve_nrm"]
+    return number(value if value is None or training.get("released") else 2 * value - 1, 4)
+
+
 def _of_training(key: str) -> Callable[[RunResults], str]:
-    return lambda r: f"{r.data['training'][key]:,}"
+    return lambda r: number(None) if r.data["training"][key] is None else f"{r.data['training'][key]:,}"
 
 
 # Label, path in a published record, its digits (None for a count), and ours, corrected where a protocol matters.
@@ -34,10 +41,9 @@ FACTS: tuple[tuple[str, str, int | None, Callable[[RunResults], str]], ...] = (
     ("pairs within the token budget", "targets.pairs", None, _of_training("pairs")),
     ("pairs over it, skipped", "targets.skipped", None, _of_training("skipped_pairs")),
     ("training pairs", "targets.train_pairs", None, _of_training("train_pairs")),
-    ("steps", "training.steps", None, lambda r: str(r.data["training"]["steps"])),
-    ("step that was kept", "training.best_step", None, lambda r: str(r.data["training"]["best_step"])),
-    ("its validation score, plain cosine", "training.best_val_fve_nrm", 4,
-     lambda r: number(2 * r.data["training"]["best_val_fve_nrm"] - 1, 4)),
+    ("steps", "training.steps", None, lambda r: _as_text(r.data["training"]["steps"], None)),
+    ("step that was kept", "training.best_step", None, lambda r: _as_text(r.data["training"]["best_step"], None)),
+    ("its validation score, plain cosine", "training.best_val_fve_nrm", 4, _validation),
     ("‖μ‖, of the pool", "centred_eval.mu_norm", 1, lambda r: f"{r.data['targets']['mu_norm']:,.1f}"),
     ("‖μ‖, of the evaluated targets", "ceilings.mu_norm", 1,
      lambda r: f"{r.column(rows.CEILING_FILE, 'paper')['mu_norm']:,.1f}"),

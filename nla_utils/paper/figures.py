@@ -156,7 +156,9 @@ def figure_by_run(everything: Sequence[RunResults]) -> Figure:
 @styled
 def figure_reading(everything: Sequence[RunResults]) -> Figure:
     """What its own v saves the AV on the sources' texts, by training step, against another target's v and against μ."""
-    shown = [r for r in largest(everything) if "nats_own" in r.data["training"]["validation"][0]]
+    # A released AV was not trained here.
+    trained = (r for r in largest(everything) if r.data["training"]["validation"])
+    shown = [r for r in trained if "nats_own" in r.data["training"]["validation"][0]]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3), layout="constrained", sharey=True)
     for ax, row, name, label in zip(axes, rows.NATS_GAINED, ("other", "mean"), ("another target's v", "the mean μ")):
         for i, results in enumerate(shown):

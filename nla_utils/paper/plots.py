@@ -78,12 +78,14 @@ def training_curves(training: dict, backbone: str) -> Figure:
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     c = colour(backbone)
     loss, steps = np.array(training["loss"]), np.arange(1, len(training["loss"]) + 1)
-    window = min(len(loss), max(5, len(loss) // 40))
-    smooth = np.convolve(loss, np.ones(window), "same") / np.convolve(np.ones(len(loss)), np.ones(window), "same")
-    left.plot(steps, loss, color=shade(c, 0.6), linewidth=0.5, label="each step")
-    left.plot(steps, smooth, color=shade(c, -0.3), label=f"mean of {window} steps")
-    left.set_ylim(*most(loss))
-    left.legend()
+    # A released AV was not trained here.
+    if len(loss):
+        window = min(len(loss), max(5, len(loss) // 40))
+        smooth = np.convolve(loss, np.ones(window), "same") / np.convolve(np.ones(len(loss)), np.ones(window), "same")
+        left.plot(steps, loss, color=shade(c, 0.6), linewidth=0.5, label="each step")
+        left.plot(steps, smooth, color=shade(c, -0.3), label=f"mean of {window} steps")
+        left.set_ylim(*most(loss))
+        left.legend()
     style(left, "step", "cross-entropy (nats / token)")
     steps = [r["step"] for r in training["validation"]]
     criteria = (("fve_nrm", "raw, no BOS (kept by this)", "o-"), ("fve_nrm_cen", "centred, with BOS", "s--"))
@@ -92,6 +94,17 @@ def training_curves(training: dict, backbone: str) -> Figure:
     right.legend()
     style(right, "step", "validation fve_nrm, greedy")
     return fig
+
+
+def training_facts(training: dict) -> pd.Series:
+    """Loss at the beginning and the end, and what v saves in nats a token at the step that was kept; nothing of an AV
+    that was not trained here."""
+    if not training["loss"]:
+        return pd.Series(dtype=float)
+    first, _, last = np.array_split(training["loss"], 3)
+    kept = next(r for r in training["validation"] if r["step"] == training["best_step"])
+    saved = {f"nats saved, {v} v": kept[f"nats_{v}"] - kept["nats_own"] for v in ("other", "mean")}
+    return pd.Series({"loss, first third": first.mean(), "loss, last third": last.mean(), **saved}).round(3)
 
 
 def source_loss_curves(training: dict, backbone: str) -> Figure:
@@ -126,6 +139,8 @@ def bars(rows: Sequence[Row], column: dict, backbone: str, x: str, kind: str = "
     fig, ax = plt.subplots(figsize=(7, 0.32 * len(rows) + 0.9), layout="constrained")
     for i, row in enumerate(reversed(rows)):
         value, (low, high) = column[row.at(kind)], column["ci95"][row.at(kind)]
+        if value is None:
+            continue  # released vectors without texts have no replay and no paraphrase
         color = NULL_GREY if row.control else colour(backbone)
         ax.plot([low, high], [i, i], color=color, linewidth=2)
         ax.plot(value, i, "s" if row.control else "o", color=color)
@@ -150,7 +165,10 @@ def ablation_table(steps: dict, keys: Sequence[str]) -> pd.DataFrame:
         before = start = columns["paper"]
         for slip, column in columns.items():
             reference = before if way == "in_order" else start
-            found[way, slip] = {k: f"{column[k]:.3f} ({column[k] - reference[k]:+.3f})" for k in keys}
+            found[way, slip] = {
+                k: "–" if None in (column[k], reference[k]) else f"{column[k]:.3f} ({column[k] - reference[k]:+.3f})"
+                for k in keys
+            }
             before = column
     return pd.DataFrame(found).T
 

@@ -12,6 +12,7 @@ from nla_utils.paper.card import facts_table, slips_table
 from nla_utils.paper.findings import easy_table, findings_table, reading_table, verdict_counts
 from nla_utils.paper.pages import FigureSpec, Page, Table, references
 from nla_utils.paper.published import BACKBONES, SECTION_11, TITLES, card, published, published_null
+from nla_utils.paper.released import released_runs, released_table
 from nla_utils.paper.results import (
     COMMITTED,
     RunResults,
@@ -128,12 +129,17 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     easy = easy_table(shown)
     if not easy.empty:
         shared["easy"] = Table("easy", "Where reading is easy", easy, (22, 14, 15, 14, 14, 9))
+    released = {
+        name: Table(f"{name}-released", f"The released AV on {TITLES[name]}, run here", released_table(name, r), (30, 12, 28, 24),
+                    of=r.label)
+        for name, r in released_runs(shown).items()
+    }  # fmt: skip
     read = [r for r in largest(shown) if r.source_loss]
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
     values = {
-        **shared, "of_runs": of_runs, "claims": [c for c in claims.CLAIMS if c.where != "control"],
+        **shared, "of_runs": of_runs, "released": released, "claims": [c for c in claims.CLAIMS if c.where != "control"],
         "counts": {r.label: verdict_counts(r) for r in about}, "reads": _reading_runs(read), "said": said(about),
         "weights": weights_note(shown), "references": references(),
     }  # fmt: skip
-    made = [*shared.values(), *(t for tables_ in of_runs.values() for t in tables_.values())]
+    made = [*shared.values(), *released.values(), *(t for tables_ in of_runs.values() for t in tables_.values())]
     return Page(SECTION, "section11.md.j2", made, drawn, values, "section11.tex.j2")

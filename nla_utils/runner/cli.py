@@ -14,8 +14,11 @@ from nla_utils.runner import extension_commands  # noqa: F401, whose commands re
 from nla_utils.runner.options import Adopt, app, finish, show, where, with_config, write_pages
 
 BACKBONE_HELP = "Registry name, hub id (org/name@commit) or folder; repeat for several."
-AV_HELP = "A released AV to evaluate instead of training one: hub:org/name[@commit] or a folder."
-TARGETS_HELP = "Released targets instead of drawing them: hub:org/name[@commit] or a folder."
+AV_HELP = "An AV instead of training one: released (the authors' own for the backbone), hub:org/name[@commit] or a folder."
+TARGETS_HELP = (
+    "Targets instead of drawing them: released (the authors' own for the backbone), pool (their vectors alone: no "
+    "ceilings), hub:org/name[@commit], a folder or a file."
+)
 CORPUS_HELP = "Targets from texts of your own instead: a .jsonl with a field 'text', or a folder of .txt files."
 SEEDS_HELP = "Seeds of targets, training and rollouts, with commas; each is a run of its own."
 WITH_HELP = "What to run beside §11, with commas: tail-reader, depth."
@@ -36,6 +39,7 @@ def reproduce(
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is finished and matches is skipped."""
     from nla_utils.lm.registry import settled
+    from nla_utils.lm.releases import POOL
     from nla_utils.runner.notebooks import reproduce as run_all
     from nla_utils.runner.notebooks import select_stages
 
@@ -44,7 +48,11 @@ def reproduce(
         dataclasses.replace(config, backbone=b, seed=seed, av=av, released_targets=targets, corpus=texts)
         for b in map(settled, backbone) for seed in parse_seeds(seeds)
     ]  # fmt: skip
-    run_all(configs, lambda folder: finish(folder, adopt), select_stages(first, last, with_))
+    stages = select_stages(first, last, with_)
+    if targets == POOL:
+        # Vectors without texts have no ceilings, which the pages of 06 set every other row against.
+        stages = [stage for stage in stages if stage.number < 6]
+    run_all(configs, lambda folder: finish(folder, adopt), stages)
 
 
 @with_config()

@@ -10,17 +10,21 @@ from typing import Callable, Iterator, Sequence
 import filelock
 
 from nla_utils.artefacts import RunFolder, atomic_write, read_record, require_disk
-from nla_utils.config import ROOT, RunConfig
+from nla_utils.config import ROOT, RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, ConfigError, nearest
 from nla_utils.extensions.depth.tables import RESULTS as DEPTH
-from nla_utils.lm.loading import describe
-from nla_utils.lm.registry import fetch_av, fetch_targets
+from nla_utils.lm.hub import bytes_to_fetch, config_alone
+from nla_utils.lm.loading import describe, pick_layer
+from nla_utils.lm.registry import read_model_config, resolve
+from nla_utils.lm.releases import fetch_av, fetch_targets, sources_on_hub
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
 from nla_utils.scores.evidence import FILE, is_kept
 from nla_utils.scores.rows import CEILING_FILE, EVALUATION_FILE
 from nla_utils.stages.corpus import read_texts
+from nla_utils.stages.released import check_released
+from nla_utils.stages.verbalizer import check_av
 
 
 @dataclass(frozen=True)
@@ -93,21 +97,51 @@ def is_cached(folder: RunFolder, stage: Stage) -> bool:
 
 def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     """Refuse, before long work, what can be refused: names, layer, weights, artefacts, disk; returns the run's folder."""
+    say_what_is_fetched(config)
     found = describe(config)
     folder = described_folder(config, found)
     if config.av is not None:
-        fetch_av(config.av)
+        check_av(fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
     if config.released_targets is not None:
-        fetch_targets(config.released_targets)
+        path = fetch_targets(config.released_targets, found.spec)
+        check_released(path, found.spec, found.layer, found.d, found.special[0], config.sizes.n_targets)
     if config.corpus is not None:
         read_texts(ROOT / config.corpus)
     if all(stage.results is None for stage in stages):
         _require_results(folder)
     else:
         _require_artefacts(folder, stages)
-        s = config.sizes
-        require_disk(folder.path, 4 * found.d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000)
+        require_disk(folder.path, disk_of_run(config, found.d))
     return folder
+
+
+def disk_of_run(config: RunConfig, d: int) -> int:
+    """Bytes that a run writes at most."""
+    s = config.sizes
+    return 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000
+
+
+def say_what_is_fetched(config: RunConfig) -> None:
+    """Print the disk and memory that a run needs, where anything of it is still to be fetched from the hub.
+
+    Raises ``ArtefactError`` where there is no room, ``ConfigError`` or ``SourceError`` for what cannot be fetched or used.
+    """
+    spec = resolve(config.backbone)
+    sources = sources_on_hub(spec, config.av, config.released_targets)
+    sizes = {what: bytes_to_fetch(*arguments) for what, arguments in sources.items()}
+    if not any(sizes.values()):
+        return
+    parts = ", ".join(f"{what} {sources[what][0]} {size / 1e9:.2f} GB" for what, size in sizes.items())
+    print(f"to fetch: {parts}; into {cache_dir()}")
+    require_disk(cache_dir(), sum(sizes.values()))
+    if sizes.get("backbone"):
+        model = read_model_config(spec, config_alone(spec.source))
+        pick_layer(config.layer, spec, model.num_hidden_layers)
+        s, d = config.sizes, model.hidden_size
+        # The weights; targets as read and as used; re-encoded rollouts of both protocols, and as they are scored.
+        memory = sizes["backbone"] + 4 * d * (2 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 1))
+        print(f"the run writes up to {disk_of_run(config, d) / 1e9:.2f} GB; memory, weights included: {memory / 1e9:.1f} GB "
+              f"and what torch takes for a batch")  # fmt: skip
 
 
 def _require_results(folder: RunFolder) -> None:

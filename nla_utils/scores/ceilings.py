@@ -70,7 +70,7 @@ def score_ceilings(evidence: Evidence, protocol: Protocol) -> Column:
         scores = CeilingScores(evidence, protocol, kind)
         for row in (*rows.CEILINGS, rows.GAP):
             column.add(row.at(kind), row.values(scores))
-        column.put(f"replay_{kind}_fve_p50", float(np.median(scores.replay)))
+        column.put(f"replay_{kind}_fve_p50", float(np.nanmedian(scores.replay)))
         column.difference(rows.PARAPHRASE.at(kind), rows.UNRELATED_8.at(kind))
     return column
 

@@ -98,7 +98,12 @@ class Column:
         self.add(f"{a}_minus_{b}", self.per_target[a] - self.per_target[b])
 
     def ratio(self, key: str, score_M: np.ndarray, floor_M: np.ndarray, ceiling_M: np.ndarray) -> None:
-        """Add ρ of three means over targets, its interval from joint resamples of the three."""
+        """Add ρ of three means over targets, its interval from joint resamples of the three; targets without a
+        ceiling (NaN: their text is not known) are left out."""
+        known = ~np.isnan(ceiling_M)
+        score_M, floor_M, ceiling_M = (x[known] for x in (score_M, floor_M, ceiling_M))
+        if not known.any():
+            return self.put(key, math.nan)
         s, f, c = metrics.bootstrap_means(np.stack([score_M, floor_M, ceiling_M], axis=1)).T
         rho = float(metrics.rho(score_M.mean(), floor_M.mean(), ceiling_M.mean()))
         self.put(key, rho, interval(metrics.rho(s, f, c)))

@@ -48,7 +48,7 @@ class Part:
         self.scorers = {kind: Scorer(self.v, self.pool, mu) for kind, mu in centres.items()}
         self.directions_4d = metrics.principal_directions(self.pool, N_DIRECTIONS)
         self.anchor_Md = self.pool[self.scorers["cen"].against_pool.argmax(axis=1)]
-        self.null_MP = None if pool_h is None else np.sort(self.scorers["cen"].against(pool_h), axis=1)
+        self.null_MP = None if pool_h is None else np.sort(self.scorers["cen"].against(_known(pool_h)), axis=1)
 
     def place(self, h: np.ndarray) -> dict[str, np.ndarray]:
         """‖h − μ‖ and the coordinates of h (…, d) on the pool's first principal directions."""
@@ -61,7 +61,10 @@ class Part:
         columns = {centring: self.scorers[centring].own(h_Mnd) for centring in CENTRINGS_OF[kind]}
         if reading == OWN[self.name].name:
             pairs = zip(self.null_MP, columns["cen"])
-            columns["rank"] = np.stack([len(null) - np.searchsorted(null, own, "left") for null, own in pairs])
+            rank = np.stack([len(null) - np.searchsorted(null, own, "left") for null, own in pairs])
+            # NaN sorts last: a null that is not known has it at its end.
+            unknown = np.isnan(columns["cen"]) | np.isnan(self.null_MP[:, -1:])
+            columns["rank"] = np.where(unknown, np.nan, rank)
             columns |= self.place(h_Mnd)
         return block(kind, self.name, reading, self.rows, draws, **columns, tokens=tokens, **more)
 
@@ -125,10 +128,11 @@ def of_ceilings(targets: Targets, ceilings: Ceilings, k: int, ablation: Optional
     }  # fmt: skip
     tables, replay, paraphrase = [], {}, {}
     for name, texts in ceilings.texts.items():
-        ks = sorted({*metrics.k_values(len(texts.pool_h)), k, N_PARAPHRASES})
-        facts["null_pool"][name], facts["null_k"][name] = len(texts.pool_h), ks
+        null_Pd = _known(texts.pool_h)
+        ks = sorted({*metrics.k_values(len(null_Pd)), k, N_PARAPHRASES})
+        facts["null_pool"][name], facts["null_k"][name] = len(null_Pd), ks
         replay[name], paraphrase[name] = texts.replay, texts.paraphrase
-        tables += [part.target(name, texts.pool_h, ks) for part in parts.values()]
+        tables += [part.target(name, null_Pd, ks) for part in parts.values()]
         own = parts[part_of(BY_NAME[name])]
         lengths = np.minimum(TAIL_LENGTHS, targets.lengths[own.rows][:, None])
         tables.append(own.texts("tail", name, texts.tail, TAIL_LENGTHS, lengths, ids=_tails(targets, own.rows, lengths)))
@@ -178,6 +182,12 @@ def of_rollouts(
         part, reading = part_of(CORRECTED), CORRECTED.name
         tables.append(block("source_loss", part, reading, loss.rows, tokens=lengths[:, None], **nats))
     return Evidence(pa.concat_tables(tables), {"K": rollouts.k, "T": rollouts.ids.shape[2], "ceiling": ceiling})
+
+
+def _known(h_Pd: np.ndarray) -> np.ndarray:
+    """The rows of texts that are known; where none is (released vectors alone), all of them, which are NaN."""
+    known = np.isfinite(h_Pd[:, 0])
+    return h_Pd[known] if known.any() else h_Pd
 
 
 def part_of_reading(reading: str) -> str:

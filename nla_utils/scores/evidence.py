@@ -79,6 +79,9 @@ def _array(values, kind: pa.DataType) -> pa.Array:
         return pa.array(values, kind)
     values = np.asarray(values)
     values = values.reshape(-1, *values.shape[2:])
+    if pa.types.is_integer(kind):
+        unknown = np.isnan(values)
+        return pa.array(np.where(unknown, 0, values).astype(kind.to_pandas_dtype()), mask=unknown)
     if not pa.types.is_list(kind):
         return pa.array(values.astype(kind.to_pandas_dtype()))
     offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]

@@ -139,9 +139,10 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
 
     Prompts are padded on the left and begin with the start token where ``left_prompts``, else as the tokenizer does
     by default (slip ``pad_generate``). Where the two ways give the same prompts, they give the same paraphrases, drawn
-    once.
+    once. A target whose text is not known has paraphrases of no tokens.
     """
     backbone, settings = run.backbone, _paraphrase_settings(run.config)
+    everything, rows = rows, rows[targets.lengths[rows] > 0]
     prompts = [prompt_ids(backbone, backbone.decode_text(targets.sequence(i)), protocol) for i in rows]
     side = "left" if protocol.left_prompts else backbone.padding_side
 
@@ -157,8 +158,14 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
     plan |= {"side": side, "sampling": settings.record(), "batch": backbone.sample_batch}
     plan |= {"rows": json_hash(rows.tolist()), "prompts": json_hash(prompts)}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
-    drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, "paraphrasing", "text")
-    return Paraphrases(**drawn)
+    n = len(everything) * N_PARAPHRASES
+    ids, logp = np.full((n, settings.max_new_tokens), backbone.pad_id, dtype=np.int32), np.full(n, np.nan, dtype=np.float32)
+    found = Paraphrases(ids, np.zeros(n, dtype=np.int32), logp)
+    if len(rows):
+        drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, "paraphrasing", "text")
+        there = np.repeat(targets.lengths[everything] > 0, N_PARAPHRASES)
+        found.ids[there], found.lengths[there], found.logp[there] = drawn["ids"], drawn["lengths"], drawn["logp"]
+    return found
 
 
 def continue_prompts(

@@ -22,7 +22,14 @@ def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: 
 
     ``eos_kept``: the ids themselves; else their decoded text, tokenized again, which has lost its special tokens.
     ``bos``: behind the start token. ``last_index``: read at the last token, or where the authors look for it.
+    A sequence of no ids is a text that is not known (of a released target): its activation is NaN.
     """
+    known = [i for i, s in enumerate(sequences) if len(s)]
+    if len(known) < len(sequences):
+        h_Nd = np.full((len(sequences), backbone.d), np.nan, dtype=np.float32)
+        if known:
+            h_Nd[known] = re_encode(backbone, [sequences[i] for i in known], protocol)
+        return h_Nd
     ids = [list(s) for s in sequences]
     if not protocol.eos_kept:
         ids = [backbone.tokenize_text(backbone.decode_text(s)) for s in ids]
@@ -55,11 +62,11 @@ def encode_padded(backbone: Backbone, rows: list[list[int]]) -> np.ndarray:
 
 def nats_per_token(backbone: Backbone, texts: Sequence[Sequence[int]]) -> np.ndarray:
     """Mean cross-entropy (N,) of a text's tokens behind the start token, no v in sight: its fluency; e to it is its
-    perplexity. ``texts`` are ids, an EOS among them counted."""
+    perplexity; NaN for a text of no tokens. ``texts`` are ids, an EOS among them counted."""
     start_11d = backbone.embed(torch.tensor([[backbone.start_id]]))
-    nats_N = np.empty(len(texts))
+    nats_N = np.full(len(texts), np.nan)
     # Of similar length together; a stable order, so that equal texts make equal batches.
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted((i for i in range(len(texts)) if len(texts[i])), key=lambda i: len(texts[i]))
     for first in range(0, len(order), LIKELIHOOD_BATCH):
         batch = order[first : first + LIKELIHOOD_BATCH]
         ids_BT, valid_BT = (x.to(backbone.device) for x in pad([list(texts[i]) for i in batch], backbone.pad_id, "right"))

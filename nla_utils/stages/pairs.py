@@ -46,8 +46,10 @@ def paper_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: f
 
 
 def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> TextPairs:
-    """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again."""
-    return TextPairs([int(i) for i in rows], [targets.sequence(i)[-n:] for i in rows], skipped=0, changed=0)
+    """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again. Targets
+    whose text is not known are skipped."""
+    known = [int(i) for i in rows if targets.lengths[i]]
+    return TextPairs(known, [targets.sequence(i)[-n:] for i in known], skipped=len(rows) - len(known), changed=0)
 
 
 @dataclass

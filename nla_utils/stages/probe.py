@@ -58,8 +58,11 @@ def make_probe(run: Run, targets: Targets) -> ProbeTexts:
         return ProbeTexts.of(run.folder.load(ARTEFACT))
     rows, n = np.concatenate([targets.in_sample, targets.held_out]), TAIL_TOKENS
     train, validation = fit_split(run, targets)
-    probe, trials = fit_probe(run.backbone, [(targets, train)], targets, validation, n)
-    ids_Rn = probe.decode(targets.v[rows], n)
+    # Without texts (released vectors alone) there is nothing to fit it to: it writes no tokens.
+    ids_Rn, trials = np.empty((len(rows), 0), dtype=np.int32), []
+    if len(train):
+        probe, trials = fit_probe(run.backbone, [(targets, train)], targets, validation, n)
+        ids_Rn = probe.decode(targets.v[rows], n)
     texts, shape = [row[-k:].tolist() for row in ids_Rn for k in PROBE_LENGTHS], (len(rows), len(PROBE_LENGTHS), -1)
     tensors = {
         "rows": rows,
@@ -77,9 +80,9 @@ def load_probe(run: Run) -> ProbeTexts:
 
 
 def fit_split(run: Run, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, validation rows) of a linear fit: the held-out targets are in neither."""
+    """(training rows, validation rows) of a linear fit: neither the held-out targets nor those without a text."""
     rng = np.random.default_rng(derive_seed(run.seed, "reader split", 0))
-    order = rng.permutation(len(targets.v) - targets.n_eval)
+    order = rng.permutation(np.flatnonzero(targets.lengths[: len(targets.v) - targets.n_eval]))
     n_val = min(run.sizes.n_validate, max(2, round(VALIDATION_SHARE * len(order))))
     return np.sort(order[n_val:]), np.sort(order[:n_val])
 

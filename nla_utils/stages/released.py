@@ -1,116 +1,200 @@
-"""Released targets: a ``targets.safetensors`` of this repository's own releases, or one ``.pt`` with named fields.
+"""Released targets, in the layouts that the authors published and in this repository's own (PROTOCOL.md §1).
 
-A ``.pt`` is a mapping, or a list of mappings, with the fields of :data:`FIELDS`; the texts of some targets must then
-re-encode to their activations. No code of a file is run (``weights_only``), and none of it is held in memory: it is
-mapped, and one position of each sample is read.
+:mod:`nla_utils.stages.packs` reads the files. Here their samples become targets, and the texts of some must re-encode to
+their activations.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from nla_utils.errors import ArtefactError
+from nla_utils.errors import ArtefactError, CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.registry import BackboneSpec
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
+from nla_utils.stages.packs import Pack, fields_of, load_pt, parquet_rows, parquet_samples, samples
 
 CHECKED_ROWS = 64
-NEEDED_AGREEMENT = 0.9
-FIELDS = {
-    "hidden": "(T, d) activations of each sample, the start token's first",
-    "ids": "token ids of each sample, the start token first",
-    "lengths": "how many of them are valid, the start token counted; needed where samples are padded",
-}
+AGREES, NEEDED_AGREEMENT = 0.98, 0.9
+# What the packs call the facts that are compared with the run's.
+META = {"backbone": ("backbone_id", "backbone"), "layer": ("extraction_layer", "layer"), "d": ("d",),
+        "start token": ("bos_token_id",)}  # fmt: skip
 
 
-def read_released(folder: Path, backbone: Backbone, n: int) -> dict[str, np.ndarray]:
-    """The first ``n`` released targets: ids (n, T) int32 of generated tokens, lengths (n,), v (n, d) float32.
+def check_released(path: Path, spec: BackboneSpec, layer: int, d: int, start_id: int, n: int) -> None:
+    """Raise ``ArtefactError`` that names the file if it is broken, unknown, too small, or of another backbone or layer.
 
-    Raises ``ArtefactError`` that names the file where there is none, where a field is missing, where it holds fewer
-    than ``n``, or where its texts do not re-encode to its activations on this backbone and layer.
+    Nothing but its first sample is read.
     """
-    ours, pt_files = folder / "targets.safetensors", sorted(folder.glob("*.pt"))
-    if not ours.exists() and len(pt_files) != 1:
-        names = [p.name for p in pt_files]
-        raise ArtefactError(f"{folder} holds {names}; released targets are targets.safetensors or exactly one .pt")
-    path = ours if ours.exists() else pt_files[0]
-    tensors = _read_own(path, n) if ours.exists() else _read_pt(path, backbone, n)
+    if path.suffix == ".safetensors":
+        with _own(path) as f:
+            held, width = f.get_slice("v").get_shape()
+        _require_shape(path, held, width, n, d)
+        return
+    if path.suffix == ".parquet":
+        held, first = parquet_rows(path, layer), next(parquet_samples(path, layer, d))
+    else:
+        first = fields_of(load_pt(path), path, layer)
+        held = len(first.hidden)
+    _require_shape(path, held, first.hidden[0].shape[-1], n, d)
+    own = {"backbone": spec.source, "layer": layer, "d": d, "start token": start_id}
+    for what, names in META.items():
+        stated = next((first.meta[name] for name in names if first.meta.get(name) is not None), own[what])
+        # A folder's name says nothing of the model in it.
+        comparable = what != "backbone" or isinstance(spec.source, str) and not Path(spec.source).is_dir()
+        if comparable and str(stated).split("@")[0].lower() != str(own[what]).split("@")[0].lower():
+            raise ArtefactError(f"{path} says that its {what} is {stated!r}; this run has {own[what]!r}")
+
+
+def read_released(path: Path, backbone: Backbone, n: int) -> tuple[dict[str, np.ndarray], dict]:
+    """The first ``n`` targets of a file, and facts to be recorded.
+
+    Returns ids (n, T) int32 of generated tokens, lengths (n,), 0 where the text of a target is not known, and v (n, d)
+    float32. Facts: ``texts`` says where the ids are from, ``texts_unmatched`` counts the texts that do not give as many
+    tokens as there are activations.
+
+    Raises ``ArtefactError`` as :func:`check_released` does, and where the texts do not re-encode to the activations on
+    this backbone and layer, with the likely cause; ``CollapsedTargetsError`` where all activations are the same.
+    """
+    check_released(path, backbone.spec, backbone.layer, backbone.d, backbone.start_id, n)
+    if path.suffix == ".safetensors":
+        with _own(path) as f:
+            tensors = {k: f.get_slice(k)[:n] for k in ("ids", "lengths", "v")}
+        facts = {"texts": "ids", "texts_unmatched": 0}
+    else:
+        tensors, facts = _read_samples(path, backbone, n)
     _check(tensors, path, backbone)
-    return tensors
+    return tensors, facts
 
 
-def _read_own(path: Path, n: int) -> dict[str, np.ndarray]:
-    with safe_open(path, "np") as f:
-        missing = {"ids", "lengths", "v"} - set(f.keys())
-        if missing:
-            raise ArtefactError(f"{path} lacks {sorted(missing)}")
-        _check_count(path, f.get_slice("v").get_shape()[0], n)
-        return {k: f.get_slice(k)[:n] for k in ("ids", "lengths", "v")}
-
-
-def _read_pt(path: Path, backbone: Backbone, n: int) -> dict[str, np.ndarray]:
+def _own(path: Path):
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # The loader has an error of its own for each way in which a file can be broken or unsafe.
-    except Exception as error:
-        raise ArtefactError(
-            f"{path} was not read: it is broken, or holds more than tensors and plain values ({error})"
-        ) from None
-    hidden, ids, lengths = _columns(content, path)
-    _check_count(path, len(hidden), n)
-    v_nd, rows = np.empty((n, backbone.d), dtype=np.float32), []
-    for i in Progress(range(n), desc="reading released targets", unit="target"):
-        length = len(ids[i]) if lengths is None else int(lengths[i])
-        row = [int(x) for x in ids[i][:length]]
-        if len(row) < 2 or row[0] != backbone.start_id or len(hidden[i]) < length:
-            raise ArtefactError(
-                f"{path}: sample {i} has ids {row[:4]}… and activations {tuple(hidden[i].shape)}; its ids begin with "
-                f"the start token {backbone.start_id}, and each valid id has an activation"
-            )
-        v_nd[i] = hidden[i][length - 1].float().numpy()
-        rows.append(row[1:])
-    counts = np.array([len(r) for r in rows], dtype=np.int32)
-    ids_nT = np.full((n, counts.max()), backbone.pad_id, dtype=np.int32)
-    for filled, row in zip(ids_nT, rows):
-        filled[: len(row)] = row
-    return {"ids": ids_nT, "lengths": counts, "v": v_nd}
+        f = safe_open(path, "np")
+    except Exception as error:  # the library's own, for each way in which a file can be broken
+        raise ArtefactError(f"{path} was not read ({error}); fetch it again") from None
+    missing = {"ids", "lengths", "v"} - set(f.keys())
+    if missing:
+        raise ArtefactError(f"{path} lacks {sorted(missing)}")
+    return f
 
 
-def _columns(content: Any, path: Path) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[int] | None]:
-    """Activations, ids and lengths of a file's samples; raises ``ArtefactError`` that says what is there instead."""
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        content = {key: [sample[key] for sample in content] for key in content[0]}
-    found = sorted(content) if isinstance(content, dict) else type(content).__name__
-    if not isinstance(content, dict) or not {"hidden", "ids"} <= set(content):
-        wanted = "; ".join(f"{k!r}: {v}" for k, v in FIELDS.items())
-        raise ArtefactError(f"{path} holds {found}, not the fields of released targets ({wanted})")
-    if isinstance(content["hidden"], Tensor) and "lengths" not in content:
-        raise ArtefactError(f"{path}: its samples are padded to one length, so it needs 'lengths': {FIELDS['lengths']}")
-    return content["hidden"], content["ids"], content.get("lengths")
-
-
-def _check_count(path: Path, held: int, n: int) -> None:
+def _require_shape(path: Path, held: int, width: int, n: int, d: int) -> None:
     if held < n:
         raise ArtefactError(f"{path} holds {held} targets, the run needs {n}; add --set n_targets={held}")
+    if width != d:
+        raise ArtefactError(f"{path}: activations have width {width}, the backbone has {d}; it is of another backbone")
+
+
+def _read_samples(path: Path, backbone: Backbone, n: int) -> tuple[dict[str, np.ndarray], dict]:
+    v_nd, rows, texts, counts = np.empty((n, backbone.d), dtype=np.float32), [], [], np.zeros(n, dtype=np.int64)
+    found = samples(path, backbone.layer, backbone.d, n)
+    has_positions = True
+    for i, (pack, j) in enumerate(Progress(found, desc="reading released targets", unit="target", total=n)):
+        at, row = _valid(pack, j, path, backbone)
+        v_nd[i], counts[i] = pack.hidden[j][at[-1]].float().numpy(), len(at) - 1
+        has_positions &= pack.has_positions
+        rows.append(row)
+        texts.append(pack.texts[j] if pack.texts is not None else None)
+    source, unmatched = "ids", 0
+    if rows[0] is None and has_positions and texts[0] is not None:
+        rows = _tokenized_again(texts, counts, backbone)
+        source, unmatched = "tokenized again", sum(not row for row in rows)
+        if unmatched > n / 2:
+            raise ArtefactError(
+                f"{path}: {unmatched} of {n} texts, tokenized again, do not give as many tokens as there are activations: "
+                f"they are of another tokenizer, or the activations are padded and there are no 'attn_masks'"
+            )
+        print(f"{path.name}: {unmatched} of {n} texts, tokenized again, do not give as many tokens as there are "
+              f"activations; they are kept as vectors, and left out of ceilings and training pairs")  # fmt: skip
+    elif rows[0] is None:
+        rows, source = [[]] * n, "none"
+        print(f"{path.name}: vectors without texts that could be compared with them: no ceilings, no training")
+    lengths = np.array([len(r) for r in rows], dtype=np.int32)
+    ids_nT = np.full((n, max(1, lengths.max())), backbone.pad_id, dtype=np.int32)
+    for filled, row in zip(ids_nT, rows):
+        filled[: len(row)] = row
+    return {"ids": ids_nT, "lengths": lengths, "v": v_nd}, {"texts": source, "texts_unmatched": unmatched}
+
+
+def _valid(pack: Pack, j: int, path: Path, backbone: Backbone) -> tuple[np.ndarray, Optional[list[int]]]:
+    """Positions of a sample's start token and valid tokens, and the ids of the latter if they are there.
+
+    The mask says which are valid, else the first generated EOS, which is kept, else all of them.
+    """
+    held = len(pack.hidden[j])
+    mask = np.ones(held, dtype=bool) if pack.masks is None else np.asarray(pack.masks[j]).astype(bool)
+    if pack.ids is not None:
+        ids = np.asarray(pack.ids[j])
+        if pack.masks is None:
+            mask = np.ones(len(ids), dtype=bool)
+            ended = np.flatnonzero(np.isin(ids[1:], backbone.eos_ids))
+            mask[int(ended[0]) + 2 if len(ended) else len(ids) :] = False
+    at = np.flatnonzero(mask)
+    row = [int(x) for x in ids[at]] if pack.ids is not None and len(ids) == len(mask) else None
+    wrong = pack.ids is not None and (row is None or len(row) < 2 or row[0] != backbone.start_id)
+    if wrong or not len(at) or at[-1] >= held:
+        shown = "" if pack.ids is None else f" and ids {[int(x) for x in np.asarray(pack.ids[j])[:4]]}…"
+        raise ArtefactError(
+            f"{path}: sample {j} has activations {tuple(pack.hidden[j].shape)}, {mask.sum()} valid positions{shown}; "
+            f"ids begin with the start token {backbone.start_id}, and each valid one has an activation"
+        )
+    return at, None if row is None else row[1:]
+
+
+def _tokenized_again(texts: Sequence[str], counts: np.ndarray, backbone: Backbone) -> list[list[int]]:
+    """Ids of texts that have lost their special tokens, each as long as ``counts`` says, or empty.
+
+    A sequence shorter than the longest ended in an EOS, which its text has lost.
+    """
+    rows = []
+    for text, count in zip(texts, counts):
+        ids = backbone.tokenize_text(text)
+        if count < counts.max():
+            ids = [*ids, *backbone.eos_ids[:1]]
+        rows.append(ids if len(ids) == count else [])
+    return rows
 
 
 def _check(tensors: dict[str, np.ndarray], path: Path, backbone: Backbone) -> None:
     """Texts of some targets must re-encode to their v, behind the start token."""
-    n, width = tensors["v"].shape
-    if width != backbone.d:
-        raise ArtefactError(f"{path}: activations have width {width}, the backbone has {backbone.d}")
-    rows = np.linspace(0, n - 1, min(CHECKED_ROWS, n)).astype(int)
+    v_nd, known = tensors["v"], np.flatnonzero(tensors["lengths"])
+    shown = np.linspace(0, len(v_nd) - 1, min(CHECKED_ROWS, len(v_nd))).astype(int)
+    if len(np.unique(v_nd[shown], axis=0)) <= max(1, len(shown) // 2):
+        raise CollapsedTargetsError(
+            f"{path}: most of its activations are the same vector: its sequences were cut at the start token, which is "
+            f"an EOS too; it needs to be made again"
+        )
+    if not len(known):
+        return
+    rows = known[np.linspace(0, len(known) - 1, min(CHECKED_ROWS, len(known))).astype(int)]
     sequences = [tensors["ids"][i, : tensors["lengths"][i]].tolist() for i in rows]
-    score = fve(backbone.encode(sequences, start=True), tensors["v"][rows], tensors["v"].mean(axis=0))
-    agree = float((score > 0.98).mean())
+    mu_d = v_nd.mean(axis=0)
+    agree = float((fve(backbone.encode(sequences, start=True), v_nd[rows], mu_d) > AGREES).mean())
     if agree < NEEDED_AGREEMENT:
         raise ArtefactError(
             f"{path}: the texts of only {agree:.0%} of {len(rows)} samples re-encode to their activations at layer "
-            f"{backbone.layer} of {backbone.name}; it is of another backbone or layer"
+            f"{backbone.layer} of {backbone.name}; {_cause(path, backbone, sequences, v_nd, rows, mu_d)}"
         )
+
+
+def _cause(
+    path: Path, backbone: Backbone, sequences: list[list[int]], v_nd: np.ndarray, rows: np.ndarray, mu_d: np.ndarray
+) -> str:
+    """Why texts do not re-encode to their activations, as far as can be told from both."""
+    layers = range(1, backbone.n_layers)
+    h_LRd = backbone.encode_layers(sequences, True, layers)
+    by_layer = [float((fve(h_Rd, v_nd[rows], mu_d) > AGREES).mean()) for h_Rd in h_LRd]
+    best = int(np.argmax(by_layer))
+    if by_layer[best] >= NEEDED_AGREEMENT:
+        return f"they are those of layer {layers[best]}: add --layer {layers[best]}, or take another file"
+    if path.suffix == ".pt":
+        hidden, h_Rd = fields_of(load_pt(path), path, backbone.layer).hidden, h_LRd[backbone.layer - 1]
+        elsewhere = [fve(h_d, hidden[i].float().numpy(), mu_d).max() > AGREES for i, h_d in zip(rows, h_Rd)]
+        if np.mean(elsewhere) >= NEEDED_AGREEMENT:
+            return "they are at other positions of the same samples: the last one is padding"
+    return "they are of other weights (another model, revision, or fine-tuned), or of another tokenizer"

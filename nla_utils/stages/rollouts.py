@@ -83,7 +83,10 @@ def make_rollouts(run: Run, targets: Targets) -> Rollouts:
     av = load_av(run)
     rows = np.concatenate([targets.in_sample, targets.held_out])
     require_disk(folder.path, 4 * len(rows) * (k + 1) * (2 * backbone.d + run.sizes.max_new_tokens) * 4)
-    settings = SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
+    settings = av.sampling(run.sizes.max_new_tokens)
+    if settings != SamplingSettings(run.sizes.max_new_tokens):
+        print(f"the AV's configuration has temperature {settings.temperature} and top_p {settings.top_p}: so its rollouts "
+              f"are sampled, where the run's own targets and paraphrases are sampled at temperature 1")  # fmt: skip
     parents = {"targets": targets.sha256, AV_ARTEFACT: folder.sha256_of(AV_ARTEFACT)}
     plan = {**folder.identity, **parents, "k": k, "sampling": settings.record()}
     chunks = ChunkStore(folder.file("rollouts.chunks"), plan)

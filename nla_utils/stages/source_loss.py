@@ -75,7 +75,7 @@ def source_loss(
     found = {}
     with Progress(total=sum(map(len, given.values())), desc=label, unit="pass", disable=not label) as bar:
         for condition, slots in given.items():
-            total_MT = np.zeros((len(pairs.ids), max(map(len, pairs.ids))))
+            total_MT = np.zeros((len(pairs.ids), max(map(len, pairs.ids), default=1)))
             for slot_Md in slots:
                 total_MT += _text_nats(backbone, av, slot_Md, pairs.ids)
                 bar.update()
@@ -87,13 +87,15 @@ def _text_nats(
     backbone: Backbone, av: ActivationVerbalizer, slot_Md: np.ndarray | None, texts: Sequence[list[int]]
 ) -> np.ndarray:
     """−log p of each token (M, T), NaN after the end; ``None`` leaves the slot out."""
-    nats_MT = np.full((len(texts), max(map(len, texts))), np.nan)
+    nats_MT = np.full((len(texts), max(map(len, texts), default=1)), np.nan)
     for first in range(0, len(texts), TEXT_BATCH):
         part = texts[first : first + TEXT_BATCH]
         slot_Bd = np.zeros((len(part), backbone.d), np.float32) if slot_Md is None else slot_Md[first : first + TEXT_BATCH]
         prefix_BPd = _prompt(backbone, av, slot_Bd)
         if slot_Md is None:
-            prefix_BPd = prefix_BPd[:, 1:]
+            prefix_BPd = prefix_BPd[:, av.config.num_inject_slots :]
+            if not prefix_BPd.shape[1]:
+                break  # an AV of no prefix has nothing that a first token could be predicted from
         nats_MT[first : first + len(part), : max(map(len, part))] = _batch_nats(backbone, prefix_BPd, part)
     return nats_MT
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from nla_utils.chunks import ChunkStore
 from nla_utils.config import FLOOR_ROWS, ROOT, RunConfig
 from nla_utils.errors import ArtefactError, CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, check_finite
-from nla_utils.lm.registry import fetch_targets
+from nla_utils.lm.releases import fetch_targets
 from nla_utils.lm.sampling import Samples, SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import Protocol
@@ -28,7 +29,8 @@ ARTEFACT = "targets"
 class Targets:
     """N sequences and the activation at the last token of each.
 
-    ``ids`` (N, T) int32 right-padded, generated tokens only; ``lengths`` (N,); ``v`` (N, d) float32.
+    ``ids`` (N, T) int32 right-padded, generated tokens only; ``lengths`` (N,), 0 where a released target's text is not
+    known, so that it can't be replayed or trained on; ``v`` (N, d) float32.
     Rows are used in four parts: the first M as the paper evaluates them (``in_sample``), the next
     ``pool``, then training only, and the last M, which training never sees (``held_out``).
     """
@@ -133,9 +135,10 @@ def save_targets(run: Run, tensors: dict[str, np.ndarray]) -> Targets:
 def take_released(run: Run) -> Targets:
     """The first N released targets as this run's; raises ``SourceError`` or ``ArtefactError`` if they do not fit."""
     released = run.config.released_targets
-    source = fetch_targets(released)
-    tensors = read_released(source, run.backbone, run.sizes.n_targets)
-    facts = {"released": released, "released_from": source.name, "health": check_health(tensors["v"])}
+    path = fetch_targets(released, run.backbone.spec)
+    tensors, found = read_released(path, run.backbone, run.sizes.n_targets)
+    facts = {"released": released, "released_from": path.parent.name, "file": path.name, **found}
+    facts["health"] = check_health(tensors["v"])
     return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
 
 
@@ -197,8 +200,8 @@ def describe(run: Run, targets: Targets) -> dict:
         "sequences": sequences_hash(**targets.texts),
         "num_layers": backbone.n_layers,
         "hidden_size": backbone.d,
-        "length_mean": float(targets.lengths.mean()),
-        "ended_share": float(np.isin(_last_ids(targets), backbone.eos_ids).mean()),
+        "length_mean": _mean(targets.lengths[targets.lengths > 0]),
+        "ended_share": _mean(np.isin(_last_ids(targets), backbone.eos_ids)),
         "embedding_norm_mean": embedding_norm(targets, backbone),
         "v_norm_mean": float(np.linalg.norm(v, axis=1).mean()),
         "mu_norm": float(np.linalg.norm(mu)),
@@ -210,15 +213,21 @@ def describe(run: Run, targets: Targets) -> dict:
     }
 
 
-def embedding_norm(targets: Targets, backbone: Backbone) -> float:
+def embedding_norm(targets: Targets, backbone: Backbone) -> Optional[float]:
     """Mean norm of the token embeddings of one target's text after another, through the module."""
-    ids = torch.tensor([i for s in targets.sequences(targets.in_sample) for i in s])
+    ids = torch.tensor([i for s in targets.sequences(targets.in_sample) for i in s], dtype=torch.long)
     with torch.inference_mode():
-        return float(backbone.embed(ids).float().norm(dim=-1).mean())
+        return _mean(backbone.embed(ids).float().norm(dim=-1))
 
 
 def _last_ids(targets: Targets) -> np.ndarray:
-    return targets.ids[np.arange(len(targets.ids)), targets.lengths - 1]
+    known = np.flatnonzero(targets.lengths)
+    return targets.ids[known, targets.lengths[known] - 1]
+
+
+def _mean(values: np.ndarray | torch.Tensor) -> Optional[float]:
+    """The mean, ``None`` of nothing: no text is known."""
+    return float(values.mean()) if len(values) else None
 
 
 def unrelated_cosines(targets: Targets, centred: bool) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Optional
 import numpy as np
 import torch
 
-from nla_utils.lm.registry import fetch_av
+from nla_utils.lm.releases import fetch_av
 from nla_utils.run import Run
 from nla_utils.stages.targets import Targets
 from nla_utils.stages.trainer import Trainer
@@ -60,7 +60,7 @@ def take_released(run: Run, targets: Targets) -> dict:
 
     Raises ``SourceError`` if it cannot be fetched, ``ArtefactError`` if it does not fit the backbone and layer.
     """
-    source = fetch_av(run.config.av)
+    source = fetch_av(run.config.av, run.backbone.spec)
     av, record = import_av(source, run.backbone), checkpoint_record(source)
     unknown = ("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")
     artefact = run.folder.save(
@@ -70,6 +70,7 @@ def take_released(run: Run, targets: Targets) -> dict:
         seed=run.seed,
         released=run.config.av,
         released_from=source.name,
+        sampling=av.sampling(run.sizes.max_new_tokens).record(),
         **dict.fromkeys(unknown),
         # It never saw targets drawn here; which of the released ones it was trained on is not published.
         train_rows=[] if run.config.released_targets is None else None,
@@ -104,6 +105,7 @@ def describe(sidecar: dict, targets: Targets) -> dict:
     )  # fmt: skip
     return {
         **{k: sidecar[k] for k in keys},
+        **{k: sidecar[k] for k in ("released", "released_from") if k in sidecar},
         "in_sample_trained_on": _trained_on(sidecar, targets.in_sample),
         "held_out_trained_on": _trained_on(sidecar, targets.held_out),
     }

@@ -41,7 +41,7 @@ def draw_texts(
 def _av(
     backbone: Backbone, bundle: Bundle, v_Bd: Tensor, streams_B: np.ndarray, greedy_B: Tensor
 ) -> list[list[int]]:
-    settings = SamplingSettings(max_new_tokens=bundle.av.config.max_new_tokens)
+    settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
     samples = sample(backbone, bundle.av(v_Bd, backbone.dtype), settings, streams_B, greedy_B=greedy_B)
     return [samples.sequence(i) for i in range(len(v_Bd))]
 

@@ -1,0 +1,59 @@
+"""The released AV's own numbers beside the published ones: which runs, which rows, and what counts as a difference."""
+
+import copy
+import math
+
+import pytest
+
+from nla_utils.paper.published import published
+from nla_utils.paper.released import COLUMNS, released_runs, released_table
+from nla_utils.paper.results import RunResults, find_results
+from nla_utils.scores import rows
+
+RUN = max(find_results(), key=lambda r: r.data["targets"]["sizes"]["N"])
+GEMMA = published("gemma2_2b")
+
+
+def run_of(released, backbone="gemma2-2b"):
+    """A committed run as if it were one of a released AV."""
+    data = copy.deepcopy(RUN.data)
+    data["training"]["released"] = released
+    return RunResults(backbone, "paper-av-released-targets-released", data, RUN.folder)
+
+
+@pytest.mark.parametrize("released, backbone, found", [
+    ("released", "gemma2-2b", True), ("hub:RiverRider/srt-nla-av-gemma2-2b-v1@abc", "gemma2-2b", True),
+    ("hub:RiverRider/srt-nla-av-v1", "gemma2-2b", False), ("released", "smollm2-135m", False), (None, "gemma2-2b", False),
+])  # fmt: skip
+def test_a_run_counts_where_the_av_is_the_one_released_for_its_backbone(released, backbone, found):
+    assert released_runs([run_of(released, backbone)]).keys() == ({"gemma2_2b"} if found else set())
+
+
+def test_no_committed_run_is_taken_for_one():
+    assert not released_runs(find_results())
+
+
+@pytest.mark.parametrize("off, differs", [(1.3, False), (-1.3, False), (1.5, True), (-1.5, True)])
+def test_a_difference_counts_beyond_the_interval_of_two_samples(off, differs):
+    run, key = run_of("released"), rows.GREEDY.cen
+    column, theirs = run.column(rows.GREEDY.file, "paper"), GEMMA["centred_eval"]["greedy"]["cen"]
+    assert column["n"] == GEMMA["centred_eval"]["M"] and math.isclose(math.sqrt(2), 1.41, abs_tol=0.01)
+    column[key] = theirs + off * 0.01
+    column["ci95"][key] = [column[key] - 0.01, column[key] + 0.01]
+    shown = released_table("gemma2_2b", run).loc["greedy, centred"]
+    assert shown[COLUMNS[0]] == f"{theirs:.3f}" and shown[COLUMNS[1]].startswith(f"{column[key]:.3f} [")
+    assert shown[COLUMNS[2]] == f"{off * 0.01:+.3f}" + (", differs" if differs else "")
+
+
+def test_rows_of_another_k_are_shown_and_not_compared():
+    table = released_table("gemma2_2b", run_of("released"))
+    assert GEMMA["k_curve"]["K"] == 32 and RUN.column("rerank_eval", "paper")["K"] == 64
+    assert table.loc["logp-rerank"][COLUMNS[2]] == "not compared: K 32 and 64"
+
+
+def test_what_a_run_of_vectors_alone_lacks_is_a_dash():
+    run = run_of("released")
+    column = run.column(rows.CEILING_FILE, "paper")
+    column[rows.REPLAY.cen], column["ci95"][rows.REPLAY.cen] = None, [None, None]
+    shown = released_table("gemma2_2b", run).loc["replay, centred"]
+    assert list(shown[list(COLUMNS[1:])]) == ["–", "–"]
