@@ -105,7 +105,8 @@ def test_the_protocols_paragraph_on_the_audit_has_the_runs_numbers():
     for r in RUNS:
         steps, column = r.data["centered_eval"]["ablation"], r.column(rows.EVALUATION_FILE, "corrected")
         order = list(steps["in_order"])
-        for slip, key, ways in (("eos_text", "replay", ("alone", "in_order")), ("in_sample", "paraphrase_bestof8", ("in_order",))):
+        both, in_order = ("alone", "in_order"), ("in_order",)
+        for slip, key, ways in (("eos_text", "replay", both), ("in_sample", "paraphrase_bestof8", in_order)):
             for way in ways:
                 before = "paper" if way == "alone" else order[order.index(slip) - 1]
                 pair = (f"{steps[way][step][key]:.3f}".lstrip("0") for step in (before, slip))

@@ -97,8 +97,8 @@ def _one_span(results: RunResults) -> str:
 
 def _eos_text(results: RunResults) -> str:
     return (
-        f"{results.data['targets']['ended_share']:.1%} end in EOS; replay alone {_step(results, 'eos_text', 'replay')}, in order "
-        f"{_in_order(results, 'eos_text', 'replay')}. It also drops the decoding and tokenizing again, which moves padding"
+        f"{results.data['targets']['ended_share']:.1%} end in EOS; replay alone {_step(results, 'eos_text', 'replay')}, "
+        f"in order {_in_order(results, 'eos_text', 'replay')}. It also drops the decoding and tokenizing again, which moves padding"
     )
 
 
