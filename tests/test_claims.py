@@ -238,3 +238,14 @@ def test_the_sections_scorecard_has_the_verdicts_of_the_appendix():
     assert shown
     for path in shown:
         assert printed(path.stem) == printed(path.stem.replace("verdicts", "scorecard"))
+
+
+def test_the_bound_that_came_with_the_rule_is_what_leaves_the_claim_on_log_probability_open():
+    """The section says what the verdict was before: yes, for both backbones under both protocols."""
+    late = "logp_rerank_is_greedy"
+    for results in (r for r in SHOWN if r.profile == "paper"):
+        words = decide({
+            (c.id, p): claimed(results.column(c.row.file, p), c.row.cen, -math.inf if c.id == late else c.low, c.high)
+            for c in CLAIMS for p in PROTOCOLS
+        })  # fmt: skip
+        assert [words[late, p] for p in PROTOCOLS] == [YES, YES]

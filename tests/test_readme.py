@@ -72,7 +72,7 @@ def test_the_p_value_of_the_example_is_the_smallest_that_the_stored_texts_can_gi
 def test_two_runs_spread_as_far_as_is_said():
     column = RUNS["smollm2-135m", "laptop"].column(rows.EVALUATION_FILE, "corrected")
     now = column[rows.GREEDY_MINUS_OTHERS.cen]
-    before = float(re.search(r"results at commit beef2c1\) had \+([\d.]+)", PROSE)[1])
+    before = float(re.search(r"the run committed before it had \+([\d.]+)", PROSE)[1])
     assert f"margin over others' of {now:+.3f}" in PROSE
     assert f"|Δ|/√2 = {abs(before - now) / 2**0.5:.3f}" in PROSE
 

@@ -33,6 +33,12 @@ def _pair(results: RunResults, row: rows.Row) -> str:
     return " → ".join(number(results.column(row.file, p)[row.cen]) for p in ("paper", "corrected"))
 
 
+def _uncentred_anchor(results: RunResults) -> str:
+    """The nearest stored vector's score: raw as published, centred alone."""
+    anchor, centred = results.column("rerank_eval", "paper")[rows.ANCHOR.key], results.column("centered_eval", "paper")
+    return f"{number(anchor)} → {number(centred[rows.RETRIEVAL.cen])}"
+
+
 def _corrected(results: RunResults, row: rows.Row) -> str:
     return number(results.column(row.file, "corrected")[row.cen])
 
@@ -43,7 +49,7 @@ def _in_sample(results: RunResults) -> str:
     low, high = column["ci95"][rows.IN_SAMPLE_GREEDY.key]
     undecided = ", not decided" if low <= 0 <= high else ""
     return (
-        f"{shown} of {column['n']} trained on. Other targets, the slips above corrected: paraphrase "
+        f"{shown} of {column['n']} trained on. Other targets, in order: paraphrase "
         f"{_in_order(results, 'in_sample', 'paraphrase_bestof8')}. Training: greedy's margin over others', in-sample − held "
         f"out, {signed(column, rows.IN_SAMPLE_GREEDY.key)}{undecided}"
     )
@@ -128,8 +134,9 @@ MOVES: dict[str, Callable[[RunResults], str]] = {
     "self_mu": _self_mu,
     "k_mismatch": lambda r: f"ρ of best-of-K {_step(r, 'k_mismatch', 'rho_bestofK')}",
     "floor_kind": _floor_kind,
-    "uncentred_anchor": lambda r: _pair(r, rows.ANCHOR),
-    "logp_embeds": lambda r: f"mean token log-probability {_pair(r, rows.MEAN_LOGP)}, Spearman {_pair(r, rows.SPEARMAN)}",
+    "uncentred_anchor": _uncentred_anchor,
+    "logp_embeds": lambda r: "all slips corrected, other targets: mean token log-probability "
+                             f"{_pair(r, rows.MEAN_LOGP)}, Spearman {_pair(r, rows.SPEARMAN)}",
     "top_k": lambda r: "kept in both protocols: it defines the distribution of targets and rollouts",
     "first_k": _first_k,
     "raw_select": _raw_select,

@@ -161,14 +161,13 @@ def figure_reading(everything: Sequence[RunResults]) -> Figure:
     shown = [r for r in trained if "nats_own" in r.data["training"]["validation"][0]]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3), layout="constrained", sharey=True)
     for ax, row, name, label in zip(axes, rows.NATS_GAINED, ("other", "mean"), ("another target's v", "the mean μ")):
-        for i, results in enumerate(shown):
+        for results in shown:
             color, shape = colour(results.backbone), mark(results.backbone)
             saved = {r["step"]: r[f"nats_{name}"] - r["nats_own"] for r in results.data["training"]["validation"]}
             ax.plot(list(saved), list(saved.values()), f"{shape}-", color=color, label=f"validation: {results.label}")
             if results.source_loss:
-                # Right of the last step, so that it covers nothing.
                 value, (low, high) = results.source_loss[row.key], results.source_loss["ci95"][row.key]
-                ax.errorbar(max(saved) * (1.06 + 0.05 * i), value, [[value - low], [high - value]], fmt=shape, color=color,
+                ax.errorbar(results.data["training"]["best_step"], value, [[value - low], [high - value]], fmt=shape, color=color,
                             markeredgecolor="black", markersize=6, capsize=3, label="the same, kept AV, held out")  # fmt: skip
         ax.axhline(0, color="black", linewidth=0.8)
         style(ax, "training step", "nats a token" if ax is axes[0] else "", f"saved by v instead of {label}")

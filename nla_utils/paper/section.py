@@ -114,6 +114,8 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "nats": each(lambda r: tables.signed(r.source_loss, rows.NATS_GAINED[0].key), read),
         "within": bool(about) and all(0 < least < tables.null_mismatch(r) for r in about),
         "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}"),
+        "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}"),
+        "held_out": " and ".join(dict.fromkeys(str(r.data["targets"]["sizes"]["M"]) for r in about)),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
         "sizes": ", ".join(dict.fromkeys(r.size for r in about)),
     }  # fmt: skip

@@ -236,6 +236,12 @@ def null_mismatch(results: RunResults) -> float:
     return null_at(points, column["K"]) - column[rows.UNRELATED.cen]
 
 
+def null_encoding(results: RunResults) -> float:
+    """How much higher the best of K unrelated texts scores behind BOS than without it, on the same held-out targets, centred."""
+    behind, without = (results.column(rows.EVALUATION_FILE, p)[rows.UNRELATED.cen] for p in ("corrected", "paper_on_held_out"))
+    return behind - without
+
+
 def _plain(value) -> str:
     if isinstance(value, int):
         return str(value)
@@ -259,7 +265,7 @@ TEX = {
     "&": r"\&", "%": r"\%", "_": r"\_", "<": "$<$", ">": "$>$", "‖": r"$\|$", "μ": r"$\mu$", "ρ": r"$\rho$",
     "−": "$-$", "–": "--", "·": r"$\cdot$", "²": "$^2$", "₂": "$_2$", "§": r"\S{}", "’": "'",
     "→": r"$\rightarrow$", "½": r"$\frac12$", "ĥ": r"$\hat h$", "×": r"$\times$", "≤": r"$\leq$", "#": r"\#",
-    "\u00a0": "~", "“": "``", "”": "\'\'", "λ": r"$\lambda$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
+    "\u00a0": "~", "“": "``", "”": "\'\'", "λ": r"$\lambda$", "Δ": r"$\Delta$", "…": r"\ldots{}", "±": r"$\pm$", "ℓ": r"$\ell$",
 }  # fmt: skip
 
 
