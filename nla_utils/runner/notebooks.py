@@ -18,7 +18,7 @@ from nla_utils.lm.registry import fetch_av, fetch_targets
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
-from nla_utils.stages.corpus import read_texts
+from nla_utils.stages.corpus import corpus_rows, read_texts
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     if config.released_targets is not None:
         fetch_targets(config.released_targets)
     if config.corpus is not None:
-        read_texts(ROOT / config.corpus)
+        path, s = ROOT / config.corpus, config.sizes
+        corpus_rows(read_texts(path), path, found.tokenizer, s.n_targets, s.max_new_tokens)
     if all(stage.results is None for stage in stages):
         _require_results(folder)
     else:
