@@ -69,7 +69,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys in the order given, one trailing newline."""
-    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

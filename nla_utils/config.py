@@ -25,8 +25,14 @@ DATA = PACKAGE.parent if CHECKOUT else PACKAGE / "data"
 
 
 def cache_dir() -> Path:
-    """Folder for fetched and converted weights: ``$NLA_CACHE`` or ``~/.cache/nla_utils``."""
-    return Path(os.environ.get("NLA_CACHE", Path.home() / ".cache" / "nla_utils"))
+    """Folder for fetched and converted weights: ``$NLA_CACHE`` or ``~/.cache/nla_utils``; ``ConfigError`` without a home."""
+    given = os.environ.get("NLA_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "nla_utils"
+    except RuntimeError:
+        raise ConfigError("there is no home directory to keep weights in; set NLA_CACHE to a folder") from None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from batch import failures, runs_of, seconds  # noqa: E402
 
 BATCH = {
     "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "until": 6, "options": "",
-    "threads": 1,
+    "threads": 1, "gpus": 0,
 }  # fmt: skip
 
 
@@ -121,10 +121,17 @@ def test_a_cut_batch_goes_on_and_names_the_run_that_failed(tiny_folders, tmp_pat
 
 
 def test_the_cluster_command_is_understood(tmp_path):
-    config = tmp_path / "small.yaml"
+    """As the README has it; jobs ask for the memory that the backbone's weights need, and for a card."""
+    config, out = tmp_path / "small.yaml", tmp_path / "out"
     config.write_text((ROOT / "workflow" / "small.yaml").read_text())
-    cluster = ["--executor", "slurm", "--jobs", "20", "--default-resources", "slurm_partition=gpu", "--dry-run"]
+    (out / "gemma3-270m").mkdir(parents=True)
+    (out / "gemma3-270m" / "weights.fetched").write_text("540000000")
+    cluster = ["--executor", "slurm", "--jobs", "20", "--default-resources", "slurm_partition=gpu", "--dry-run",
+               "--config", "gpus=1", f"out={out}"]  # fmt: skip
     done = snakemake(config, *cluster)
     said = done.communicate(timeout=120)[0]
     assert done.returncode == 0, said
     assert "notebook_04_centred_eval           4" in said
+    jobs = [block for block in said.split("rule ")[1:] if block.startswith("notebook_")]
+    assert len(jobs) == 24 and all("gpu=1" in job and "slurm_partition=gpu" in job for job in jobs)
+    assert all(("mem_mb=8625" if "backbone=gemma3-270m" in job else "mem_mb=<TBD>") in job for job in jobs)

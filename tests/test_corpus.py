@@ -54,8 +54,9 @@ def test_short_texts_are_left_out_and_counted(run, texts):
 
 
 def test_too_few_texts_say_how_many_there_are(run, texts):
-    texts.write_text("\n".join(json.dumps({"text": t}) for t in ["a", "b", *TEXTS[:90]]))
-    message = f"holds 92 texts, 2 of them shorter than {LEAST_TOKENS} tokens; the run needs 96"
+    texts.write_text("\n".join(json.dumps({"text": t}) for t in ["a", "b", *TEXTS[:90], TEXTS[0]]))
+    message = (f"holds 93 texts, 2 of them shorter than {LEAST_TOKENS} tokens and 1 equal to another in their first "
+               "24 tokens; the run needs 96")
     with pytest.raises(ArtefactError, match=message):
         make_targets(run)
 
@@ -70,7 +71,7 @@ def test_another_text_in_the_file_is_noticed(run, texts):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", '{"text": "x"}\nno json', "line 2 is no JSON"),
+    ("a.jsonl", '{"text": "x"}\nno json', "line 2 is not valid JSON"),
     ("a.jsonl", '{"txt": "x"}', "line 1: it needs a field 'text'"),
     ("a.jsonl", '{"text": 7}', "needs a field 'text'"),
     ("a.jsonl", b"\xff\xfe", "is not UTF-8"),

@@ -71,6 +71,6 @@ def test_files_of_other_tensors_are_named(tmp_path, tensors, message):
 def test_a_literal_start_token_in_a_text_is_refused(gemma_run):
     nla = NLA(gemma_run[0].backbone, None)
     for call in (nla.activation, nla.trace):
-        with pytest.raises(ConfigError, match="begins with '<bos>'"):
+        with pytest.raises(ConfigError, match="spells the special token '<bos>'"):
             call("<bos>a text")
     nla.activation("a text")

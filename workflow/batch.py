@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from nla_utils.artefacts import read_json
-from nla_utils.config import ROOT, RunConfig
+from nla_utils.config import ROOT, Profile, RunConfig
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.registry import REGISTRY, resolve
 
-KEYS = ("out", "profiles", "seeds", "backbones", "until", "options", "threads")
+KEYS = ("out", "profiles", "seeds", "backbones", "until", "options", "threads", "gpus")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ def _run(name: str, layer: int | None, profile: str, seed: int, out: Path, more:
     if layer is not None:
         options += ["--layer", str(layer)]
     return BatchRun(config, spec.name, f"{shlex.join(options)} {more}".strip())
+
+
+def memory_mb(fetched: str, sizes: Profile) -> int:
+    """Main memory that a job asks for: 7 GB for libraries and batches, the weights three times (as they are read, and widened to
+    float32 on a CPU without bfloat16 instructions), and what a run of this size holds of the targets' activations.
+
+    ``fetched`` holds the size of the weights in bytes. Raises ``FileNotFoundError`` before they are fetched.
+    """
+    weights = int(Path(fetched).read_text()) / 1e6
+    return round(7000 + 3 * weights + sizes.n_targets * 0.05)
 
 
 def failures(runs: Mapping[str, BatchRun], out: Path, notebooks: Sequence[str]) -> dict[str, str]:

@@ -12,9 +12,10 @@ from typing import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from nla_utils.errors import BackboneError
+from nla_utils.errors import BackboneError, ConfigError
 from nla_utils.lm.cpu import head_product, product_dtype
 from nla_utils.lm.cross_entropy import CHUNK_ROWS, head_cross_entropy, head_logprobs
 from nla_utils.lm.registry import BackboneSpec
@@ -225,9 +226,38 @@ class Backbone:
         """Text of token ids without special tokens."""
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
 
+    def label_tokens(self, ids: Sequence[int]) -> list[str]:
+        """What to call each token: its text, or ``[id]`` where it has none to show, as a part of a character has not; the
+        token that completes a character is called by the whole of it."""
+        labels, first = [], 0
+        for i, token in enumerate(ids):
+            text = self.tokenizer.decode(list(ids[first : i + 1]))
+            whole = not text.endswith("\ufffd")
+            labels.append(text if whole and (text.isprintable() or text.isspace()) else f"[{token}]")
+            first = i + 1 if whole else first
+        return labels
+
     def tokenize_text(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def outside_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
+    """Token ids of a text from outside, no special tokens added; ``where`` names it in errors.
+
+    Raises ``ConfigError`` for a text that is not valid Unicode (a lone surrogate, bytes of another encoding), and for
+    one that spells a special token: it would be read as a second BOS, or as an end.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: character {error.start + 1} is not valid Unicode ({text[error.start]!a})") from None
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    spelled = [i for i in ids if i in special]
+    if spelled:
+        raise ConfigError(f"{where}: it spells the special token {tokenizer.decode(spelled[:1])!r}; leave it out")
+    return ids
 
 
 def identity(

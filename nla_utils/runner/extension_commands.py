@@ -174,7 +174,7 @@ def verbalize(
         nla = NLA.load(backbone, run)
     found = nla.verbalize(nla.activation(text, token) if given is None else given, k, method, seed, fluency)
     if json_:
-        typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
+        typer.echo(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False))
         return
     typer.echo(str(found))
 

@@ -22,7 +22,7 @@ from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
 from nla_utils.scores.evidence import FILE, is_kept
 from nla_utils.scores.rows import CEILING_FILE, EVALUATION_FILE
-from nla_utils.stages.corpus import read_texts
+from nla_utils.stages.corpus import corpus_rows, read_texts
 from nla_utils.stages.released import check_released
 from nla_utils.stages.verbalizer import check_av
 
@@ -106,7 +106,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         path = fetch_targets(config.released_targets, found.spec)
         check_released(path, found.spec, found.layer, found.d, found.special[0], config.sizes.n_targets)
     if config.corpus is not None:
-        read_texts(ROOT / config.corpus)
+        path, s = ROOT / config.corpus, config.sizes
+        corpus_rows(read_texts(path), path, found.tokenizer, s.n_targets, s.max_new_tokens)
     if all(stage.results is None for stage in stages):
         _require_results(folder)
     else:

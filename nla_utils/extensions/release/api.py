@@ -21,7 +21,7 @@ from nla_utils.errors import ConfigError, nearest
 from nla_utils.extensions.release.bundle import Bundle, load_bundle
 from nla_utils.extensions.release.methods import METHODS, draw_texts
 from nla_utils.extensions.tail_reader.rollouts import FLUENCY, guided_search
-from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import chance_of_rank, fve, variance_explained
@@ -126,7 +126,7 @@ class NLA:
         """Each token of a text and the activation there: (token as text, v (d,))."""
         ids = self.token_ids(text)
         h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
-        return [(self.backbone.tokenizer.decode([i]), h) for i, h in zip(ids, h_nd)]
+        return list(zip(self.backbone.label_tokens(ids), h_nd))
 
     def verbalize(
         self, v: np.ndarray | Tensor, k: int = 64, method: str = "reader", seed: int = 0, fluency: Optional[float] = None
@@ -179,13 +179,10 @@ class NLA:
         )  # fmt: skip
 
     def token_ids(self, text: str) -> list[int]:
-        """Ids of a text without BOS; raises ``ConfigError`` for a text without tokens, or one that begins with BOS."""
-        ids = self.backbone.tokenize_text(text)
+        """Ids of a text without BOS; raises ``ConfigError`` for a text without tokens and as :func:`outside_ids` does."""
+        ids = outside_ids(self.backbone.tokenizer, text, "the text")
         if not ids:
             raise ConfigError(f"the text {text!r} has no tokens")
-        if ids[0] == self.backbone.start_id:
-            start = self.backbone.tokenizer.decode(ids[:1])
-            raise ConfigError(f"the text begins with {start!r}, which is put before every text anyway; leave it out")
         return ids
 
     def _checked(self, v: np.ndarray | Tensor) -> np.ndarray:

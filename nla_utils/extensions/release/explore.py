@@ -49,8 +49,12 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = SHOWN_CANDIDATE
     """What the page shows: tokens, layers, and a cell for each layer and token.
 
     A cell's ``above`` is the score of the best of ``k`` texts less what the best of ``k`` stored texts gets on average.
-    Raises ``ConfigError`` for a text without tokens or with too many.
+    Raises ``ConfigError`` for a text without tokens or with too many, and where ``k`` is not between 1 and the number of
+    stored texts.
     """
+    stored = len(nla.bundle.pool_texts)
+    if not 1 <= k <= stored:
+        raise ConfigError(f"k is {k}; choose 1 to {stored}, the number of stored texts that a reading is compared with")
     ids = nla.token_ids(text)
     if len(ids) > MOST_TOKENS:
         raise ConfigError(f"the text has {len(ids)} tokens; at most {MOST_TOKENS} are shown")
@@ -61,7 +65,7 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = SHOWN_CANDIDATE
     return {
         "text": text, "backbone": nla.backbone.name, "weights": weights_note([nla.backbone.name]),
         "own_layer": nla.backbone.layer, "k": k, "layers": list(layers),
-        "stored": len(nla.bundle.pool_texts), "tokens": [nla.backbone.tokenizer.decode([i]) for i in ids], "cells": cells,
+        "stored": stored, "tokens": nla.backbone.label_tokens(ids), "cells": cells,
     }  # fmt: skip
 
 
@@ -135,7 +139,7 @@ def write_page(found: dict, path: Path) -> Path:
     """The page as one HTML file that asks nothing of a network."""
     source = Path(__file__).with_name("explore.html.j2").read_text(encoding="utf-8")
     # No text may end the script element that it stands in.
-    data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(found, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = jinja2.Template(source, autoescape=True).render(data=data, **{k: v for k, v in found.items() if k != "cells"})
     atomic_write(path, page.encode())
     return path

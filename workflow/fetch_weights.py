@@ -1,0 +1,11 @@
+"""Fetch a backbone and write the size of its weights in bytes to a file: fetch_weights.py BACKBONE FILE."""
+
+import sys
+from pathlib import Path
+
+from nla_utils.artefacts import atomic_write
+from nla_utils.lm.registry import fetch, resolve
+
+backbone, file = sys.argv[1:]
+size = sum(path.stat().st_size for path in fetch(resolve(backbone)).glob("*.safetensors"))
+atomic_write(Path(file), str(size).encode())
