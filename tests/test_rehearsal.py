@@ -18,6 +18,7 @@ from transformers import Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwe
 
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.lm.registry import REGISTRY
+from nla_utils.lm.sampling import row_streams
 from nla_utils.run import open_run
 from nla_utils.stages.targets import draw_sequences, target_settings
 
@@ -106,8 +107,9 @@ def published(tmp_path_factory):
         hub.files[spec.source] = {p.name: p.read_bytes() for p in folder.iterdir()}
         config = RunConfig(backbone=str(folder), profile="smoke", dtype="float32", device="cpu", layer=spec.layer)
         run = open_run(config) if name != "qwen25-7b" else open_as(spec, folder, config)
-        drawn = (draw_sequences(run.backbone, target_settings(config), 256, seed) for seed in range(4))
-        rows = sayable(run.backbone, (s.sequence(i) for s in drawn for i in range(256)), N, LONGEST)
+        streams = (row_streams(seed, "published", range(64)) for seed in range(40))
+        drawn = (draw_sequences(run.backbone, target_settings(config), s) for s in streams)
+        rows = sayable(run.backbone, (s.sequence(i) for s in drawn for i in range(64)), N, LONGEST)
         hidden = [every_position(run, row) for row in rows]
         hub.files[spec.targets] = pack_of(name, spec, run, rows, hidden)
         hub.files[spec.av] = av_of(name, spec)

@@ -42,10 +42,11 @@ def sayable(backbone, sequences, n=N, longest=LONGEST):
         ids = backbone.tokenize_text(backbone.decode_text(sequence))
         ids = [*ids[: longest - 5], backbone.eos_ids[0]] if len(found) % 3 == 1 else ids[:longest]
         fits = len(ids) == (longest - 4 if len(found) % 3 == 1 else longest)
-        if len(found) < n and fits and said(backbone, ids) == [i for i in ids if i not in backbone.eos_ids]:
+        if fits and said(backbone, ids) == [i for i in ids if i not in backbone.eos_ids]:
             found.append(ids)
-    assert len(found) == n
-    return found
+        if len(found) == n:
+            return found
+    raise AssertionError(f"{len(found)} of {n}")
 
 
 def said(backbone, ids):
