@@ -123,7 +123,7 @@ def test_registry_holds_the_papers_backbones_and_three_offline_ones():
     facts = {n: (s.layer, s.num_prefix_tokens) for n, s in REGISTRY.items()}
     assert facts == {
         "gemma3-270m": (13, 1), "smollm2-135m": (22, 1), "gemma2-2b": (19, 1), "llama32-3b": (20, 1),
-        "qwen25-7b": (20, 16), "qwen25-coder-0.5b": (18, 16),
+        "qwen25-7b": (20, 16), "qwen25-coder-0.5b": (18, 16), "gpt-oss-20b": (18, 1), "gemma4-31b": (47, 16),
     }  # fmt: skip
 
 

@@ -164,11 +164,10 @@ def test_the_depth_figure_draws_every_layer(swept, no_record):
     _, everything = swept
     fig = figure_7(everything)
     scores, norm, floor = fig.axes
-    points = {c.get_label(): c.lines[0] for c in scores.containers}
-    assert list(points) == [tables.AV_CURVE.label]
-    curves = [line for line in scores.lines if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in curves] == [label for label, *_ in tables.TEXT_CURVES]
-    drawn = [*points.values(), *curves, *norm.lines, *floor.lines]
+    names = [label for label, *_ in tables.TEXT_CURVES] + [tables.AV_CURVE.label]
+    assert {text.get_text() for text in scores.texts} == set(names)
+    assert len(scores.containers) == 1 and len(scores.lines) == len(names)
+    drawn = [*scores.lines, *norm.lines, *floor.lines]
     assert all(len(line.get_xdata()) == 3 for line in drawn)
     plt.close(fig)
 

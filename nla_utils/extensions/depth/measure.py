@@ -79,8 +79,8 @@ def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: in
     m = targets.n_eval
     tails = h["tail"].reshape(m, len(TAIL_LENGTHS), -1)
     paraphrases = h["paraphrase"].reshape(m, N_PARAPHRASES, -1)
-    # Behind BOS the pool's texts re-encode to the pool's own activations.
-    texts = EncodedTexts(h["replay"], paraphrases, tails, targets.v[targets.pool], drawn)
+    # Behind BOS a target's text re-encodes to its own v.
+    texts = EncodedTexts(h["replay"], paraphrases, tails, targets.v[targets.unevaluated], drawn)
     evidence = of_ceilings(targets, Ceilings({CORRECTED.name: texts}, {}), k)
     scores, raw = (CeilingScores(evidence, CORRECTED, kind) for kind in ("cen", "raw"))
     column = Column("corrected", m)
