@@ -115,10 +115,14 @@ class Evidence:
     def _places(self) -> dict[tuple, np.ndarray]:
         return self._frame.groupby(list(KEYS)).indices
 
+    def has(self, kind: str, part: str, reading: str) -> bool:
+        """Whether there are such rows."""
+        return (kind, part, reading) in self._places
+
     def texts(self, kind: str, part: str, reading: str, column: str) -> np.ndarray:
         """A column of one kind's rows (M, n) as float64, targets and draws in order; (M, n, J) where a row holds a list,
         padded by NaN. Raises ``ArtefactError`` where there is no such row."""
-        if (kind, part, reading) not in self._places:
+        if not self.has(kind, part, reading):
             raise ArtefactError(f"the evidence holds no {kind} of {part} targets read as {reading}; rerun its notebook")
         chosen = self._frame.iloc[self._places[kind, part, reading]]
         found = chosen[column].to_list()

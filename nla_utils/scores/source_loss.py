@@ -29,6 +29,9 @@ def score_source_loss(nats: Mapping[str, np.ndarray]) -> Column:
 
 
 def source_nats(evidence: Evidence) -> dict[str, np.ndarray]:
-    """Nats of every token of the held-out sources (M, T) by condition, NaN after the end."""
-    kept = (row.key for row in rows.NATS)
-    return {k.removeprefix("nats_"): evidence.targets(part_of(CORRECTED), CORRECTED.name, k, "source_loss") for k in kept}
+    """Nats of every token of the held-out sources (M, T) by condition, NaN after the end; M is 0 where no text is known."""
+    found, place = {}, ("source_loss", part_of(CORRECTED), CORRECTED.name)
+    for key in (row.key for row in rows.NATS):
+        nats_MnT = evidence.texts(*place, key) if evidence.has(*place) else np.empty((0, 1, 1))
+        found[key.removeprefix("nats_")] = nats_MnT[:, 0]
+    return found
