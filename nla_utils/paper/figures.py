@@ -40,8 +40,9 @@ def in_two_lines(results: RunResults) -> str:
 def draw_curve(ax: Axes, column: dict, key: str, color: str, line: str = "o-", label: str = "", width: float = 1.5) -> None:
     """A K-curve of our results with its 95 % band."""
     ks = [int(k) for k in column[key]]
-    low, high = np.array([column["ci95"][key][str(k)] for k in ks]).T
-    ax.plot(ks, list(column[key].values()), line, color=color, label=label, markersize=3, linewidth=width)
+    # What is not known is null in JSON and a gap in the curve.
+    low, high = np.array([column["ci95"][key][str(k)] for k in ks], dtype=float).T
+    ax.plot(ks, np.array(list(column[key].values()), dtype=float), line, color=color, label=label, markersize=3, linewidth=width)
     ax.fill_between(ks, low, high, color=color, alpha=0.15, linewidth=0)
 
 
@@ -226,8 +227,8 @@ def figure_3(everything: Sequence[RunResults]) -> Figure:
     fig, ax = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
     for i, results in enumerate(shown):
         ladder = results.column("oracle_ceiling", "ladder")
-        x = np.array([ladder[row.key] for row in rows.LADDER])
-        error = np.abs(np.array([ladder["ci95"][row.key] for row in rows.LADDER]).T - x)
+        x = np.array([ladder[row.key] for row in rows.LADDER], dtype=float)
+        error = np.abs(np.array([ladder["ci95"][row.key] for row in rows.LADDER], dtype=float).T - x)
         ax.errorbar(x, y + 0.2 * (i - (len(shown) - 1) / 2), xerr=error, fmt=mark(results.backbone), capsize=3,
                     color=colour(results.backbone), label=results.label)  # fmt: skip
     ax.set_yticks(y, [row.label for row in rows.LADDER])
@@ -255,8 +256,8 @@ def figure_4(everything: Sequence[RunResults]) -> Figure:
         found = results.data["centered_eval"]["ablation"]["in_order"]
         x = np.arange(len(steps)) + 0.08 * i
         for ax, (key, title) in zip(axes, ABLATION_PANELS):
-            y = np.array([found[s][key] for s in steps])
-            error = np.abs(np.array([found[s]["ci95"][key] for s in steps]).T - y)
+            y = np.array([found[s][key] for s in steps], dtype=float)
+            error = np.abs(np.array([found[s]["ci95"][key] for s in steps], dtype=float).T - y)
             # ρ is another ratio once its numerator is drawn as often as its denominator: no line joins the two.
             for part in (~equal, equal) if key.startswith("rho") else (equal | True,):
                 ax.errorbar(x[part], y[part], error[:, part], fmt=f"{mark(results.backbone)}-", linewidth=1, capsize=2,
