@@ -128,7 +128,8 @@ def k_curve_panel(ax: Axes, column: dict, scale: dict, backbone: str, title: str
     draw_nulls(ax, column)
     draw_curve(ax, column, rows.CURVE.cen, color, f"{mark(backbone)}-", f"{of}, best of K")
     for row, line in ((rows.PARAPHRASE, "--"), (rows.FLOOR, "-.")):
-        ax.axhline(scale[row.cen], color="black", linestyle=line, linewidth=0.8, label=row.title)
+        if scale[row.cen] is not None:
+            ax.axhline(scale[row.cen], color="black", linestyle=line, linewidth=0.8, label=row.title)
     log2_k_axis(ax, column["ks"])
     style(ax, "K (rollouts, log₂)", "centred fve_nrm", title)
 
