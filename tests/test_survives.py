@@ -155,7 +155,8 @@ def readers(tiny_folders, tmp_path_factory):
     bundles.write_bundle(run, root / "bundles" / run.backbone.name)
     (root / "released").mkdir()
     states = [run.backbone.hidden_at_layer(input_ids=torch.tensor([[2, *targets.sequence(i)]]))[0] for i in range(6)]
-    torch.save({"hidden": states, "ids": [[2, *targets.sequence(i)] for i in range(6)]}, root / "released" / "t.pt")
+    ids = [torch.tensor([2, *targets.sequence(i)]) for i in range(6)]
+    torch.save({"activations": states, "sequences": ids}, root / "released" / "t.pt")
     chunks = ChunkStore(root / "chunks", {"n": 1})
     for i in range(2):
         chunks.put(i, {"x": targets.v[i : i + 20]})
@@ -189,7 +190,7 @@ def readers(tiny_folders, tmp_path_factory):
         return arrays_hash(again.folder.load("targets").tensors)
 
     def released():
-        return arrays_hash(read_released(root / "released", run.backbone, 6))
+        return arrays_hash(read_released(root / "released" / "t.pt", run.backbone, 6)[0])
 
     folder, every = run.folder.path, tuple(BY_KIND)
     # Files from outside carry no hash: that a bit was flipped in them cannot be known.
