@@ -60,7 +60,7 @@ def test_a_registry_name_is_no_folder_of_the_output(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     ({"layers": [1]}, "unknown key 'layers'"), ({"profiles": ["quik"]}, "did you mean 'quick'"),
-    ({"backbones": {"gemma3": None}}, "did you mean 'gemma3-270m'"),
+    ({"backbones": {"gemma3": None}}, "did you mean .*'gemma3-270m'"),
 ])  # fmt: skip
 def test_an_impossible_batch_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
