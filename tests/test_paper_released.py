@@ -8,6 +8,8 @@ import pytest
 from nla_utils.paper.published import published
 from nla_utils.paper.released import COLUMNS, released_runs, released_table
 from nla_utils.paper.results import RunResults, find_results
+from nla_utils.paper.section import tables_of_run
+from nla_utils.paper.tables import PUBLISHED, RELEASED, published_null_table
 from nla_utils.scores import rows
 
 RUN = max(find_results(), key=lambda r: r.data["targets"]["sizes"]["N"])
@@ -57,3 +59,28 @@ def test_what_a_run_of_vectors_alone_lacks_is_a_dash():
     column[rows.REPLAY.cen], column["ci95"][rows.REPLAY.cen] = None, [None, None]
     shown = released_table("gemma2_2b", run).loc["replay, centred"]
     assert list(shown[list(COLUMNS[1:])]) == ["–", "–"]
+
+
+def test_tables_one_to_five_have_the_released_av_right_of_what_is_published():
+    released, other = run_of("released"), next(r for r in find_results() if r.backbone != RUN.backbone)
+    released.column(rows.GREEDY.file, "paper")[rows.GREEDY.cen] = 0.123
+    made, plain = tables_of_run(other, released), tables_of_run(other)
+    for key in ("ceilings", "evaluation", "rho-short", "k-curve", "reranks"):
+        table, before = made[key].frame, plain[key].frame
+        added = [c for c in table.columns if c.startswith(RELEASED)]
+        assert [c for c in table.columns if c not in added] == list(before.columns) and len(made[key].widths) == 1 + len(table.columns)
+        for column in added:
+            here = table.columns.get_loc(column)
+            assert table.columns[here - 1] in (PUBLISHED, f"published{column.removeprefix(RELEASED)}")
+        assert table[list(before.columns)].equals(before)
+    assert made["evaluation"].frame.loc["greedy", f"{RELEASED}, centred"].startswith("0.123 [")
+    assert not [c for t in tables_of_run(released, released).values() for c in t.frame.columns if c.startswith(RELEASED)]
+
+
+def test_the_readmes_published_nulls_have_the_released_av_and_its_measured_null():
+    run = run_of("released")
+    column = run.column(rows.BEST.file, "paper")
+    table = published_null_table({"gemma2_2b": run})
+    said = table.loc["Gemma-2-2B", RELEASED]
+    assert said.startswith(f"{column[rows.BEST.cen]:.3f} [") and f" against {column[rows.UNRELATED.cen]:.3f} [" in said
+    assert table.loc["Qwen2.5-7B", RELEASED] == "–" and RELEASED not in published_null_table({})

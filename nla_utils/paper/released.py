@@ -9,10 +9,10 @@ import pandas as pd
 
 from nla_utils.paper.published import BACKBONES, look_up, published
 from nla_utils.paper.results import RunResults
-from nla_utils.paper.tables import number, with_interval
+from nla_utils.paper.tables import RELEASED, number, with_interval
 from nla_utils.scores import rows
 
-COLUMNS = ("published", "released AV, our run", "difference")
+COLUMNS = ("published", RELEASED, "difference")
 
 
 def released_runs(everything: Iterable[RunResults]) -> dict[str, RunResults]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Callable, Iterable, Mapping, Optional, Sequence
+
+import pandas as pd
 
 from nla_utils.config import ROOT
 from nla_utils.paper import claims, figures, tables
@@ -44,23 +47,35 @@ READING = FigureSpec(
 )  # fmt: skip
 # Widths of a label, a published and two columns with intervals; and of a label and three pairs, raw and centred.
 NARROW, WIDE = (28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13)
+# The same with a column, or a pair, of the released AV.
+NARROW_RELEASED, WIDE_RELEASED = (24, 10, 20, 20, 20), (13, 7, 7, 11, 11, 11, 11, 11, 11)
 
 
-def tables_of_run(results: RunResults) -> dict[str, Table]:
-    """The tables of §11 and the scorecard for one run, by name."""
+def tables_of_run(results: RunResults, released: Optional[RunResults] = None) -> dict[str, Table]:
+    """The tables of §11 and the scorecard for one run, by name; with ``released``, our run of the AV that was released for
+    §11's backbone, its numbers stand beside the published ones."""
     evaluated = (*rows.EVALUATION, rows.CONSTANT_MU)
+    beside = released is not None and released is not results
+    narrow, wide = (NARROW_RELEASED, WIDE_RELEASED) if beside else (NARROW, WIDE)
+    curve = (8, 8, 15, 15, 15, 15, 15) if beside else (12, 10, 16, 17, 16, 17)
+
+    def shown(make: Callable[[RunResults], pd.DataFrame]) -> pd.DataFrame:
+        return tables.with_released(make, results, released)
+
     made = {
-        "ceilings": ("Table 1. Ceilings", tables.both_kinds_table(rows.CEILINGS, results), WIDE),
-        "evaluation": ("Table 2. Evaluation", tables.both_kinds_table(evaluated, results), WIDE),
-        "rho-short": ("Table 3. The same as ρ, centred", tables.rho_table(results), NARROW),
-        "k-curve": ("Table 4. The best of K, centred", tables.short_k_curve_table(results), (12, 10, 16, 17, 16, 17)),
-        "reranks": ("Table 5. Cheap reranks, centred", tables.rerank_table(results), NARROW),
+        "ceilings": ("Table 1. Ceilings", shown(partial(tables.both_kinds_table, rows.CEILINGS)), wide),
+        "evaluation": ("Table 2. Evaluation", shown(partial(tables.both_kinds_table, evaluated)), wide),
+        "rho-short": ("Table 3. The same as ρ, centred", shown(tables.rho_table), narrow),
+        "k-curve": ("Table 4. The best of K, centred", shown(tables.short_k_curve_table), curve),
+        "reranks": ("Table 5. Cheap reranks, centred", shown(tables.rerank_table), narrow),
         "verdicts": ("Scorecard", claims.short_scorecard(results), (29, 11, 11, 19, 19)),
     }  # fmt: skip
     return {key: Table(f"{results.stem}-{key}", *what, of=results.label) for key, what in made.items()}
 
 
-def shared_tables(shown: Sequence[RunResults], about: Sequence[RunResults]) -> dict[str, Table]:
+def shared_tables(
+    shown: Sequence[RunResults], about: Sequence[RunResults], released: Mapping[str, RunResults]
+) -> dict[str, Table]:
     """The tables over all backbones, by name."""
     wide = 58 / max(len(about), 1)
     # The label, three published backbones, ours.
@@ -69,7 +84,8 @@ def shared_tables(shown: Sequence[RunResults], about: Sequence[RunResults]) -> d
         "findings": Table("findings", "What was found", findings_table(shown), (34, 24, 24, 9)),
         "facts": Table("facts", "The backbones and the trainings", facts_table(about), facts),
         "null": Table("published-null", "The published best of K beside the null that the paper itself prints",
-                      tables.published_null_table(), (20, 6, 18, 24, 20)),
+                      tables.published_null_table(released),
+                      (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)),
         "card": Table("card", "What the card says, and what is wrong with it", slips_table(about), (34, 60)),
         "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), (15, 19, *(wide,) * len(about))),
         "reading": Table("reading", "What the AV takes from v", reading_table(shown), (15, 6, 6, 14, 14, 14, 14)),
@@ -127,14 +143,16 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
     shown = without_variants(find_results(roots), own)
     main = foremost(shown, own)
     about = [main, *(r for r in largest(shown) if r.backbone != main.backbone)] if main else []
-    shared, of_runs = shared_tables(shown, about), {r.label: tables_of_run(r) for r in about}
+    of_released = released_runs(shown)
+    shared = shared_tables(shown, about, of_released)
+    of_runs = {r.label: tables_of_run(r, of_released.get(SECTION_11)) for r in about}
     easy = easy_table(shown)
     if not easy.empty:
         shared["easy"] = Table("easy", "Where reading is easy", easy, (22, 14, 15, 14, 14, 9))
     released = {
         name: Table(f"{name}-released", f"The released AV on {TITLES[name]}, run here", released_table(name, r), (30, 12, 28, 24),
                     of=r.label)
-        for name, r in released_runs(shown).items()
+        for name, r in of_released.items()
     }  # fmt: skip
     read = [r for r in largest(shown) if r.source_loss]
     drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from typing import Mapping, Optional, Sequence
+from typing import Callable, Mapping, Optional, Sequence
 
 import pandas as pd
 
@@ -24,6 +24,7 @@ from nla_utils.scores import rows
 from nla_utils.scores.rows import Row
 
 PUBLISHED = f"published, {TITLES[SECTION_11]}"
+RELEASED = "released AV, our run"
 NULL_SIZE = Row("unrelated texts to choose from, P", "unrelated_text_pool_size")
 # The numbers of §11's summary.
 HEADLINE = (
@@ -116,7 +117,7 @@ def both_kinds_table(shown: Sequence[Row], results: RunResults) -> pd.DataFrame:
     nothing."""
     made = {kind: _side_by_side([(row, kind) for row in shown], results) for kind in ("raw", "cen")}
     table = pd.DataFrame({
-        f"{column.split(',')[0]}, {word}": made[kind][column]
+        f"{column.replace(PUBLISHED, 'published')}, {word}": made[kind][column]
         for column in made["raw"].columns for kind, word in (("raw", "raw"), ("cen", "centred"))
     })  # fmt: skip
     if rows.CONSTANT_MU in shown:
@@ -157,6 +158,21 @@ def rho(results: RunResults, protocol: str, row: Row) -> str:
 def rerank_table(results: RunResults) -> pd.DataFrame:
     """Cheap reranks and Spearman (PROTOCOL.md §6)."""
     return _side_by_side([(row, "cen") for row in rows.RERANKS], results)
+
+
+def with_released(
+    make: Callable[[RunResults], pd.DataFrame], results: RunResults, released: Optional[RunResults]
+) -> pd.DataFrame:
+    """A run's table; right of what is published for §11's backbone, what the AV that was released for it scores in
+    ``released``, a run of ours, under the same protocol."""
+    table = make(results)
+    if released is None or released is results:
+        return table
+    theirs = make(released).reindex(table.index).fillna(number(None))
+    for column in [c for c in table.columns if c.startswith("published")]:
+        kind = column.removeprefix(PUBLISHED).removeprefix("published")
+        table.insert(table.columns.get_loc(column) + 1, RELEASED + kind, theirs[f"paper protocol{kind}"])
+    return table
 
 
 def headline_table(results: RunResults) -> pd.DataFrame:
@@ -213,8 +229,9 @@ def backbones_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def published_null_table() -> pd.DataFrame:
-    """The paper's best of K beside the best of as many unrelated texts, interpolated from the paper's own rows."""
+def published_null_table(released: Mapping[str, RunResults]) -> pd.DataFrame:
+    """The paper's best of K beside the best of as many unrelated texts, interpolated from the paper's own rows; right of them,
+    measured by us under the paper protocol, where there is a run of a ``released`` AV, by the name of its published record."""
     k_of = {name: published(name)["centred_eval"]["K"] for name in BACKBONES}
     found = [(TITLES[name], k, *published_null(name, k), "") for name, k in k_of.items()]
     found += [(*later, "at most ") for later in later_nulls()]
@@ -224,7 +241,12 @@ def published_null_table() -> pd.DataFrame:
          "difference": f"{bound}{rollouts - null:+.3f}"}
         for title, k, null, rollouts, bound in found
     ]  # fmt: skip
-    return pd.DataFrame(table).set_index("backbone")
+    made = pd.DataFrame(table).set_index("backbone")
+    for name, results in released.items():
+        column = results.column(rows.EVALUATION_FILE, "paper")
+        best, null = (with_interval(column, row.cen) for row in (rows.BEST, rows.UNRELATED))
+        made.loc[TITLES[name], RELEASED] = f"{best} against {null}, K = {column['K']}"
+    return made.fillna(number(None))
 
 
 def null_mismatch(results: RunResults) -> float:
