@@ -33,7 +33,8 @@ FIGURE_1 = FigureSpec(
     "fig1_k_curves", figures.figure_1,
     "The best of K texts, centred. Above, as published: curves with their ceilings (dashed) and floors (dotted). Diamonds "
     "are the headline best of K, of another evaluation than the curve: Qwen's is of the final checkpoint, its curve of an "
-    "earlier one; Llama's has fewer targets. Of gemma-4 only the triangles are printed. The paper prints no intervals. "
+    "earlier one; Llama's has fewer targets, and its ceiling is NN-in-pool, that of the others the best of eight "
+    "paraphrases. Of gemma-4 only the triangles are printed. The paper prints no intervals. "
     "Below, ours, held out and corrected: the rise with K is there for texts that have nothing to do with v. Two such nulls "
     "coincide: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots on it). What the AV adds is "
     "its distance from them. The best of eight paraphrases and the nearest stored text are levels, not curves. Bands are "
@@ -131,6 +132,10 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "within": bool(about) and all(0 < least < tables.null_mismatch(r) for r in about),
         "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}"),
         "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}"),
+        "evaluated": " and ".join(dict.fromkeys(
+            f"{r.data['targets']['sizes']['M']} held-out targets with {r.column(rows.EVALUATION_FILE, 'corrected')['K']} rollouts each"
+            for r in about
+        )),
         "held_out": " and ".join(dict.fromkeys(str(r.data["targets"]["sizes"]["M"]) for r in about)),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
         "sizes": ", ".join(dict.fromkeys(r.size for r in about)),
