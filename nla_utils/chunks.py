@@ -79,4 +79,4 @@ class ChunkStore:
     def clear(self) -> None:
         """Remove the chunks once the artefact is on disk."""
         if workers.leads():
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)

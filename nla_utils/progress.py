@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,5 +23,7 @@ class Progress(tqdm):
     def display(self, msg=None, pos=None):
         mirror = os.environ.get(MIRROR_VARIABLE)
         if mirror:
-            Path(mirror).write_text(str(self), encoding="utf-8")
+            # A bar that cannot be shown is no reason to stop.
+            with contextlib.suppress(OSError):
+                Path(mirror).write_text(str(self), encoding="utf-8")
         return super().display(msg, pos)

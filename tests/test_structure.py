@@ -12,7 +12,7 @@ from nla_utils.config import ROOT
 PACKAGE = ROOT / "nla_utils"
 # Each part imports parts of a lower number, and itself.
 LEVEL = {
-    "__init__": -1, "errors": 0, "metrics": 0, "progress": 0, "workers": 0, "protocol": 1, "config": 1,
+    "__init__": -1, "errors": 0, "metrics": 0, "progress": 0, "workers": 0, "protocol": 1, "config": 1, "locks": 1,
     "artefacts": 2, "chunks": 3, "lm": 4, "run": 5, "stages": 6, "scores": 7, "paper": 8, "extensions": 9, "runner": 10,
     "__main__": 11,
 }  # fmt: skip

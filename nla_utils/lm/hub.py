@@ -220,6 +220,8 @@ def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"{where}: the hub answered {status}: {error}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{where}: {error.filename}: {error.strerror}; put that right, then run the same command again"
     return (
         f"{where} could not be reached ({type(error).__name__}); check the network and HF_HUB_OFFLINE, or give a local "
         f"folder or a commit that was fetched before"

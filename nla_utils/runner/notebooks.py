@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
-
-import filelock
+from typing import Callable, Sequence
 
 from nla_utils.artefacts import RunFolder, atomic_write, read_record, require_disk
 from nla_utils.config import ROOT, RunConfig, cache_dir
@@ -17,6 +15,7 @@ from nla_utils.lm.hub import bytes_to_fetch, config_alone
 from nla_utils.lm.loading import describe, pick_layer
 from nla_utils.lm.registry import read_model_config, resolve
 from nla_utils.lm.releases import fetch_av, fetch_targets, sources_on_hub
+from nla_utils.locks import hold
 from nla_utils.paper.results import COMMITTED, family_of, load_results
 from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
@@ -172,12 +171,18 @@ def reproduce(configs: Sequence[RunConfig], finish: Callable[[RunFolder], None],
     folders = [preflight(c, stages) for c in configs]
     _require_distinct(configs, folders)
     for config, folder in zip(configs, folders):
-        with _alone_in(folder):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        busy = f"another process is at work in {folder.path}, and another --out would be free"
+        with hold(folder.file("run.lock"), busy):
             _run_stages(config, folder, stages)
             finish(folder)
 
 
 def _run_stages(config: RunConfig, folder: RunFolder, stages: Sequence[Stage]) -> None:
+    # What a run that was ended while it cleared up has left.
+    for chunks in folder.path.glob("*.chunks"):
+        if folder.has(chunks.stem):
+            shutil.rmtree(chunks, ignore_errors=True)
     stale = False
     for stage in stages:
         label = f"{folder.backbone} {stage.name}"
@@ -199,21 +204,6 @@ def _require_distinct(configs: Sequence[RunConfig], folders: Sequence[RunFolder]
                 f"{other.backbone} and {config.backbone} would both write into {folder.path}; give one another --out, or "
                 f"rename its folder"
             )
-
-
-@contextlib.contextmanager
-def _alone_in(folder: RunFolder) -> Iterator[None]:
-    """Hold the folder for this process; a process that dies lets go of it. Raises ``ArtefactError`` if another has it."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.file("run.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise ArtefactError(f"another process is at work in {folder.path}; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def adopt(folder: RunFolder) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Callable, Collection, Optional, get_type_hints
@@ -40,8 +43,19 @@ class OneHandler(TyperGroup):
         try:
             return super().invoke(ctx)
         except NLAError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(2) from None
+            message = str(error)
+        except OSError as error:
+            # A pipe that is closed early, as by head, is the app's own to handle.
+            if error.errno == errno.EPIPE:
+                raise
+            # Whatever the file system refuses where no module has a better word for it.
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            message = f"{what}; put that right, then run the same command again"
+        except KeyboardInterrupt as error:
+            typer.secho(f"{error if error.args else 'stopped'}; the same command resumes", err=True)
+            raise typer.Exit(130) from None
+        typer.secho(f"error: {message}", fg="red", err=True)
+        raise typer.Exit(2)
 
 
 app = typer.Typer(
@@ -60,6 +74,10 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Activations as text: §11 reproduced, audited, and what stands beside it."""
+    # A batch system's end of a job is Ctrl-C: what was made is kept, and the same command resumes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Figures are drawn without a window, and without the user's own style.
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     # A terminal that cannot show a character shows another; it is no reason to stop.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")

@@ -178,13 +178,16 @@ def check_health(v_Nd: np.ndarray) -> dict:
     The BOS = EOS trap of PROTOCOL.md §1. Raises ``BackboneError`` or ``CollapsedTargetsError``.
     """
     check_finite(v_Nd, "target activations")
+    # A release may hold float16, whose squares end at 256.
+    v_Nd = v_Nd.astype(np.float32, copy=False)
     spread = float(np.sqrt(v_Nd.var(axis=0).mean()))
     size = float(np.sqrt((v_Nd**2).mean()))
     distinct = len(np.unique(v_Nd, axis=0))
     if spread < 1e-4 * size or distinct < 0.5 * len(v_Nd):
         raise CollapsedTargetsError(
-            f"{distinct} distinct vectors among {len(v_Nd)} targets, spread {spread:.3g} at size "
-            f"{size:.3g}: were sequences cut at the start token because it is also an EOS?"
+            f"{distinct} distinct vectors among {len(v_Nd)} targets, spread {spread:.3g} at size {size:.3g}: either many "
+            f"texts are the same (or end in the same few tokens), or sequences were cut at the start token because it is "
+            f"also an EOS"
         )
     return {"rms": size, "std": spread, "distinct": distinct}
 

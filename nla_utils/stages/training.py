@@ -30,6 +30,9 @@ def train_av(run: Run, targets: Targets) -> dict:
     history, split = trainer.history, trainer.split
     every = run.sizes.validate_every
     best = history.best("fve_nrm", every)
+    trainer.av.load_trainable(trainer.best, "best checkpoint")
+    # Before the artefact, whose sidecar says that all is finished.
+    export_av(trainer.av, run.folder.file("av"), best["fve_nrm"], best["step"])
     artefact = run.folder.save(
         ARTEFACT,
         {k: v.numpy() for k, v in trainer.best.items()},
@@ -49,8 +52,6 @@ def train_av(run: Run, targets: Targets) -> dict:
         loss=history.loss,
         validation=history.validation,
     )
-    trainer.av.load_trainable(trainer.best, "best checkpoint")
-    export_av(trainer.av, run.folder.file("av"), best["fve_nrm"], best["step"])
     trainer.state_file.unlink(missing_ok=True)
     return artefact.sidecar
 
@@ -63,6 +64,7 @@ def take_released(run: Run, targets: Targets) -> dict:
     source = fetch_av(run.config.av, run.backbone.spec)
     av, record = import_av(source, run.backbone), checkpoint_record(source)
     unknown = ("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")
+    export_av(av, run.folder.file("av"), record["val_fve_nrm"], record["step"])
     artefact = run.folder.save(
         ARTEFACT,
         {k: v.numpy() for k, v in av.trainable().items()},
@@ -82,7 +84,6 @@ def take_released(run: Run, targets: Targets) -> dict:
         loss=[],
         validation=[],
     )
-    export_av(av, run.folder.file("av"), record["val_fve_nrm"], record["step"])
     return artefact.sidecar
 
 

