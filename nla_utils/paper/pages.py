@@ -130,10 +130,8 @@ class Page:
             for end, text in table.files.items():
                 written.append(path.parent / "tables" / f"{table.stem}.{end}")
                 atomic_write(written[-1], text.encode())
-        # Without the user's own style.
-        with plt.style.context("default"):
-            for spec, shown in self.figures.items():
-                written += save_figure(spec.draw(shown), figure_folder, spec.stem)
+        for spec, shown in self.figures.items():
+            written += save_figure(spec.draw(shown), figure_folder, spec.stem)
         atomic_write(path, self.text(path, figure_folder).encode())
         if self.tex_template:
             written.append(path.with_suffix(".tex"))

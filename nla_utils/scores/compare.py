@@ -142,13 +142,14 @@ def of_ceilings(targets: Targets, ceilings: Ceilings, k: int, ablation: Optional
     replay |= {encoding_key(LADDER[step]): h_Md for step, h_Md in ceilings.ladder.items()}
     if ablation is not None:
         replay, paraphrase = replay | ablation.replay, paraphrase | ablation.paraphrase
-    for reading, h_Md in replay.items():
+    # In an order of their own: artefacts that are read back have another than those just made.
+    for reading, h_Md in sorted(replay.items()):
         part = parts[part_of_reading(reading)]
         ids = {"ids": targets.sequences(part.rows)} if reading in BY_NAME else {}
         tables.append(part.texts("source", reading, h_Md[:, None], [0], targets.lengths[part.rows][:, None], **ids))
     drawn = {name: texts.drawn for name, texts in ceilings.texts.items()} | (ablation.drawn if ablation else {})
     written = {_prompted(reading): texts for reading, texts in drawn.items()}
-    for reading, h_Mnd in paraphrase.items():
+    for reading, h_Mnd in sorted(paraphrase.items()):
         part, texts = parts[part_of_reading(reading)], written[_prompted(reading)]
         once = {"ids": texts.sequences, "logp": texts.logp} if reading in drawn else {}
         tables.append(part.texts("paraphrase", reading, h_Mnd, range(N_PARAPHRASES), texts.lengths, **once))

@@ -183,7 +183,7 @@ def keep(run: Run, results: str, evidence: Evidence, made_from: Mapping[str, str
     if path.exists():
         there = Evidence.read(path)
         others = [of for name, of in there.made_from.items() if name != results]
-        if all(of.get(k, digest) == digest for of in others for k, digest in made_from.items()):
+        if others and all(of.get(k, digest) == digest for of in others for k, digest in made_from.items()):
             evidence = there | evidence
     atomic_write(path, evidence.to_bytes(run.provenance))
     return evidence

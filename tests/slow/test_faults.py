@@ -30,11 +30,12 @@ from hub_server import Hub
 from nla_utils import artefacts
 from nla_utils.artefacts import atomic_write
 from nla_utils.chunks import ChunkStore
-from nla_utils.protocol import CORRECTED
 from nla_utils.run import open_run
 from nla_utils.runner import notebooks
 from nla_utils.runner.cli import app
-from nla_utils.scores.ceilings import score_ceilings
+from nla_utils.scores.compare import of_ceilings, of_rollouts
+from nla_utils.scores.evidence import keep
+from nla_utils.scores.results import centered_eval, oracle_ceiling
 from nla_utils.stages import targets as stage_targets
 from nla_utils.stages import training
 from nla_utils.stages.ablation import make_ablation
@@ -107,17 +108,18 @@ def third(run):
     targets = load_targets(run)
     ceilings = make_ceilings(run, targets)
     ablation = make_ablation(run, targets, ceilings)
-    column = score_ceilings(targets, ceilings, CORRECTED).to_json()
     made_from = {"targets": targets.sha256, "ceilings": ceilings.sha256, "ablation": ablation.sha256}
-    run.write_results("oracle_ceiling", {"protocols": {"corrected": column}}, made_from)
+    compared = of_ceilings(targets, ceilings, run.config.sizes.n_rollouts, ablation)
+    run.write_results("oracle_ceiling", oracle_ceiling(keep(run, "oracle_ceiling", compared, made_from)), made_from)
 
 
 def fourth(run):
-    targets, _ = load_targets(run), load_ceilings(run)
+    targets, ceilings = load_targets(run), load_ceilings(run)
     rollouts, probe = make_rollouts(run, targets), make_probe(run, targets)
     loss = make_source_loss(run, targets, training.load_av(run))
     made_from = {"rollouts": rollouts.sha256, "probe": probe.sha256, "source_loss": loss.sha256}
-    run.write_results("centered_eval", {}, made_from)
+    compared = of_rollouts(targets, rollouts, ceilings, probe, loss, run.backbone.spec.ceiling)
+    run.write_results("centered_eval", centered_eval(keep(run, "centered_eval", compared, made_from)), made_from)
 
 
 FUNCTIONS = {"01": first, "02": second, "03": third, "04": fourth}

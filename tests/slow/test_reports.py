@@ -30,6 +30,7 @@ from nla_utils.errors import ArtefactError, CollapsedTargetsError, ConfigError, 
 from nla_utils.extensions.release.explore import explore
 from nla_utils.lm import registry
 from nla_utils.locks import hold
+from nla_utils.paper.draw import styled
 from nla_utils.paper.pages import FigureSpec, Page
 from nla_utils.run import open_run
 from nla_utils.runner import distributed, execution
@@ -290,6 +291,7 @@ def test_a_relative_folder_is_where_the_command_was_given(tmp_path, monkeypatch)
 
 
 def test_figures_are_ours_whatever_the_users_own_settings(tmp_path, monkeypatch):
+    @styled
     def draw(_):
         fig, ax = plt.subplots()
         ax.set_title("a title with an _ in it")
