@@ -1,8 +1,9 @@
 """Artefacts on disk: atomic writes, sidecars, hashes.
 
 Every artefact ``name.safetensors`` has a sidecar ``name.safetensors.json`` that says what it is made of. The sidecar
-is written last, so an artefact without one is unfinished. Loading compares the sidecar's ``identity`` with that of
-the run that asks, and the hash with the file's bytes.
+is written last, so an artefact without one is unfinished. Its ``spec`` is all that the artefact depends on beside its
+parents, which are named by their hashes: the run's identity, and what the stage adds in :data:`SPECS`. Whoever reads a
+sidecar compares its spec with that of the run that asks. Device, libraries, code and time are recorded alone.
 """
 
 from __future__ import annotations
@@ -17,14 +18,26 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from nla_utils import workers
+from nla_utils import __version__, workers
 from nla_utils.config import CHECKOUT, ROOT, RunConfig
 from nla_utils.errors import ArtefactError
+
+
+# By artefact, what it depends on beside the run's identity and its parents; each stage adds its own.
+SPECS: dict[str, Callable[[RunConfig], dict]] = {}
+
+
+def require_same(path: Path, theirs: Mapping[str, Any], own: Mapping[str, Any], remedy: str) -> None:
+    """Raise ``ArtefactError`` that names the first key in which what is on disk differs from the run that asks, with both
+    values and what to do."""
+    for key, value in json.loads(json.dumps(own)).items():
+        if theirs.get(key) != value:
+            raise ArtefactError(f"{path} was made with {key} = {theirs.get(key)!r}, this run has {key} = {value!r}; {remedy}")
 
 
 def sha256_file(path: Path) -> str:
@@ -108,7 +121,8 @@ def code_version() -> dict:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    if not CHECKOUT:
+    # Git would take a repository further up for this one's.
+    if not CHECKOUT or not (ROOT / ".git").exists():
         return {"git_commit": None, "dirty": None}
     try:
         dirty = git("status", "--porcelain", "--", "nla_utils", ":(glob)notebooks/**/0*.ipynb", "requirements.lock",
@@ -152,19 +166,39 @@ class Artefact:
 
 @dataclass
 class RunFolder:
-    """Where one run writes; ``identity`` is what every artefact of the run must agree on."""
+    """Where one run writes; ``identity`` is what every artefact of the run must agree on, ``device`` where it computes.
+
+    Without a ``config`` it is a folder that is read as it is: specs are not compared beyond the identity."""
 
     path: Path
     identity: dict = field(default_factory=dict)
+    config: Optional[RunConfig] = field(default=None, compare=False)
+    device: Optional[str] = None
 
     @classmethod
-    def of(cls, config: RunConfig, backbone_name: str, identity: Mapping[str, Any]) -> "RunFolder":
+    def of(cls, config: RunConfig, backbone_name: str, identity: Mapping[str, Any], device: str) -> "RunFolder":
         """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
-        return cls(ROOT / config.out / backbone_name / config.folder_name, dict(identity))
+        identity = {**identity, "seed": config.seed}
+        return cls(ROOT / config.out / backbone_name / config.folder_name, identity, config, device)
 
     @property
     def backbone(self) -> str:
         return self.path.parent.name
+
+    @property
+    def conditions(self) -> dict:
+        """What an unfinished stage must share with whoever resumes it: identity, device, libraries and code."""
+        code = code_version()
+        commit = (code["git_commit"] or __version__) + (" + changes" if code["dirty"] else "")
+        return {**self.identity, "device": self.device, **library_versions(), "code": commit}
+
+    @property
+    def remedy(self) -> str:
+        return f"choose another --out, or delete {self.path}"
+
+    def spec(self, name: str) -> dict:
+        """All that an artefact depends on beside its parents."""
+        return {**self.identity, **(SPECS[name](self.config) if self.config and name in SPECS else {})}
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -189,10 +223,11 @@ class RunFolder:
         record.unlink(missing_ok=True)
         atomic_write(path, data)
         sidecar = {
-            "identity": self.identity,
+            "spec": self.spec(name),
             "sha256": hashlib.sha256(data).hexdigest(),
             "made_from": dict(made_from or {}),
             **facts,
+            "device": self.device,
             "code": code_version(),
             "libraries": library_versions(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -206,8 +241,7 @@ class RunFolder:
         path = self.file(f"{name}.safetensors")
         if not path.is_file() or not self.has(name):
             raise ArtefactError(f"{path} is missing or unfinished; run the notebook that makes it")
-        sidecar = self._sidecar(name)
-        self._check_identity(sidecar, path)
+        sidecar = self.sidecar(name)
         digest = sha256_file(path)
         if digest != sidecar["sha256"]:
             raise ArtefactError(
@@ -228,26 +262,29 @@ class RunFolder:
         return self._record(name).exists()
 
     def sha256_of(self, name: str) -> Optional[str]:
-        """The hash that an artefact's sidecar gives, ``None`` without one."""
-        return self._sidecar(name)["sha256"] if self.has(name) else None
+        """The hash that an artefact's sidecar gives, ``None`` without one; raises as :meth:`sidecar` does."""
+        return self.sidecar(name)["sha256"] if self.has(name) else None
 
-    def _sidecar(self, name: str) -> dict:
+    def sidecar(self, name: str) -> dict:
+        """An artefact's sidecar; raises ``ArtefactError`` where its spec is not that of this run."""
         sidecar = read_record(self._record(name))
-        if not {"identity", "sha256", "made_from"} <= set(sidecar):
+        if not {"sha256", "made_from"} <= set(sidecar):
             raise ArtefactError(f"{self._record(name)} is no sidecar; delete it and rerun its stage")
+        if "spec" not in sidecar:
+            raise ArtefactError(f"{self._record(name)} is of an older version, which did not keep what it was made of; {self.remedy}")
+        require_same(self._record(name).with_suffix(""), sidecar["spec"], self.spec(name), self.remedy)
         return sidecar
+
+    def read_results(self, name: str) -> dict:
+        """A results file; raises ``ArtefactError`` where it is missing, altered, or of another run or other sizes."""
+        path = self.file(f"results/{name}.json")
+        record = read_record(path)
+        own = {"name": name, **self.identity} | (self.config.sizes.record() if self.config else {})
+        require_same(path, {**record, **record.get("identity", {}), **record.get("sizes", {})}, own, self.remedy)
+        return record
 
     def _record(self, name: str) -> Path:
         return self.file(f"{name}.safetensors.json")
-
-    def _check_identity(self, sidecar: dict, path: Path) -> None:
-        theirs = sidecar["identity"]
-        for key, own in self.identity.items():
-            if theirs.get(key) != own:
-                raise ArtefactError(
-                    f"{path} was made with {key} = {theirs.get(key)!r}, this run has {key} = {own!r}; "
-                    f"choose another --out or delete {self.path}"
-                )
 
 
 def derive_seed(run_seed: int, stage: str, *at: int) -> int:

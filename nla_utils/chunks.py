@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from nla_utils import workers
-from nla_utils.artefacts import arrays_hash, atomic_write, read_json, write_json
-from nla_utils.errors import ArtefactError
+from nla_utils.artefacts import arrays_hash, atomic_write, read_json, require_same, write_json
 from nla_utils.progress import Progress
 
 
@@ -21,18 +20,20 @@ from nla_utils.progress import Progress
 class ChunkStore:
     """Fixed chunks of a long stage, each one file, so that a killed stage resumes where it was.
 
-    Raises ``ArtefactError`` where the folder holds chunks of another ``identity``.
+    Raises ``ArtefactError`` where the folder holds chunks of another ``plan``: chunks resume under the same device,
+    libraries and code alone.
     """
 
     folder: Path
-    identity: dict
+    plan: dict
 
     def __post_init__(self) -> None:
         record = self.folder / "chunks.json"
-        if record.exists() and read_json(record) != self.identity:
-            raise ArtefactError(f"{self.folder} holds chunks of another run ({record}); delete the folder and rerun")
+        if record.exists():
+            remedy = f"go back to that, or delete {self.folder} to begin this stage anew"
+            require_same(self.folder, read_json(record), self.plan, remedy)
         if workers.leads():
-            write_json(record, self.identity)
+            write_json(record, self.plan)
         workers.wait()
 
     def _file(self, i: int) -> Path:

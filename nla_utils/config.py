@@ -12,12 +12,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional
+from typing import Any, Iterable, Mapping, MutableMapping, Optional
 
 from nla_utils.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
-CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()
+# An installed copy brings its data along, whatever stands beside it.
+CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists() and not (PACKAGE / "data").exists()
 # Where runs, pages and figures are kept: the checkout, or where an installed copy is used.
 ROOT = PACKAGE.parent if CHECKOUT else Path.cwd()
 # What is only read: notebooks, bundles, the published numbers.
@@ -53,6 +54,11 @@ class Profile:
         """Targets that training may see: all but the held-out ones at the end."""
         return self.n_targets - self.n_eval
 
+    def record(self) -> dict:
+        """The sizes as results files have them."""
+        return {"N": self.n_targets, "M": self.n_eval, "K": self.n_rollouts, "pool": self.pool_size, "epochs": self.epochs,
+                "T": self.max_new_tokens}  # fmt: skip
+
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(96, 8, 4, 48, 1, 2, 8, max_new_tokens=24),
@@ -68,6 +74,8 @@ TYPES = {name: (str,) for name in ("backbone", "profile", "out", "device", "dtyp
 TYPES |= {"seed": (int,), "layer": (int, type(None))}
 TYPES |= {name: (str, type(None)) for name in ("av", "released_targets", "corpus")}
 SIZES = ("n_targets", "n_eval", "n_rollouts", "pool_size")
+# The variable of a notebook that says that its configuration was made before.
+CONFIGURED = "_configured"
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-5
 GRAD_CLIP = 1.0
@@ -150,19 +158,24 @@ class RunConfig:
         return _build(cls, values, "unknown parameter")
 
     @classmethod
-    def from_notebook(cls, namespace: Mapping[str, Any]) -> "RunConfig":
-        """A configuration from a notebook's globals right after its parameters cell.
+    def from_notebook(cls, namespace: MutableMapping[str, Any]) -> "RunConfig":
+        """A configuration from a notebook's globals, the first time right after its parameters cell.
 
         Papermill only warns about a parameter that the notebook does not have; every public plain
-        value in the namespace is taken for a parameter here, so an unknown one is an error.
+        value in the namespace is taken for a parameter here, so an unknown one is an error. Once a configuration was
+        made there, the notebook's other cells have variables of their own, and only known parameters are read.
         """
-        plain = (str, int, float, bool, type(None))
+        plain, known = (str, int, float, bool, type(None)), {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)}
+        if CONFIGURED in namespace:
+            values = {k: v for k, v in values.items() if k in known}
         try:
-            return cls.from_mapping(values)
+            config = cls.from_mapping(values)
         except ConfigError as error:
             hint = "every plain variable is taken for a parameter here: if you defined it yourself, restart the kernel"
             raise ConfigError(f"{error} ({hint})") from None
+        namespace[CONFIGURED] = True
+        return config
 
 
 def check_sizes(s: Profile) -> None:

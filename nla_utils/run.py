@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Optional
 
-from nla_utils.artefacts import RunFolder, code_version, library_versions, read_record, write_record
+from nla_utils.artefacts import RunFolder, code_version, library_versions, write_record
 from nla_utils.config import Profile, RunConfig
-from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, identity
 from nla_utils.lm.loading import Description, describe, hardware, load_backbone, pick_device
-from nla_utils.lm.registry import weight_hash
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Run:
     @classmethod
     def of(cls, config: RunConfig, backbone: Backbone) -> "Run":
         """The run of a configuration with a backbone that is loaded."""
-        return cls(config, RunFolder.of(config, backbone.name, {**backbone.identity(), "seed": config.seed}), backbone)
+        return cls(config, RunFolder.of(config, backbone.name, backbone.identity(), backbone.device.type), backbone)
 
     @property
     def sizes(self) -> Profile:
@@ -38,7 +36,7 @@ class Run:
 
     def inside(self, name: str) -> "Run":
         """The run with a folder of its own within this run's, for training that is not the run's."""
-        return dataclasses.replace(self, folder=RunFolder(self.folder.file(name), self.folder.identity))
+        return dataclasses.replace(self, folder=dataclasses.replace(self.folder, path=self.folder.file(name)))
 
     def at(self, layer: int) -> "Run":
         """The run at another layer; at the layer this one was opened at it is this run's own folder."""
@@ -54,24 +52,19 @@ class Run:
     @property
     def provenance(self) -> dict:
         """What every record of the run says of where its numbers come from."""
-        s = self.sizes
         return {
             "profile": self.config.folder_name,
             "identity": self.folder.identity,
-            "sizes": {"N": s.n_targets, "M": s.n_eval, "K": s.n_rollouts, "pool": s.pool_size, "epochs": s.epochs,
-                      "T": s.max_new_tokens},
+            "sizes": self.sizes.record(),
             "code": code_version(),
             "libraries": library_versions(),
-            "hardware": hardware(self.folder.identity["device"]),
-        }  # fmt: skip
+            "device": self.folder.device,
+            "hardware": hardware(self.folder.device),
+        }
 
     def read_results(self, name: str) -> dict:
-        """What :meth:`write_results` wrote; raises ``ArtefactError`` where it is missing, altered or of another run."""
-        path = self.folder.file(f"results/{name}.json")
-        record = read_record(path)
-        if (record.get("name"), record.get("identity")) != (name, self.folder.identity):
-            raise ArtefactError(f"{path} is not {name} of this run; delete it and rerun its notebook")
-        return record
+        """What :meth:`write_results` wrote; raises as :meth:`RunFolder.read_results` does."""
+        return self.folder.read_results(name)
 
 
 def open_run(config: RunConfig, weights: bool = True) -> Run:
@@ -87,6 +80,5 @@ def open_run(config: RunConfig, weights: bool = True) -> Run:
 
 def described_folder(config: RunConfig, found: Description) -> RunFolder:
     """The folder of a run whose weights are not loaded, its identity that of the run with them."""
-    device = pick_device(config.device).split(":")[0]
-    own = identity(found.spec, weight_hash(found.folder), found.layer, found.special, config.dtype, device)
-    return RunFolder.of(config, found.spec.name, {**own, "seed": config.seed})
+    own = identity(found.spec, found.hashes, found.layer, found.special, config.dtype, found.padding_side)
+    return RunFolder.of(config, found.spec.name, own, pick_device(config.device).split(":")[0])

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(__file__).with_name("golden.json")
-PROVENANCE = {"identity", "made_from", "code", "libraries", "hardware", "record_sha256"}
+PROVENANCE = {"identity", "device", "made_from", "code", "libraries", "hardware", "record_sha256"}
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 # The backbone whose tail reader is also taken apart and repeated.
 TAKEN_APART = "tiny-gemma2"

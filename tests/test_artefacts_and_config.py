@@ -69,7 +69,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 def test_chunks_of_another_plan_are_refused(tmp_path):
     ChunkStore(tmp_path / "c", {"n": 1}).put(0, {"x": np.zeros(2)})
     assert ChunkStore(tmp_path / "c", {"n": 1}).get(0) is not None
-    with pytest.raises(ArtefactError, match="another run"):
+    with pytest.raises(ArtefactError, match="n = 1, this run has n = 2; go back to that, or delete"):
         ChunkStore(tmp_path / "c", {"n": 2})
 
 

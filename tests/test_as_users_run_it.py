@@ -32,7 +32,7 @@ OPTIONS = ["--profile", "smoke", "--dtype", "float32"]
 def test_a_numbered_device_is_the_device(tiny_folders, tmp_path):
     config = tiny_config(tiny_folders["tiny-llama"], tmp_path, device="cpu:0")
     assert open_run(config, weights=False).folder == open_run(config).folder
-    assert open_run(config).folder.identity["device"] == "cpu"
+    assert open_run(config).folder.device == "cpu"
 
 
 @pytest.mark.parametrize("device, message", [

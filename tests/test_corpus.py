@@ -37,7 +37,8 @@ def test_targets_are_the_texts_cut_and_encoded_behind_bos(run):
         assert targets.sequence(i) == ids
         np.testing.assert_allclose(targets.v[i], run.backbone.encode([ids], start=True)[0], atol=1e-4)
     assert load_targets(run).sha256 == targets.sha256
-    assert describe(run, targets)["corpus_sha256"] == corpus_hash(TEXTS)
+    facts = describe(run, targets)
+    assert (facts["corpus"], facts["corpus_sha256"]) == ("texts", corpus_hash(TEXTS))
 
 
 def test_a_folder_of_files_is_the_same_corpus(tmp_path, texts):
@@ -64,10 +65,11 @@ def test_too_few_texts_say_how_many_there_are(run, texts):
 def test_another_text_in_the_file_is_noticed(run, texts):
     make_targets(run)
     texts.write_text("\n".join(json.dumps({"text": t}) for t in reversed(TEXTS)))
-    with pytest.raises(ArtefactError, match="held other texts"):
+    with pytest.raises(ArtefactError, match="made with corpus_sha256 = .*, this run has .*choose another --out, or delete"):
         make_targets(run)
     texts.unlink()
-    assert len(make_targets(run).v) == run.sizes.n_targets, "a finished run needs its corpus no more"
+    with pytest.raises(ArtefactError, match="neither a .jsonl file"):
+        make_targets(run)
 
 
 @pytest.mark.parametrize("name, content, message", [

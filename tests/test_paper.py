@@ -21,7 +21,7 @@ from nla_utils.lm.registry import REGISTRY
 from nla_utils.paper import findings, tables
 from nla_utils.paper.appendix import appendix_page
 from nla_utils.paper.published import BACKBONES, k_curve, published
-from nla_utils.paper.results import COMMITTED, CORPUS, NAMES, RunResults, find_results
+from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results
 from nla_utils.paper.section import section_page
 from nla_utils.scores import rows
 from nla_utils.stages.corpus import corpus_hash, read_texts
@@ -207,10 +207,10 @@ def test_executed_notebooks_are_labelled_with_the_commit_that_they_ran_at():
 
 
 def test_a_committed_run_of_a_corpus_names_the_corpus_that_is_here():
-    runs = [r for r in EVERYTHING if CORPUS.search(r.family)]
+    runs = [r for r in EVERYTHING if r.corpus]
     assert runs
     for r in runs:
-        path = ROOT / "paper" / "corpora" / f"{CORPUS.search(r.family)[1]}.jsonl"
+        path = ROOT / "paper" / "corpora" / f"{r.corpus}.jsonl"
         assert r.data["targets"]["corpus_sha256"] == corpus_hash(read_texts(path))
 
 

@@ -34,7 +34,7 @@ def test_guided_search_never_loses_and_keeps_to_its_budget(tiny_run):
     np.testing.assert_allclose(found.curve[:, 0], fve(drawn["h_bos"][:, 1:], v[:, None], targets.mu).max(1))
     again = run.backbone.encode(found.ids.tolist(), start=True)
     np.testing.assert_allclose(fve(again, v, targets.mu), found.curve[:, -1], atol=1e-5)
-    assert av_forward_tokens(run) == 4 * (2 * 24 + 1)
+    assert av_forward_tokens(run.config) == 4 * (2 * 24 + 1)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from nla_utils.extensions.depth.layers import extract_layers, parse_layers
 from nla_utils.extensions.depth.page import figure_7
 from nla_utils.lm.backbone import Backbone
 from nla_utils.paper import appendix
-from nla_utils.paper.results import RunResults, family_of, find_results, without_variants
+from nla_utils.paper.results import RunResults, find_results, without_variants
 from nla_utils.paper.tables import seed_groups, seeds_table
 from nla_utils.runner import notebooks
 from nla_utils.runner.cli import app
@@ -110,11 +110,6 @@ def test_what_is_no_layer_is_refused(text):
 def test_what_are_no_seeds_is_refused(text):
     with pytest.raises(ConfigError, match="1,2,3"):
         parse_seeds(text)
-
-
-def test_a_family_is_a_run_without_layer_and_seed():
-    assert family_of("quick-layer9-seed2") == family_of("quick") == "quick"
-    assert family_of("laptop-n_eval50-seed3") == "laptop-n_eval50"
 
 
 @pytest.fixture(scope="module")

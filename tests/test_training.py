@@ -107,7 +107,7 @@ def test_a_recipe_says_how_many_pairs_steps_and_at_what_norm(gemma_run, tmp_path
     assert (len(trainer.split.train), trainer.step) == (20, 3)
     slot_Bd = ActivationVerbalizer.fresh(run.backbone, inject_norm=2.0)(torch.from_numpy(targets.v[:3]), torch.float32)[:, 0]
     torch.testing.assert_close(slot_Bd.norm(dim=-1), torch.full((3,), 2.0))
-    with pytest.raises(ArtefactError, match="another training run"):
+    with pytest.raises(ArtefactError, match="made with recipe = .*, this run has recipe = .*to train anew"):
         Trainer(run, targets)
 
 

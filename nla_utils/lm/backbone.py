@@ -20,6 +20,8 @@ from nla_utils.lm.cpu import head_product, product_dtype
 from nla_utils.lm.cross_entropy import CHUNK_ROWS, head_cross_entropy, head_logprobs
 from nla_utils.lm.registry import BackboneSpec
 
+# Of everything here that decides what the model gives: raised with each change of it, so that older artefacts are refused.
+FORMAT = 1
 # Tokens encoded together, and rows decoded together: enough to keep the products of two CPU cores efficient, and to
 # hide a GPU's launches.
 ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
@@ -34,6 +36,7 @@ class _LayerReached(Exception):
 class Backbone:
     """A frozen causal language model, its tokenizer and the extraction layer.
 
+    ``hashes`` are of the weights and of the model's settings.
     ``head_weight`` (V, d) is the output head's, in the dtype that its products are taken in. ``own_head``: the model's
     logits are more than its product and a soft cap (a bias, a scale), so the model itself makes them.
     """
@@ -47,7 +50,7 @@ class Backbone:
     eos_ids: tuple[int, ...]
     pad_id: int
     padding_side: str
-    weight_hash: str
+    hashes: tuple[str, str]
     library_attention: str
     own_head: bool = False
 
@@ -84,7 +87,7 @@ class Backbone:
         """What every artefact made with this backbone must agree on."""
         ids = (self.start_id, self.eos_ids, self.pad_id)
         dtype = str(self.dtype).removeprefix("torch.")
-        return identity(self.spec, self.weight_hash, self.layer, ids, dtype, self.device.type)
+        return identity(self.spec, self.hashes, self.layer, ids, dtype, self.padding_side)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
@@ -261,20 +264,24 @@ def outside_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> li
 
 
 def identity(
-    spec: BackboneSpec, weights: str, layer: int, special: tuple[int, tuple[int, ...], int], dtype: str, device: str
-) -> dict:
-    """The contract that artefacts carry; ``special`` is (start, EOS ids, pad)."""
+    spec: BackboneSpec, hashes: tuple[str, str], layer: int, special: tuple[int, tuple[int, ...], int], dtype: str,
+    padding_side: str,
+) -> dict:  # fmt: skip
+    """The contract that artefacts carry; ``hashes`` are of the weights and of the model's settings, ``special`` is
+    (start, EOS ids, pad)."""
     start_id, eos_ids, pad_id = special
     return {
         "backbone": spec.name,
-        "weight_hash": weights,
+        "format": FORMAT,
+        "weight_hash": hashes[0],
+        "settings_hash": hashes[1],
         "layer": layer,
         "layer_convention": "hidden_states[layer], 0 = embeddings",
         "start_id": start_id,
         "eos_ids": list(eos_ids),
         "pad_id": pad_id,
+        "padding_side": padding_side,
         "dtype": dtype,
-        "device": device,
     }
 
 

@@ -187,15 +187,19 @@ def _check_hash(path: Path, sibling, info) -> None:
 def _is_published(path: Path, sibling) -> bool:
     """Whether a file is the hub's: large ones are named by their sha256, small ones by git's id of their content."""
     if sibling.lfs is not None:
-        about = path.stat()
-        return _sha256(path, about.st_mtime_ns, about.st_size) == sibling.lfs.sha256
+        return sha256_once(path) == sibling.lfs.sha256
     data = path.read_bytes()
     return sibling.blob_id in (None, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
 
+def sha256_once(path: Path) -> str:
+    """A large file's sha256, read once a process, however often it is looked up."""
+    about = path.stat()
+    return _sha256(path, about.st_mtime_ns, about.st_size)
+
+
 @functools.cache
 def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    """A large file is read once a process, however often it is looked up."""
     return sha256_file(path)
 
 

@@ -18,7 +18,7 @@ from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.checks import check_backbone
 from nla_utils.lm.choices import choose_attention, choose_head
-from nla_utils.lm.registry import BackboneSpec, fetch, read_model_config, resolve, weight_hash
+from nla_utils.lm.registry import BackboneSpec, fetch, read_model_config, resolve, settings_hash, weight_hash
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
 SPLIT = "split"
@@ -70,7 +70,8 @@ def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
 
 @dataclass(frozen=True)
 class Description:
-    """What a folder says of a backbone before its weights load; ``special`` is (start, EOS ids, pad)."""
+    """What a folder says of a backbone before its weights load; ``special`` is (start, EOS ids, pad), ``hashes`` are of
+    the weights and of the model's settings."""
 
     spec: BackboneSpec
     folder: Path
@@ -79,6 +80,14 @@ class Description:
     n_layers: int
     tokenizer: PreTrainedTokenizerBase
     special: tuple[int, tuple[int, ...], int]
+
+    @property
+    def padding_side(self) -> str:
+        return self.spec.padding_side or self.tokenizer.padding_side
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        return weight_hash(self.folder), settings_hash(self.folder)
 
 
 def describe(given: RunConfig) -> Description:
@@ -108,9 +117,8 @@ def load_backbone(given: RunConfig) -> Backbone:
     model = load_model(found.folder, given).eval().requires_grad_(False)
     head_weight = model.get_output_embeddings().weight
     head_weight = head_weight.to(cpu.product_dtype(head_weight))
-    side = found.spec.padding_side or found.tokenizer.padding_side
     backbone = Backbone(
-        found.spec, model, head_weight, found.tokenizer, found.layer, *found.special, side, weight_hash(found.folder),
+        found.spec, model, head_weight, found.tokenizer, found.layer, *found.special, found.padding_side, found.hashes,
         model.config._attn_implementation,
     )  # fmt: skip
     if model.device.type == "cpu":

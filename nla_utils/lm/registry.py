@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Optional
 
-from nla_utils.artefacts import require_disk, sha256_file, write_json
+from nla_utils.artefacts import json_hash, read_json, require_disk, sha256_file, write_json
 from nla_utils.config import cache_dir
 from nla_utils.errors import ConfigError, SourceError, nearest
 from nla_utils.lm.hub import HUB_ID, snapshot
@@ -101,6 +102,8 @@ def weights_note(names: Iterable[str]) -> str:
 
 # The same weights again, under another name or in a folder.
 OTHER_LAYOUTS = ("consolidated*", "*/*")
+# What the library notes in a model's settings that changes nothing.
+NOTES = ("transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
 
 
@@ -175,6 +178,19 @@ def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
     return config
 
 
+def settings_hash(folder: Path) -> str:
+    """sha256 over a model's configuration and its tokenizer, 16 hex digits; versions and paths that the library notes there
+    are left out."""
+    total = hashlib.sha256()
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            total.update(json_hash({k: v for k, v in read_json(folder / name).items() if k not in NOTES}).encode())
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            total.update(f"{name} {sha256_file(folder / name)}\n".encode())
+    return total.hexdigest()[:16]
+
+
 def weight_hash(folder: Path) -> str:
     """sha256 over the safetensors of a folder, names and contents, 16 hex digits."""
     files = sorted(folder.glob("*.safetensors"))
@@ -185,8 +201,6 @@ def weight_hash(folder: Path) -> str:
 
 @functools.cache
 def _weight_hash(files: tuple) -> str:
-    import hashlib
-
     total = hashlib.sha256()
     for path, _, _ in files:
         total.update(f"{path.name} {sha256_file(path)}\n".encode())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Optional
 
 from nla_utils.errors import SourceError
-from nla_utils.lm.hub import HUB_ID, snapshot
+from nla_utils.lm.hub import HUB_ID, sha256_once, snapshot
 from nla_utils.lm.registry import HUB_FILES, OTHER_LAYOUTS, REGISTRY, BackboneSpec
 
 # What --av and --targets call the authors' own, and --targets their vectors alone.
@@ -39,6 +39,12 @@ def fetch_targets(source: str, spec: BackboneSpec) -> Path:
     if hub is None and Path(source).is_file():
         return Path(source)
     return _targets_in(snapshot(*hub) if hub else _local(source), hub[1] if hub else TARGET_FILES)
+
+
+def targets_content(source: str, spec: BackboneSpec) -> str:
+    """What tells released targets from others: the file and its commit on the hub, else its sha256."""
+    path, hub = fetch_targets(source, spec), targets_on_hub(source, spec)
+    return f"{hub[0].partition('@')[0]}@{path.parent.name}/{path.name}" if hub else sha256_once(path)
 
 
 def _targets_in(folder: Path, patterns: tuple[str, ...]) -> Path:

@@ -9,7 +9,7 @@ from typing import Callable, Sequence
 
 import pandas as pd
 
-from nla_utils.paper.results import CORPUS, RunResults
+from nla_utils.paper.results import RunResults
 from nla_utils.paper.tables import number, signed
 from nla_utils.protocol import SLIPS
 from nla_utils.scores import rows
@@ -164,7 +164,7 @@ def audit_of_all(runs: Sequence[RunResults], everything: Sequence[RunResults]) -
         row = {"slip": slip.id, "what it is": slip.what}
         for results in runs:
             moved = MOVES[slip.id]
-            own = [r for r in everything if r.backbone == results.backbone and not CORPUS.search(r.family)]
+            own = [r for r in everything if r.backbone == results.backbone and not r.corpus]
             own.sort(key=lambda r: r.data["targets"]["sizes"]["N"])
             row[results.label] = "; ".join(moved(r) for r in own) if slip.id == "floor_kind" else moved(results)
         table.append(row)

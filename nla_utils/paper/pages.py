@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from nla_utils.artefacts import atomic_write
 from nla_utils.config import ROOT
 from nla_utils.paper.draw import styled
-from nla_utils.paper.results import RunResults
+from nla_utils.paper.results import RunResults, device_of
 from nla_utils.paper.tables import latex, markdown, tex
 
 FIGURES = ROOT / "figures"
@@ -164,7 +164,7 @@ def provenance(everything: Sequence[RunResults], names: Sequence[str]) -> Table:
                 "sha256": results.sha256(name)[:16],
                 "made from": ", ".join(f"{k} {v[:12]}" for k, v in data["made_from"].items()),
                 "git commit": (code["git_commit"] or "–")[:12] + (" + changes" if code["dirty"] else ""),
-                "written on": f"{identity['device']}, {identity['dtype']}, torch {data['libraries']['torch']}",
+                "written on": f"{device_of(data)}, {identity['dtype']}, torch {data['libraries']['torch']}",
             })  # fmt: skip
     columns = ["results file", "sha256", "made from", "git commit", "written on"]
     return Table("provenance", "Where each number comes from", pd.DataFrame(table, columns=columns).set_index(columns[0]))

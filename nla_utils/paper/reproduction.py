@@ -129,7 +129,10 @@ def write_spread(runs: Sequence[RunResults], path: Path) -> Path:
 
     Raises ``ConfigError`` unless these are three runs or more that differ in the seed alone.
     """
-    alike = [[{**r.data["targets"]["identity"], "seed": None}, r.data["targets"]["sizes"], r.family] for r in runs]
+    identities = [r.data["targets"]["identity"] for r in runs]
+    # Of what all of them record: older ones have the device in their identity, and no format.
+    keys = set.intersection(*map(set, identities)) - {"seed", "device"}
+    alike = [[{k: identity[k] for k in keys}, r.family] for identity, r in zip(identities, runs)]
     if len({r.seed for r in runs}) != len(runs) or len(runs) < 3 or any(a != alike[0] for a in alike):
         titles = ", ".join(r.title for r in runs)
         raise ConfigError(f"{titles}: a spread needs three runs or more, alike but for the seed")

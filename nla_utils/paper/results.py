@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,10 @@ from nla_utils.config import ROOT, RunConfig
 from nla_utils.lm import registry
 
 COMMITTED = ROOT / "paper" / "results"
-VARIED = re.compile(r"(layer|seed)\d+")
-CORPUS = re.compile(r"corpus-(.+)$")
+# Results from before the corpus's name was recorded have it in the run's name alone.
+CORPUS = re.compile(r"-corpus-(.+)$")
 # The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
 NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
-
-
-def family_of(profile: str) -> str:
-    """A run's name without what a sweep varies: its layer and its seed."""
-    return "-".join(p for p in profile.split("-") if not VARIED.fullmatch(p))
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class RunResults:
     @property
     def spec(self) -> registry.BackboneSpec:
         """The registry's entry of the backbone, or one that knows its name alone."""
-        return registry.REGISTRY.get(self.backbone) or registry.BackboneSpec(self.backbone, self.backbone)
+        return registry.REGISTRY.get(self.backbone.partition("@")[0]) or registry.BackboneSpec(self.backbone, self.backbone)
 
     @property
     def name(self) -> str:
@@ -49,8 +45,14 @@ class RunResults:
     @property
     def size(self) -> str:
         """How many targets, and of which corpus if it has one: ``30,000 targets``."""
-        corpus = CORPUS.search(self.family)
-        return f"{self.data['targets']['sizes']['N']:,} targets" + (f" of {corpus[1]}" if corpus else "")
+        return f"{self.data['targets']['sizes']['N']:,} targets" + (f" of {self.corpus}" if self.corpus else "")
+
+    @property
+    def corpus(self) -> Optional[str]:
+        """The name of the corpus that the targets are from; ``None`` for the model's own samples."""
+        facts = self.data["targets"]
+        older = CORPUS.search(self.profile) if "corpus_sha256" in facts else None
+        return facts.get("corpus", older and older[1])
 
     @property
     def label(self) -> str:
@@ -72,13 +74,18 @@ class RunResults:
 
     @property
     def family(self) -> str:
-        """Runs of one family differ in layer and seed alone."""
-        return family_of(self.profile)
+        """Runs of one family differ in layer and seed alone: their sizes are the same, and what they were given."""
+        facts, training = self.data["targets"], self.data["training"]
+        given = [facts.get("corpus_sha256"), facts.get("released_targets"), training.get("av_sha256")]
+        return json.dumps([facts["sizes"], given])
 
     @property
     def is_variant(self) -> bool:
-        """Whether the run is one of a sweep beside a plain run, and not to be shown on its own."""
-        return self.family != self.profile
+        """Whether the run is one of a sweep, of another layer than the backbone's own or another seed than 1, and not to be
+        shown on its own."""
+        depth = self.data["targets"].get("num_layers")
+        own = self.spec.layer or (round(0.73 * depth) if depth else self.layer)
+        return (self.layer, self.seed) != (own, 1)
 
     def column(self, name: str, protocol: str) -> dict:
         """One protocol's numbers in a results file."""
@@ -117,6 +124,11 @@ def find_results(roots: Iterable[Path] = (COMMITTED,)) -> list[RunResults]:
             if results is not None:
                 found[results.backbone, results.profile] = results
     return [found[k] for k in sorted(found)]
+
+
+def device_of(record: dict) -> str:
+    """The device that a results file was computed on; older ones have it in their identity."""
+    return record.get("device") or record["identity"]["device"]
 
 
 def weights_note(everything: Iterable[RunResults]) -> str:

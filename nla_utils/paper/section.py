@@ -19,6 +19,7 @@ from nla_utils.paper.released import released_runs, released_table
 from nla_utils.paper.results import (
     COMMITTED,
     RunResults,
+    device_of,
     find_results,
     foremost,
     largest,
@@ -114,7 +115,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
     nulls = {TITLES[name]: published_null(name, published(name)["centred_eval"]["K"]) for name in BACKBONES}
     least = min(best - null for null, best in nulls.values())
     read = [r for r in about if r.source_loss]
-    machines = {"a CPU" if r.data["training"]["identity"]["device"] == "cpu" else "a GPU" for r in about}
+    machines = {"a CPU" if device_of(r.data["training"]) == "cpu" else "a GPU" for r in about}
     return {
         "names": each(lambda r: r.name), "shown": each(lambda r: r.spec.shown), "small": all(r.spec.weights for r in about),
         "machines": " or ".join(sorted(machines)),

@@ -219,7 +219,7 @@ def compare(
     unfinished = to.with_suffix(".partial.json")
     record = {
         "name": RESULTS, "identity": nla.backbone.identity(), "made_from": nla.bundle.made_from, "code": code_version(),
-        "libraries": library_versions(), **measure(nla, n, k, directions, seed, unfinished),
+        "device": nla.backbone.device.type, "libraries": library_versions(), **measure(nla, n, k, directions, seed, unfinished),
     }  # fmt: skip
     write_record(to, record)
     unfinished.unlink()

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 
-from nla_utils.artefacts import RunFolder, atomic_write, read_record, require_disk
+from nla_utils.artefacts import RunFolder, atomic_write, require_disk
 from nla_utils.config import ROOT, RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, ConfigError, nearest
 from nla_utils.extensions.depth.tables import RESULTS as DEPTH
+from nla_utils.extensions.tail_reader import reader
+from nla_utils.extensions.tail_reader import rollouts as readings
 from nla_utils.lm.hub import bytes_to_fetch, config_alone
 from nla_utils.lm.loading import describe, pick_layer
 from nla_utils.lm.registry import read_model_config, resolve
 from nla_utils.lm.releases import fetch_av, fetch_targets, sources_on_hub
 from nla_utils.locks import hold
-from nla_utils.paper.results import COMMITTED, family_of, load_results
+from nla_utils.paper.results import COMMITTED, load_results
 from nla_utils.run import described_folder
 from nla_utils.runner.execution import run_notebook
 from nla_utils.scores.evidence import FILE, is_kept
 from nla_utils.scores.rows import CEILING_FILE, EVALUATION_FILE
+from nla_utils.stages import ablation, ceilings, probe, rollouts, source_loss, targets, training
 from nla_utils.stages.corpus import corpus_rows, read_texts
 from nla_utils.stages.released import check_released
 from nla_utils.stages.verbalizer import check_av
@@ -48,17 +52,17 @@ class Stage:
 
 
 STAGES = (
-    Stage("01_extract_targets", ("targets",), "targets"),
-    Stage("02_train_av", ("best_av",), "training", (1,)),
-    Stage("03_ceilings", ("ceilings", "ablation"), "oracle_ceiling", (1,)),
-    Stage("04_centred_eval", ("rollouts", "probe", "source_loss"), "centered_eval", (1, 2, 3)),
+    Stage("01_extract_targets", (targets.ARTEFACT,), "targets"),
+    Stage("02_train_av", (training.ARTEFACT,), "training", (1,)),
+    Stage("03_ceilings", (ceilings.ARTEFACT, ablation.ARTEFACT), "oracle_ceiling", (1,)),
+    Stage("04_centred_eval", (rollouts.ARTEFACT, probe.ARTEFACT, source_loss.ARTEFACT), "centered_eval", (1, 2, 3)),
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )
 # Results whose notebooks add to the run's evidence.
 EVIDENCED = (CEILING_FILE, EVALUATION_FILE)
 EXTENSIONS = {
-    "tail-reader": Stage("extensions/07_tail_reader", ("reader", "readings"), "tail_reader", (1, 3, 4)),
+    "tail-reader": Stage("extensions/07_tail_reader", (reader.ARTEFACT, readings.ARTEFACT), "tail_reader", (1, 3, 4)),
     "depth": Stage("extensions/08_depth", (), DEPTH),
 }
 ALL_STAGES = (*STAGES, *EXTENSIONS.values())
@@ -78,7 +82,7 @@ def select_stages(first: int, last: int, extensions: str = "") -> list[Stage]:
 
 def is_cached(folder: RunFolder, stage: Stage) -> bool:
     """Whether a stage can be skipped: its artefacts load, its results were made from them, its executed
-    notebook is there. Raises ``ArtefactError`` for an artefact that is broken or of another run."""
+    notebook is there. Raises ``ArtefactError`` for what is broken or of another run."""
     if stage.results is None or not folder.file(f"executed/{stage.name}.ipynb").exists():
         return False
     if not all(folder.has(name) for name in stage.artefacts):
@@ -88,7 +92,7 @@ def is_cached(folder: RunFolder, stage: Stage) -> bool:
     path = folder.file(f"results/{stage.results}.json")
     if not path.exists():
         return False
-    made_from = read_record(path)["made_from"]
+    made_from = folder.read_results(stage.results)["made_from"]
     if stage.results in EVIDENCED and not is_kept(folder, stage.results, made_from):
         return False
     return all(folder.sha256_of(name) == digest for name, digest in made_from.items())
@@ -210,11 +214,11 @@ def adopt(folder: RunFolder) -> None:
     """Copy a run's results and evidence to where the repository keeps them, and its executed notebooks if it is a run of
     its own: of the runs of a sweep no notebooks are kept. What text alone reaches by depth is kept beside the runs of any
     seed."""
-    results = COMMITTED / folder.backbone
+    results, alone = COMMITTED / folder.backbone, dataclasses.replace(folder.config, layer=None, seed=1).folder_name
     for path in [*sorted(folder.file("results").glob("*.json")), *folder.path.glob(FILE)]:
-        beside = family_of(folder.path.name) if path.stem == DEPTH else folder.path.name
+        beside = alone if path.stem == DEPTH else folder.path.name
         atomic_write(results / beside / path.name, path.read_bytes())
-    if family_of(folder.path.name) != folder.path.name:
+    if alone != folder.path.name:
         return
     executed = ROOT / "notebooks" / "executed" / folder.backbone / folder.path.name
     for path in sorted(folder.file("executed").glob("0?_*.ipynb")):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from nla_utils.artefacts import Artefact
-from nla_utils.config import N_PARAPHRASES
+from nla_utils.artefacts import SPECS, Artefact
+from nla_utils.config import N_PARAPHRASES, RunConfig
 from nla_utils.progress import Progress
 from nla_utils.protocol import LADDER, PROTOCOLS, Protocol, ablation_steps, encoding_key
 from nla_utils.run import Run
@@ -44,12 +44,25 @@ class Ablation:
         return cls(found["replay"], found["paraphrase"], drawn, artefact.sha256)
 
 
+def steps() -> dict[str, Protocol]:
+    """The ablation's protocols by :func:`~nla_utils.protocol.encoding_key`."""
+    return {encoding_key(p): p for way in ablation_steps().values() for p in way.values()}
+
+
+def spec(config: RunConfig) -> dict:
+    """What the ablation depends on beside the run's identity, its targets and ceilings."""
+    return {"n_eval": config.sizes.n_eval, "steps": list(steps())}
+
+
+SPECS[ARTEFACT] = spec
+
+
 def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
     """Replay and paraphrases encoded for every step, or what is on disk. What notebook 03 has encoded is taken."""
     if run.folder.has(ARTEFACT):
         return load_ablation(run)
     arrays, drawn, tensors = _known(ceilings), {}, {}
-    by_key: dict[str, Protocol] = {encoding_key(p): p for way in ablation_steps().values() for p in way.values()}
+    by_key = steps()
     with Progress(total=len(by_key), desc="slip by slip", unit="step") as bar:
         for key, protocol in by_key.items():
             rows = targets.eval_rows(protocol)

@@ -5,12 +5,12 @@ Everything that needs the model happens here; :mod:`nla_utils.scores.ceilings` m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
-from nla_utils.artefacts import Artefact, json_hash, require_disk
+from nla_utils.artefacts import SPECS, Artefact, json_hash, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import N_PARAPHRASES, POOL_TEXTS, TAIL_LENGTHS, RunConfig
 from nla_utils.lm.backbone import Backbone
@@ -18,7 +18,7 @@ from nla_utils.lm.sampling import Samples, SamplingSettings, pad, row_streams, s
 from nla_utils.progress import Progress
 from nla_utils.protocol import CORRECTED, LADDER, PAPER, PROTOCOLS, Protocol
 from nla_utils.run import Run
-from nla_utils.stages.encoding import nats_per_token, re_encode
+from nla_utils.stages.encoding import TEXT_BATCH, nats_per_token, re_encode
 from nla_utils.stages.targets import Targets
 
 ARTEFACT = "ceilings"
@@ -79,6 +79,18 @@ class Ceilings:
         names = ("replay", "paraphrase", "tail", "pool_h")
         texts = {p: EncodedTexts(*(artefact.tensors[f"{p}.{n}"] for n in names), drawn=d) for p, d in drawn.items()}
         return cls(texts, part("ladder"), artefact.sha256, artefact.tensors["pool_logp"])
+
+
+def spec(config: RunConfig) -> dict:
+    """What ceilings depend on beside the run's identity and its targets."""
+    return {
+        "n_eval": config.sizes.n_eval, "pool": [config.sizes.pool_size, POOL_TEXTS], "text_batch": TEXT_BATCH,
+        "paraphrases": N_PARAPHRASES, "paraphrase_sampling": _paraphrase_settings(config).record(), "prompt": PROMPT,
+        "tail_lengths": TAIL_LENGTHS, "readings": [asdict(p) for p in (*PROTOCOLS, *LADDER.values())],
+    }  # fmt: skip
+
+
+SPECS[ARTEFACT] = spec
 
 
 def make_ceilings(run: Run, targets: Targets) -> Ceilings:
@@ -154,7 +166,7 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
         return {"ids": samples.ids, "lengths": samples.lengths, "logp": samples.mean_logprob}
 
     # Beside a backbone's runs, under a hash of all they depend on. The layer is not among it: a sweep draws them once.
-    plan = {k: v for k, v in run.folder.identity.items() if k != "layer"}
+    plan = {k: v for k, v in run.folder.conditions.items() if k != "layer"}
     plan |= {"side": side, "sampling": settings.record(), "batch": backbone.sample_batch}
     plan |= {"rows": json_hash(rows.tolist()), "prompts": json_hash(prompts)}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nla_utils.artefacts import Artefact, derive_seed
-from nla_utils.config import PROBE_LENGTHS, TAIL_TOKENS, VALIDATION_SHARE
+from nla_utils.artefacts import SPECS, Artefact, derive_seed
+from nla_utils.config import PROBE_LENGTHS, TAIL_TOKENS, VALIDATION_SHARE, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.protocol import CORRECTED, PAPER, Protocol
 from nla_utils.run import Run
@@ -50,6 +50,15 @@ class ProbeTexts:
     def h(self, protocol: Protocol, rows: np.ndarray) -> np.ndarray:
         """(len(rows), lengths, d) of these targets, as the protocol encodes it."""
         return (self.h_bos if protocol.bos else self.h_nobos)[rows_at(self.rows, rows)]
+
+
+def fit_spec(config: RunConfig) -> dict:
+    """What a linear fit depends on beside the run's identity and its targets, strengths of the ridge aside."""
+    s = config.sizes
+    return {"n_eval": s.n_eval, "tail_tokens": TAIL_TOKENS, "validation": [VALIDATION_SHARE, s.n_validate]}
+
+
+SPECS[ARTEFACT] = lambda config: {**fit_spec(config), "ridges": PROBE_RIDGES, "lengths": PROBE_LENGTHS}
 
 
 def make_probe(run: Run, targets: Targets) -> ProbeTexts:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, require_disk
+from nla_utils.artefacts import SPECS, Artefact, require_disk
 from nla_utils.chunks import ChunkStore
+from nla_utils.config import AVConfig, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, pad, row_streams, sample
 from nla_utils.protocol import CORRECTED, PAPER, Protocol
@@ -75,6 +76,19 @@ def rows_at(held: np.ndarray, rows: np.ndarray) -> list[int]:
     return [int(np.flatnonzero(held == r)[0]) for r in rows]
 
 
+def spec(config: RunConfig) -> dict:
+    """What rollouts depend on beside the run's identity, its targets and its AV."""
+    sizes = config.sizes
+    sampling = SamplingSettings(sizes.max_new_tokens, AVConfig.temperature, top_p=AVConfig.top_p).record()
+    if config.av is not None:
+        # The rest is said by the configuration of the AV itself.
+        sampling = {key: sampling[key] for key in ("max_new_tokens", "top_k")}
+    return {"n_eval": sizes.n_eval, "k": sizes.n_rollouts, "rollout_sampling": sampling}
+
+
+SPECS[ARTEFACT] = spec
+
+
 def make_rollouts(run: Run, targets: Targets) -> Rollouts:
     """Roll out the AV on the in-sample and the held-out targets, or load finished rollouts."""
     folder, backbone, k = run.folder, run.backbone, run.sizes.n_rollouts
@@ -88,7 +102,7 @@ def make_rollouts(run: Run, targets: Targets) -> Rollouts:
         print(f"the AV's configuration has temperature {settings.temperature} and top_p {settings.top_p}: so its rollouts "
               f"are sampled, where the run's own targets and paraphrases are sampled at temperature 1")  # fmt: skip
     parents = {"targets": targets.sha256, AV_ARTEFACT: folder.sha256_of(AV_ARTEFACT)}
-    plan = {**folder.identity, **parents, "k": k, "sampling": settings.record()}
+    plan = {**folder.conditions, **parents, **spec(run.config), "sampling": settings.record()}
     chunks = ChunkStore(folder.file("rollouts.chunks"), plan)
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:

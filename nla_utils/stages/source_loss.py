@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nla_utils.artefacts import Artefact
+from nla_utils.artefacts import SPECS, Artefact
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import pad
 from nla_utils.progress import Progress
@@ -28,6 +28,11 @@ CONDITIONS = ("own", "other", "mean", "none")
 # Other targets whose v each text is predicted from, and texts predicted together.
 N_OTHERS = 32
 TEXT_BATCH = 64
+
+SPECS[ARTEFACT] = lambda config: {
+    "n_eval": config.sizes.n_eval, "pool_size": config.sizes.pool_size, "longest_text": config.sizes.max_new_tokens,
+    "n_others": N_OTHERS,
+}  # fmt: skip
 
 
 @dataclass

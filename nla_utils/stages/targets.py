@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact, require_disk
+from nla_utils.artefacts import SPECS, Artefact, require_disk
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import FLOOR_ROWS, ROOT, RunConfig
-from nla_utils.errors import ArtefactError, CollapsedTargetsError
+from nla_utils.errors import CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, check_finite
-from nla_utils.lm.releases import fetch_targets
+from nla_utils.lm.registry import resolve
+from nla_utils.lm.releases import fetch_targets, targets_content
 from nla_utils.lm.sampling import Samples, SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import Protocol
 from nla_utils.run import Run
-from nla_utils.stages.corpus import corpus_hash, corpus_targets, read_texts
+from nla_utils.stages.corpus import LEAST_TOKENS, corpus_hash, corpus_targets, read_texts
 from nla_utils.stages.released import read_released
 
 ARTEFACT = "targets"
@@ -96,6 +98,21 @@ def target_settings(config: RunConfig) -> SamplingSettings:
     return SamplingSettings(max_new_tokens=config.sizes.max_new_tokens)
 
 
+def spec(config: RunConfig) -> dict:
+    """What targets depend on beside the run's identity: how many, and how they are drawn or whose they are."""
+    sizes, released, corpus = config.sizes, config.released_targets, config.corpus
+    return {
+        "n_targets": sizes.n_targets,
+        "released_targets": released and targets_content(released, resolve(config.backbone)),
+        "corpus_sha256": corpus and corpus_hash(read_texts(ROOT / corpus)),
+        "corpus_tokens": corpus and [LEAST_TOKENS, sizes.max_new_tokens],
+        "target_sampling": None if released or corpus else target_settings(config).record(),
+    }
+
+
+SPECS[ARTEFACT] = spec
+
+
 def make_targets(run: Run) -> Targets:
     """The run's targets: from disk, from a release or a corpus if the run names one, or drawn and extracted.
 
@@ -110,7 +127,7 @@ def make_targets(run: Run) -> Targets:
         return take_corpus(run)
     n, d, settings = run.sizes.n_targets, run.backbone.d, target_settings(run.config)
     require_disk(run.folder.path, 3 * n * (d + run.sizes.max_new_tokens) * 4)
-    plan = {**run.folder.identity, "n": n, "sampling": settings.record(), "batch": run.backbone.sample_batch}
+    plan = {**run.folder.conditions, **spec(run.config), "batch": run.backbone.sample_batch}
     chunks = ChunkStore(run.folder.file("targets.chunks"), plan)
 
     def draw(c: int, rows: slice) -> dict[str, np.ndarray]:
@@ -147,17 +164,13 @@ def take_corpus(run: Run) -> Targets:
     path = ROOT / run.config.corpus
     texts = read_texts(path)
     tensors = corpus_targets(texts, path, run.backbone, run.sizes.n_targets, run.sizes.max_new_tokens)
-    facts = {"corpus": path.name, "corpus_sha256": corpus_hash(texts), "health": check_health(tensors["v"])}
+    facts = {"corpus": path.name, "health": check_health(tensors["v"])}
     return Targets.of(run.folder.save(ARTEFACT, tensors, seed=run.seed, **facts), run.config)
 
 
 def load_targets(run: Run) -> Targets:
     """Targets made by notebook 01; raises ``ArtefactError`` if they are missing, of another run or corpus, or broken."""
-    artefact = run.folder.load(ARTEFACT)
-    corpus = None if run.config.corpus is None else ROOT / run.config.corpus
-    if corpus is not None and corpus.exists() and corpus_hash(read_texts(corpus)) != artefact.sidecar["corpus_sha256"]:
-        raise ArtefactError(f"{artefact.path} was made when {corpus} held other texts; choose another --out, or delete it")
-    return Targets.of(artefact, run.config)
+    return Targets.of(run.folder.load(ARTEFACT), run.config)
 
 
 def draw_chunk(backbone: Backbone, settings: SamplingSettings, streams_B: np.ndarray) -> dict[str, np.ndarray]:
@@ -197,9 +210,10 @@ def describe(run: Run, targets: Targets) -> dict:
     backbone, v, mu = run.backbone, targets.v.astype(np.float64), targets.mu.astype(np.float64)
     along = v @ (mu / np.linalg.norm(mu))
     cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
-    corpus = run.config.corpus
+    of = {k: v for k, v in spec(run.config).items() if k in ("released_targets", "corpus_sha256") and v}
     return {
-        **({} if corpus is None else {"corpus_sha256": corpus_hash(read_texts(ROOT / corpus))}),
+        **({"corpus": Path(run.config.corpus).name.removesuffix(".jsonl")} if run.config.corpus else {}),
+        **of,
         "sequences": sequences_hash(**targets.texts),
         "num_layers": backbone.n_layers,
         "hidden_size": backbone.d,

@@ -14,11 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nla_utils import workers
-from nla_utils.artefacts import arrays_hash, atomic_write, derive_seed
-from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE
+from nla_utils.artefacts import arrays_hash, atomic_write, derive_seed, require_same
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.checks import check_frozen
+from nla_utils.lm.registry import resolve
 from nla_utils.lm.sampling import SamplingSettings, pad, sample
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
@@ -102,6 +103,18 @@ class Recipe:
     learning_rate: float = LEARNING_RATE
     inject_norm: Optional[float] = None
     span: Optional[int] = None
+
+
+def training_spec(config: RunConfig, recipe: Recipe = Recipe()) -> dict:
+    """What a trained AV depends on beside the run's identity and its targets."""
+    s = config.sizes
+    return {
+        "recipe": asdict(recipe), "batch_size": BATCH_SIZE, "grad_clip": GRAD_CLIP, "epochs": s.epochs,
+        "train_rows": s.n_train_rows, "longest_text": s.max_new_tokens, "prefix": resolve(config.backbone).num_prefix_tokens,
+        "validation": [VALIDATION_SHARE, s.n_validate, s.validate_every, N_LOSSES],
+        # μ of the pool centres one of the scores that validation keeps.
+        "pool": [s.n_eval, s.pool_size],
+    }  # fmt: skip
 
 
 class Trainer:
@@ -190,14 +203,14 @@ class Trainer:
         for i, p in enumerate(self.params):
             state = self.optimizer.state[p]
             tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
-        record = {"identity": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
+        record = {"plan": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
         record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
         if workers.leads():
             atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
 
     def _plan(self) -> dict:
-        plan = {"targets": self.targets.sha256, "epochs": self.run.sizes.epochs, "seed": self.run.seed}
-        return {**self.run.folder.identity, **plan, "recipe": asdict(self.recipe)}
+        plan = {**self.run.folder.conditions, "targets": self.targets.sha256}
+        return plan | training_spec(self.run.config, self.recipe)
 
     def _resume(self) -> None:
         try:
@@ -208,8 +221,8 @@ class Trainer:
             record, tensors = {}, {}
         if record.get("sha256") != arrays_hash({k: x.numpy() for k, x in tensors.items()}):
             raise ArtefactError(f"{self.state_file} is truncated or altered; delete it and rerun")
-        if record["identity"] != self._plan():
-            raise ArtefactError(f"{self.state_file} belongs to another training run; delete it and rerun")
+        remedy = f"go back to that, or delete {self.state_file} to train anew"
+        require_same(self.state_file, record["plan"], self._plan(), remedy)
         self.history = History(record["loss"], record["validation"])
         self.best = {k: tensors[f"best.{k}"] for k in self.best}
         self.av.load_trainable({k: tensors[k] for k in self.best}, str(self.state_file))

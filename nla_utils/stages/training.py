@@ -7,11 +7,24 @@ from typing import Optional
 import numpy as np
 import torch
 
+from nla_utils.artefacts import SPECS
+from nla_utils.config import RunConfig
+from nla_utils.lm.registry import resolve
 from nla_utils.lm.releases import fetch_av
 from nla_utils.run import Run
 from nla_utils.stages.targets import Targets
-from nla_utils.stages.trainer import Trainer
-from nla_utils.stages.verbalizer import ARTEFACT, ActivationVerbalizer, checkpoint_record, export_av, import_av
+from nla_utils.stages.trainer import Trainer, training_spec
+from nla_utils.stages.verbalizer import ARTEFACT, ActivationVerbalizer, av_hash, checkpoint_record, export_av, import_av
+
+
+def spec(config: RunConfig) -> dict:
+    """What the AV depends on beside the run's identity and its targets: how it is trained, or whose it is."""
+    if config.av is None:
+        return {"av_sha256": None, **training_spec(config)}
+    return {"av_sha256": av_hash(fetch_av(config.av, resolve(config.backbone)))}
+
+
+SPECS[ARTEFACT] = spec
 
 
 def train_av(run: Run, targets: Targets) -> dict:
@@ -107,6 +120,7 @@ def describe(sidecar: dict, targets: Targets) -> dict:
     return {
         **{k: sidecar[k] for k in keys},
         **{k: sidecar[k] for k in ("released", "released_from") if k in sidecar},
+        **{k: v for k, v in sidecar["spec"].items() if k == "av_sha256" and v},
         "in_sample_trained_on": _trained_on(sidecar, targets.in_sample),
         "held_out_trained_on": _trained_on(sidecar, targets.held_out),
     }

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from nla_utils import workers
-from nla_utils.artefacts import atomic_write, write_json
+from nla_utils.artefacts import arrays_hash, atomic_write, json_hash, write_json
 from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
@@ -211,14 +211,21 @@ def check_av(folder: Path, layer: int, d: int, n_layers: int) -> AVConfig:
     return config
 
 
+def av_hash(folder: Path) -> str:
+    """Hash of an AV's configuration and tensors, whatever format its folder keeps them in."""
+    config, tensors, _ = _read_av(folder)
+    arrays = {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
+    return json_hash([asdict(config), arrays_hash(arrays)])[:16]
+
+
 def find_file(folder: Path, name: str) -> Optional[Path]:
     """A release's file, in its folder or in ``best_av`` inside."""
     return next((path for place in PLACES if (path := folder / place / name).exists()), None)
 
 
-def _read_av(folder: Path, layer: int) -> tuple[AVConfig, dict[str, Tensor], str]:
+def _read_av(folder: Path, layer: Optional[int] = None) -> tuple[AVConfig, dict[str, Tensor], str]:
     config = AVConfig.from_json(find_file(folder, "config.json") or folder / "config.json")
-    if config.extraction_layer != layer:
+    if layer not in (None, config.extraction_layer):
         raise ArtefactError(f"{folder}: the AV reads layer {config.extraction_layer}, this run extracts layer {layer}")
     path = find_file(folder, "best_av.safetensors")
     if path is not None:

@@ -9,7 +9,7 @@ from typing import Callable, Optional
 
 import numpy as np
 
-from nla_utils.artefacts import json_hash, read_record, write_record
+from nla_utils.artefacts import RunFolder, json_hash, read_record, write_record
 from nla_utils.errors import ArtefactError
 from nla_utils.extensions.comparison import texts as of
 from nla_utils.extensions.comparison.cases import SHARED, Cases, draw_cases
@@ -57,7 +57,8 @@ def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unf
     """
     cases, budget = draw_cases(nla, n, seed), of.budget_of(nla, n_rollouts)
     asked = {"n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED}
-    identity = {**nla.backbone.identity(), **nla.bundle.made_from, "directions": n_directions}
+    conditions = RunFolder(unfinished, nla.backbone.identity(), device=nla.backbone.device.type).conditions
+    identity = {**conditions, **nla.bundle.made_from, "directions": n_directions}
     kept = Kept(unfinished, {**asked, "of": json_hash(identity)})
     rows = [row for name, make in _ways(nla, cases, budget, seed).items() for row in kept.get(name, make)]
     directions = [

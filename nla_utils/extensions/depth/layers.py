@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nla_utils.artefacts import atomic_write, require_disk
+from nla_utils.artefacts import atomic_write, require_disk, require_same
 from nla_utils.chunks import ChunkStore
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, ConfigError
@@ -32,8 +32,8 @@ from nla_utils.stages.targets import (
     target_streams,
 )
 
-# What two runs must have in common for the one's sequences to be the other's: not the layer, not the device.
-SHARED = ("backbone", "weight_hash", "start_id", "eos_ids", "pad_id", "dtype", "seed")
+# What two runs must have in common for the one's sequences to be the other's: not the layer.
+SHARED = ("backbone", "format", "weight_hash", "settings_hash", "start_id", "eos_ids", "pad_id", "dtype", "seed")
 
 
 def committed_sequences(run: Run) -> Path:
@@ -68,9 +68,7 @@ def read_sequences(path: Path, run: Run) -> dict[str, np.ndarray]:
         raise ArtefactError(f"{path} was not read ({error}); `nla sequences` writes such a file") from None
     if len(tensors) < 2:
         raise ArtefactError(f"{path} holds {sorted(names)}, not ids and lengths; `nla sequences` writes such a file")
-    for key, own in _record(run).items():
-        if record.get(key) != own:
-            raise ArtefactError(f"{path} was drawn with {key} = {record.get(key)!r}, this run has {key} = {own!r}")
+    require_same(path, record, _record(run), "its sequences can be looked at, but this run has to draw its own")
     if record.get("sha256") != sequences_hash(**tensors):
         raise ArtefactError(f"{path} was altered: its sequences are not those it was written with")
     held = len(tensors["ids"])
@@ -123,7 +121,7 @@ def _extract(run: Run, layers: list[int], missing: dict[int, Run], given: Option
     require_disk(run.folder.path, 2 * n * len(layers) * backbone.d * 4)
     # All the layers, missing or not: a sweep that was cut while some were kept already finds its chunks again.
     sampling, batch = target_settings(run.config).record(), backbone.sample_batch
-    plan = {**plan, **run.folder.identity, "layer": layers, "n": n, "sampling": sampling, "batch": batch}
+    plan = {**plan, **run.folder.conditions, "layer": layers, "n": n, "sampling": sampling, "batch": batch}
     chunks = ChunkStore(run.folder.file("layers.chunks"), plan)
     starts = range(0, n, batch)
     with Progress(total=n, desc=f"{'reading' if given else 'drawing'} targets, {len(layers)} layers", unit="seq") as bar:

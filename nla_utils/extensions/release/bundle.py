@@ -57,7 +57,7 @@ class Bundle:
     def layer_of(backbone: str, run: Optional[Path]) -> Optional[int]:
         """The layer that a run's or a shipped bundle's verbalizers read; ``None`` if there are none to ask."""
         if run is not None:
-            return read_record(run / "targets.safetensors.json")["identity"]["layer"]
+            return RunFolder(run).sidecar("targets")["spec"]["layer"]
         record = BUNDLES / resolve(backbone).name / "bundle.json"
         return read_record(record)["identity"]["layer"] if record.exists() else None
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nla_utils.artefacts import SPECS
 from nla_utils.config import TAIL_TOKENS
 from nla_utils.extensions.tail_reader.sums import ReaderSums, sums_at_layers, whitening
 from nla_utils.lm.backbone import Backbone
@@ -27,7 +28,7 @@ from nla_utils.lm.sampling import choose, uniforms
 from nla_utils.metrics import fve
 from nla_utils.progress import Progress
 from nla_utils.run import Run
-from nla_utils.stages.probe import fit_split
+from nla_utils.stages.probe import fit_spec, fit_split
 from nla_utils.stages.targets import Targets
 
 ARTEFACT = "reader"
@@ -36,6 +37,9 @@ RIDGES = (1e-4, 1e-3, 1e-2)
 CANDIDATES = 64
 PSEUDO_COUNT = 0.1
 TOP_K = 50
+SPECS[ARTEFACT] = lambda config: {
+    **fit_spec(config), "ridges": RIDGES, "pseudo_count": PSEUDO_COUNT, "candidates": CANDIDATES, "pool_size": config.sizes.pool_size,
+}  # fmt: skip
 
 
 @dataclass

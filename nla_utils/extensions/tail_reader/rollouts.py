@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_utils.artefacts import Artefact
+from nla_utils.artefacts import SPECS, Artefact
 from nla_utils.chunks import ChunkStore
+from nla_utils.config import RunConfig
 from nla_utils.extensions.tail_reader.reader import ARTEFACT as READER_ARTEFACT
-from nla_utils.extensions.tail_reader.reader import TailReader, load_reader, read_tails
+from nla_utils.extensions.tail_reader.reader import TOP_K, TailReader, load_reader, read_tails
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
@@ -32,6 +33,16 @@ ARTEFACT = "readings"
 ROW_BATCH = 512
 # Targets searched together: a round encodes 32 short tails of each.
 GUIDED_BATCH = 32
+
+
+def tails_spec(config: RunConfig, k: int) -> dict:
+    """What the reader's tails depend on beside the run's identity, its targets and its reader."""
+    s = config.sizes
+    return {"n_eval": s.n_eval, "pool_size": s.pool_size, "k": k, "top_k": TOP_K, "search": [BEAMS, SWAPS],
+            "forward_tokens": av_forward_tokens(config)}  # fmt: skip
+
+
+SPECS[ARTEFACT] = lambda config: tails_spec(config, config.sizes.n_rollouts)
 
 
 @dataclass
@@ -141,9 +152,9 @@ def make_reader_rollouts(run: Run, targets: Targets) -> ReaderRollouts:
     return ReaderRollouts.of(artefact)
 
 
-def av_forward_tokens(run: Run) -> int:
+def av_forward_tokens(config: RunConfig) -> int:
     """Forward tokens of the AV's best-of-K for one target: K texts written, and read again behind BOS."""
-    return run.sizes.n_rollouts * (2 * run.sizes.max_new_tokens + 1)
+    return config.sizes.n_rollouts * (2 * config.sizes.max_new_tokens + 1)
 
 
 def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[dict[str, np.ndarray], list[ChunkStore]]:
@@ -154,7 +165,7 @@ def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[d
     """
     backbone, folder, reader, held_out = run.backbone, run.folder, load_reader(run), targets.held_out
     made_from = {"targets": targets.sha256, READER_ARTEFACT: folder.sha256_of(READER_ARTEFACT)}
-    plan = {**folder.identity, **made_from, "k": k, "rows": len(rows)}
+    plan = {**folder.conditions, **made_from, **tails_spec(run.config, k), "rows": len(rows)}
     tails, searches = (ChunkStore(folder.file(f"{name}{k}.chunks"), plan) for name in ("readings", "guided"))
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
@@ -167,7 +178,7 @@ def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[d
 
     def search(c: int, m: slice) -> dict[str, np.ndarray]:
         v_Md = targets.v[held_out[m]]
-        found = guided_search(reader, backbone, v_Md, targets.mu, ids_MKn[m], h_MKd[m], av_forward_tokens(run))
+        found = guided_search(reader, backbone, v_Md, targets.mu, ids_MKn[m], h_MKd[m], av_forward_tokens(run.config))
         # One row a target, as everything in a chunk: what is spent is the same for all of them.
         return {**vars(found), "spent": np.tile(found.spent, (len(v_Md), 1))}
 

@@ -8,10 +8,10 @@ from typing import Sequence
 import numpy as np
 
 from nla_utils import metrics
-from nla_utils.artefacts import Artefact
+from nla_utils.artefacts import SPECS, Artefact
 from nla_utils.extensions.tail_reader.reader import ARTEFACT as READER_ARTEFACT
 from nla_utils.extensions.tail_reader.reader import fit_reader
-from nla_utils.extensions.tail_reader.rollouts import write_tails
+from nla_utils.extensions.tail_reader.rollouts import tails_spec, write_tails
 from nla_utils.lm.backbone import Backbone
 from nla_utils.metrics import fve
 from nla_utils.run import Run
@@ -23,6 +23,7 @@ ARTEFACT = "claims"
 # The paper's K, at every profile: a tail costs a fourteenth of an AV's text.
 DRAWS = 64
 ORACLES = (4, 8)
+SPECS[ARTEFACT] = lambda config: tails_spec(config, DRAWS)
 
 
 def replicate(run: Run, seeds: Sequence[int]) -> tuple[dict, dict[str, str]]:

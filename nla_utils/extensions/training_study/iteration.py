@@ -93,7 +93,7 @@ def best_rollouts(
 ) -> Teachers:
     """The best of k rollouts of each row by centred score, re-encoded behind BOS."""
     backbone, settings = run.backbone, SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
-    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(chosen), "av": _hash(av)}
+    plan = {**run.folder.conditions, "targets": targets.sha256, "k": k, "rows": len(chosen), "av": _hash(av)}
     chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
 
     @torch.inference_mode()
@@ -115,13 +115,13 @@ def best_rollouts(
 def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teachers:
     """What the guided search finds for each row, from k draws of the reader, for the forward tokens of an AV's best-of-K."""
     backbone, reader = run.backbone, fit_reader(run, targets)
-    plan = {**run.folder.identity, "targets": targets.sha256, "k": k, "rows": len(chosen), "by": "guided search"}
+    plan = {**run.folder.conditions, "targets": targets.sha256, "k": k, "rows": len(chosen), "by": "guided search"}
     chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
 
     def search(c: int, part: slice) -> dict[str, np.ndarray]:
         v_Md, streams_B = targets.v[chosen[part]], row_streams(run.seed, "taught", chosen[part], k + 1)
         drawn = read_rollouts(reader, backbone, torch.from_numpy(v_Md).to(backbone.device), k, streams_B)
-        ids, h, budget = drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run)
+        ids, h, budget = drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run.config)
         found = guided_search(reader, backbone, v_Md, targets.mu, ids, h, budget)
         return {"ids": found.ids, "score": found.curve[:, -1]}
 

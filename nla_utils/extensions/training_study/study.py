@@ -59,7 +59,7 @@ def study(run: Run, targets: Targets, chosen: Sequence[Variant]) -> list[dict]:
 
 
 def _record(run: Run, targets: Targets, variant: Variant) -> dict:
-    plan = {**run.folder.identity, "targets": targets.sha256, "variant": asdict(variant)}
+    plan = {**run.folder.spec(ARTEFACT), "targets": targets.sha256, "variant": asdict(variant)}
     apart = run.inside(f"study/{json_hash(plan)[:16]}")
     path = apart.folder.file("record.json")
     if path.exists():
