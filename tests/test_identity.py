@@ -1,5 +1,6 @@
 """A result can't be mistaken for another: what a stage depends on is compared before anything finished is reused."""
 
+import ast
 import copy
 import dataclasses
 import json
@@ -20,9 +21,9 @@ from nla_utils.paper.results import find_results, without_variants
 from nla_utils.run import open_run
 from nla_utils.runner import notebooks
 from nla_utils.runner.notebooks import STAGES, is_cached, preflight
-from nla_utils.stages import ceilings, probe, rollouts, source_loss, targets, training
+from nla_utils.stages import targets, training
 from nla_utils.stages.targets import load_targets, make_targets
-from nla_utils.stages.verbalizer import av_hash, export_av
+from nla_utils.stages.verbalizer import ActivationVerbalizer, av_hash, export_av
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 NEXT = "choose another --out, or delete"
@@ -59,8 +60,6 @@ def test_another_corpus_of_the_name_is_refused_before_work(tiny_folders, tmp_pat
 @pytest.fixture
 def given_av(gemma_run, tmp_path):
     """A run that was given the AV in ``one/av``."""
-    from nla_utils.stages.verbalizer import ActivationVerbalizer
-
     run, made = gemma_run
     export_av(ActivationVerbalizer.fresh(run.backbone), tmp_path / "one" / "av", 0.5, 1)
     taken = with_out(run, tmp_path / "runs", av=str(tmp_path / "one" / "av"))
@@ -286,11 +285,7 @@ def test_a_configuration_cell_can_be_run_again():
 
 def test_no_notebook_gives_a_parameter_another_value():
     """The configuration cell, run again, reads what the parameters cell said."""
-    import ast
-
-    from nla_utils.config import DATA
-
-    for path in sorted((DATA / "notebooks").glob("**/0[1-8]_*.ipynb")):
+    for path in sorted((config.DATA / "notebooks").glob("**/0[1-8]_*.ipynb")):
         if "executed" in path.parts:
             continue
         cells = [c for c in read_json(path)["cells"] if c["cell_type"] == "code"]
@@ -304,8 +299,6 @@ def test_no_notebook_gives_a_parameter_another_value():
 
 def names_stored(statement):
     """Names that a statement binds in the notebook: not those of comprehensions."""
-    import ast
-
     inner = {n for c in ast.walk(statement) if isinstance(c, ast.comprehension) for n in ast.walk(c.target)}
     found = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     return [n for n in found if n not in inner]

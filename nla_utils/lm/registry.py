@@ -6,7 +6,6 @@ Whatever the source, :func:`fetch` returns a Hugging Face folder that loads with
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Iterable, Optional
 from nla_utils.artefacts import json_hash, read_json, require_disk, sha256_file, write_json
 from nla_utils.config import cache_dir
 from nla_utils.errors import ConfigError, SourceError, nearest
-from nla_utils.lm.hub import HUB_ID, snapshot
+from nla_utils.lm.hub import HUB_ID, sha256_once, snapshot
 from nla_utils.locks import hold
 
 if TYPE_CHECKING:
@@ -181,14 +180,10 @@ def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
 def settings_hash(folder: Path) -> str:
     """sha256 over a model's configuration and its tokenizer, 16 hex digits; versions and paths that the library notes there
     are left out."""
-    total = hashlib.sha256()
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            total.update(json_hash({k: v for k, v in read_json(folder / name).items() if k not in NOTES}).encode())
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).exists():
-            total.update(f"{name} {sha256_file(folder / name)}\n".encode())
-    return total.hexdigest()[:16]
+    settings = [folder / name for name in ("config.json", "tokenizer_config.json") if (folder / name).exists()]
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    said = [{k: v for k, v in read_json(path).items() if k not in NOTES} for path in settings]
+    return json_hash(said + [[f.name, sha256_once(f)] for f in files])[:16]
 
 
 def weight_hash(folder: Path) -> str:
@@ -196,15 +191,7 @@ def weight_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SourceError(f"{folder} holds no .safetensors file; convert the weights first")
-    return _weight_hash(tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
-
-
-@functools.cache
-def _weight_hash(files: tuple) -> str:
-    total = hashlib.sha256()
-    for path, _, _ in files:
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return total.hexdigest()[:16]
+    return hashlib.sha256("".join(f"{f.name} {sha256_once(f)}\n" for f in files).encode()).hexdigest()[:16]
 
 
 def _fetch_package(name: str, package: GGUFPackage) -> Path:

@@ -122,8 +122,7 @@ def make_ceilings(run: Run, targets: Targets) -> Ceilings:
         ladder = _ladder(backbone, targets, tensors["paper.replay"])
         tensors |= {f"ladder.{step}": h_Md for step, h_Md in ladder.items()}
         bar.update()
-    facts = {"seed": run.seed, "sampling": _paraphrase_settings(run.config).record(), "prompt": PROMPT}
-    return Ceilings.of(run.folder.save(ARTEFACT, tensors, made_from={"targets": targets.sha256}, **facts))
+    return Ceilings.of(run.folder.save(ARTEFACT, tensors, made_from={"targets": targets.sha256}))
 
 
 def load_ceilings(run: Run) -> Ceilings:

@@ -113,8 +113,7 @@ def make_rollouts(run: Run, targets: Targets) -> Rollouts:
         return part
 
     drawn = chunks.fill(len(rows), max(1, backbone.sample_batch // (k + 1)), draw, "rolling out", "target")
-    facts = {"sampling": settings.record(), "seed": run.seed, "k": k}
-    artefact = folder.save(ARTEFACT, {**drawn, "rows": rows}, made_from=parents, **facts)
+    artefact = folder.save(ARTEFACT, {**drawn, "rows": rows}, made_from=parents, sampling=settings.record())
     chunks.clear()
     return Rollouts.of(artefact)
 

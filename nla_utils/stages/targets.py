@@ -210,10 +210,10 @@ def describe(run: Run, targets: Targets) -> dict:
     backbone, v, mu = run.backbone, targets.v.astype(np.float64), targets.mu.astype(np.float64)
     along = v @ (mu / np.linalg.norm(mu))
     cosine = {kind: unrelated_cosines(targets, kind == "cen") for kind in ("raw", "cen")}
-    of = {k: v for k, v in spec(run.config).items() if k in ("released_targets", "corpus_sha256") and v}
+    given, corpus = spec(run.config), run.config.corpus
     return {
-        **({"corpus": Path(run.config.corpus).name.removesuffix(".jsonl")} if run.config.corpus else {}),
-        **of,
+        **({"corpus": Path(corpus).name.removesuffix(".jsonl")} if corpus else {}),
+        **{k: given[k] for k in ("released_targets", "corpus_sha256") if given[k]},
         "sequences": sequences_hash(**targets.texts),
         "num_layers": backbone.n_layers,
         "hidden_size": backbone.d,

@@ -145,8 +145,7 @@ def make_reader_rollouts(run: Run, targets: Targets) -> ReaderRollouts:
     rows = np.concatenate([targets.in_sample, targets.held_out])
     tensors, stages = write_tails(run, targets, rows, run.sizes.n_rollouts)
     parents = {"targets": targets.sha256, READER_ARTEFACT: run.folder.sha256_of(READER_ARTEFACT)}
-    facts = {"seed": run.seed, "k": run.sizes.n_rollouts}
-    artefact = run.folder.save(ARTEFACT, {"rows": rows, **tensors}, made_from=parents, **facts)
+    artefact = run.folder.save(ARTEFACT, {"rows": rows, **tensors}, made_from=parents)
     for chunks in stages:
         chunks.clear()
     return ReaderRollouts.of(artefact)
