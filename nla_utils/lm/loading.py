@@ -80,14 +80,8 @@ class Description:
     n_layers: int
     tokenizer: PreTrainedTokenizerBase
     special: tuple[int, tuple[int, ...], int]
-
-    @property
-    def padding_side(self) -> str:
-        return self.spec.padding_side or self.tokenizer.padding_side
-
-    @property
-    def hashes(self) -> tuple[str, str]:
-        return weight_hash(self.folder), settings_hash(self.folder)
+    padding_side: str
+    hashes: tuple[str, str]
 
 
 def describe(given: RunConfig) -> Description:
@@ -104,7 +98,10 @@ def describe(given: RunConfig) -> Description:
     layer = pick_layer(given.layer, spec, config.num_hidden_layers)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     special = special_ids(spec, tokenizer, folder)
-    return Description(spec, folder, layer, config.hidden_size, config.num_hidden_layers, tokenizer, special)
+    return Description(
+        spec, folder, layer, config.hidden_size, config.num_hidden_layers, tokenizer, special,
+        spec.padding_side or tokenizer.padding_side, (weight_hash(folder), settings_hash(folder)),
+    )  # fmt: skip
 
 
 def load_backbone(given: RunConfig) -> Backbone:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from nla_utils.artefacts import SPECS, Artefact
-from nla_utils.config import N_PARAPHRASES, RunConfig
+from nla_utils.config import N_PARAPHRASES
 from nla_utils.progress import Progress
 from nla_utils.protocol import LADDER, PROTOCOLS, Protocol, ablation_steps, encoding_key
 from nla_utils.run import Run
@@ -21,6 +21,9 @@ from nla_utils.stages.targets import Targets
 ARTEFACT = "ablation"
 # The paraphrases that notebook 03 keeps: how they were prompted for, and of which targets.
 KEPT = {(p.left_prompts, p.held_out) for p in PROTOCOLS}
+
+STEPS: dict[str, Protocol] = {encoding_key(p): p for way in ablation_steps().values() for p in way.values()}
+SPECS[ARTEFACT] = lambda config: {"n_eval": config.sizes.n_eval, "steps": list(STEPS)}
 
 
 @dataclass
@@ -44,27 +47,13 @@ class Ablation:
         return cls(found["replay"], found["paraphrase"], drawn, artefact.sha256)
 
 
-def steps() -> dict[str, Protocol]:
-    """The ablation's protocols by :func:`~nla_utils.protocol.encoding_key`."""
-    return {encoding_key(p): p for way in ablation_steps().values() for p in way.values()}
-
-
-def spec(config: RunConfig) -> dict:
-    """What the ablation depends on beside the run's identity, its targets and ceilings."""
-    return {"n_eval": config.sizes.n_eval, "steps": list(steps())}
-
-
-SPECS[ARTEFACT] = spec
-
-
 def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
     """Replay and paraphrases encoded for every step, or what is on disk. What notebook 03 has encoded is taken."""
     if run.folder.has(ARTEFACT):
         return load_ablation(run)
     arrays, drawn, tensors = _known(ceilings), {}, {}
-    by_key = steps()
-    with Progress(total=len(by_key), desc="slip by slip", unit="step") as bar:
-        for key, protocol in by_key.items():
+    with Progress(total=len(STEPS), desc="slip by slip", unit="step") as bar:
+        for key, protocol in STEPS.items():
             rows = targets.eval_rows(protocol)
             if f"replay.{key}" not in arrays:
                 arrays[f"replay.{key}"] = re_encode(run.backbone, targets.sequences(rows), protocol)
@@ -77,7 +66,7 @@ def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
                 h_nd = re_encode(run.backbone, drawn[kind].sequences, protocol)
                 arrays[f"paraphrase.{key}"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
             bar.update()
-    tensors |= {f"{what}.{key}": arrays[f"{what}.{key}"] for key in by_key for what in ("paraphrase", "replay")}
+    tensors |= {f"{what}.{key}": arrays[f"{what}.{key}"] for key in STEPS for what in ("paraphrase", "replay")}
     parents = {"targets": targets.sha256, "ceilings": ceilings.sha256}
     return Ablation.of(run.folder.save(ARTEFACT, tensors, made_from=parents, seed=run.seed))
 

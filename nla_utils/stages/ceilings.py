@@ -27,6 +27,12 @@ PROMPT = (
     "Text: {text}\n\nParaphrase:"
 )
 
+SPECS[ARTEFACT] = lambda config: {
+    "n_eval": config.sizes.n_eval, "pool": [config.sizes.pool_size, POOL_TEXTS], "text_batch": TEXT_BATCH,
+    "paraphrases": N_PARAPHRASES, "paraphrase_sampling": _paraphrase_settings(config).record(), "prompt": PROMPT,
+    "tail_lengths": TAIL_LENGTHS, "readings": [asdict(p) for p in (*PROTOCOLS, *LADDER.values())],
+}  # fmt: skip
+
 
 @dataclass
 class Paraphrases:
@@ -79,18 +85,6 @@ class Ceilings:
         names = ("replay", "paraphrase", "tail", "pool_h")
         texts = {p: EncodedTexts(*(artefact.tensors[f"{p}.{n}"] for n in names), drawn=d) for p, d in drawn.items()}
         return cls(texts, part("ladder"), artefact.sha256, artefact.tensors["pool_logp"])
-
-
-def spec(config: RunConfig) -> dict:
-    """What ceilings depend on beside the run's identity and its targets."""
-    return {
-        "n_eval": config.sizes.n_eval, "pool": [config.sizes.pool_size, POOL_TEXTS], "text_batch": TEXT_BATCH,
-        "paraphrases": N_PARAPHRASES, "paraphrase_sampling": _paraphrase_settings(config).record(), "prompt": PROMPT,
-        "tail_lengths": TAIL_LENGTHS, "readings": [asdict(p) for p in (*PROTOCOLS, *LADDER.values())],
-    }  # fmt: skip
-
-
-SPECS[ARTEFACT] = spec
 
 
 def make_ceilings(run: Run, targets: Targets) -> Ceilings:
