@@ -132,13 +132,13 @@ def without_variants(
 
 
 def largest(everything: Iterable[RunResults]) -> list[RunResults]:
-    """The results with the most targets of each backbone."""
+    """The results with the most targets of each backbone, the largest first."""
     best: dict[str, RunResults] = {}
     for results in everything:
         size = results.data["targets"]["sizes"]["N"]
         if results.backbone not in best or size > best[results.backbone].data["targets"]["sizes"]["N"]:
             best[results.backbone] = results
-    return list(best.values())
+    return sorted(best.values(), key=lambda r: -r.data["targets"]["sizes"]["N"])
 
 
 def foremost(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> Optional[RunResults]:

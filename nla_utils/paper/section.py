@@ -100,11 +100,26 @@ def _reading_runs(measured: list[RunResults]) -> str:
     return ", ".join(label for label, word in words.items() if word == YES)
 
 
+def listed(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(parts[:-1]), *parts[-1:]] if len(parts) > 1 else parts)
+
+
+def _how_made(results: RunResults) -> str:
+    sizes = results.data["targets"]["sizes"]
+    machine = "a CPU" if results.data["training"]["identity"]["device"] == "cpu" else "a GPU"
+    return (
+        f"{results.name} ({results.size}, trained on {machine}, M = {sizes['M']} held-out targets with K = {sizes['K']} "
+        f"rollouts each)"
+    )
+
+
 def said(about: Sequence[RunResults]) -> dict[str, object]:
     """The numbers of the section's sentences, as text; those of runs one after the other, always in the same order."""
 
     def each(text: Callable[[RunResults], str], runs: Sequence[RunResults] = about) -> str:
-        return " and ".join(text(r) for r in runs)
+        found = [text(r) for r in runs]
+        return found[0] if len(set(found)) == 1 else listed(found)
 
     def of(row: rows.Row, protocol: str = "corrected", kind: str = "cen", show=None) -> str:
         show = show or (lambda column, key: tables.number(column[key]))
@@ -114,10 +129,8 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
     nulls = {TITLES[name]: published_null(name, published(name)["centred_eval"]["K"]) for name in BACKBONES}
     least = min(best - null for null, best in nulls.values())
     read = [r for r in about if r.source_loss]
-    machines = {"a CPU" if r.data["training"]["identity"]["device"] == "cpu" else "a GPU" for r in about}
     return {
         "names": each(lambda r: r.name), "shown": each(lambda r: r.spec.shown), "small": all(r.spec.weights for r in about),
-        "machines": " or ".join(sorted(machines)),
         "card": card(), "K": stated["centred_eval"]["K"],
         "margins": ", ".join(f"{best - null:+.3f} on {title}" for title, (null, best) in nulls.items()),
         "retrieval": ", ".join(
@@ -132,13 +145,9 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "within": bool(about) and all(0 < least < tables.null_mismatch(r) for r in about),
         "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}"),
         "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}"),
-        "evaluated": " and ".join(dict.fromkeys(
-            f"{r.data['targets']['sizes']['M']} held-out targets with {r.column(rows.EVALUATION_FILE, 'corrected')['K']} rollouts each"
-            for r in about
-        )),
-        "held_out": " and ".join(dict.fromkeys(str(r.data["targets"]["sizes"]["M"]) for r in about)),
+        "ks": each(lambda r: str(r.data["targets"]["sizes"]["K"])),
+        "made": each(_how_made), "held_out": each(lambda r: str(r.data["targets"]["sizes"]["M"])),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
-        "sizes": ", ".join(dict.fromkeys(r.size for r in about)),
     }  # fmt: skip
 
 
