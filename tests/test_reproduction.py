@@ -84,6 +84,14 @@ def test_a_planted_difference_is_found_from_two_root_two_deviations_on(run, by, 
     assert "[" in cells[2] and "[" in cells[3] and cells[6].strip() == ("yes" if agrees else "no")
 
 
+@pytest.mark.parametrize("by, agrees", [(0.0004, True), (0.0006, False)])
+def test_what_is_alike_for_every_seed_may_differ_by_less_than_is_shown(run, by, agrees):
+    own, kept = load_results(run), load_results(QUICK)
+    own.data["centered_eval"]["protocols"]["corrected"][GREEDY] += by
+    (found,) = (c for c in compare(own, kept, {"corrected": {GREEDY: 0.0}}) if c.agrees is not None)
+    assert found.agrees == agrees
+
+
 def test_two_that_differ_are_counted_as_two(run):
     alter(run / "results", "centered_eval", shift(1))
     alter(run / "results", "oracle_ceiling", lambda r: r["protocols"]["paper"].update({rows.REPLAY.cen: 0.1}))
