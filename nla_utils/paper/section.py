@@ -46,6 +46,8 @@ READING = FigureSpec(
     "Above zero it reads v. Lines are validation texts; their spread was not kept, so they have no intervals. Marks with a "
     "black edge are the kept AV on the held-out targets, with 95 % intervals over targets.",
 )  # fmt: skip
+# M and the pool of the published runs, whose NN-in-pool and NN-retrieval are points of a null.
+PUBLISHED_POINTS = (200, 2000)
 # Widths of a label, a published and two columns with intervals; and of a label and three pairs, raw and centred.
 NARROW, WIDE = (28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13)
 # The same with a column, or a pair, of the released AV.
@@ -79,16 +81,17 @@ def shared_tables(
 ) -> dict[str, Table]:
     """The tables over all backbones, by name."""
     wide = 58 / max(len(about), 1)
-    # The label, three published backbones, ours.
-    facts = (22, 11, 11, 11, *(17,) * len(about))
+    # The label, three published backbones, ours; a question, ours, its notebook.
+    facts = (15, 9, 9, 9, *(42 / max(len(about), 1),) * len(about))
+    found = (26, *(55 / max(len(about), 1),) * len(about), 8)
     return {
-        "findings": Table("findings", "What was found", findings_table(shown), (34, 24, 24, 9)),
+        "findings": Table("findings", "What was found", findings_table(shown), found),
         "facts": Table("facts", "The backbones and the trainings", facts_table(about), facts),
         "null": Table("published-null", "The published best of K beside the null that the paper itself prints",
                       tables.published_null_table(released),
                       (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)),
         "card": Table("card", "What the card says, and what is wrong with it", slips_table(about), (34, 60)),
-        "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), (15, 19, *(wide,) * len(about))),
+        "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), (15, 18, *(wide,) * len(about)), long=True),
         "reading": Table("reading", "What the AV takes from v", reading_table(shown), (15, 6, 6, 14, 14, 14, 14)),
     }  # fmt: skip
 
@@ -102,7 +105,7 @@ def _reading_runs(measured: list[RunResults]) -> str:
 
 def listed(parts: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join([", ".join(parts[:-1]), *parts[-1:]] if len(parts) > 1 else parts)
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _how_made(results: RunResults) -> str:
@@ -119,7 +122,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
 
     def each(text: Callable[[RunResults], str], runs: Sequence[RunResults] = about) -> str:
         found = [text(r) for r in runs]
-        return found[0] if len(set(found)) == 1 else listed(found)
+        return listed(found[:1] if len(set(found)) == 1 else found)
 
     def of(row: rows.Row, protocol: str = "corrected", kind: str = "cen", show=None) -> str:
         show = show or (lambda column, key: tables.number(column[key]))
@@ -129,6 +132,8 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
     nulls = {TITLES[name]: published_null(name, published(name)["centred_eval"]["K"]) for name in BACKBONES}
     least = min(best - null for null, best in nulls.values())
     read = [r for r in about if r.source_loss]
+    # Whose null is read off the same points as the published one.
+    same = [r for r in about if (r.data["targets"]["sizes"]["M"], r.data["targets"]["sizes"]["pool"]) == PUBLISHED_POINTS]
     return {
         "names": each(lambda r: r.name), "shown": each(lambda r: r.spec.shown), "small": all(r.spec.weights for r in about),
         "card": card(), "K": stated["centred_eval"]["K"],
@@ -142,9 +147,9 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "greedy": of(rows.GREEDY_MINUS_OTHERS, show=tables.signed),
         "nearest": of(rows.GREEDY_MINUS_RETRIEVAL, show=tables.signed),
         "nats": each(lambda r: tables.signed(r.source_loss, rows.NATS_GAINED[0].key), read),
-        "within": bool(about) and all(0 < least < tables.null_mismatch(r) for r in about),
-        "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}"),
-        "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}"),
+        "within": bool(same) and all(0 < least < tables.null_mismatch(r) for r in same),
+        "same": each(lambda r: r.name, same), "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}", same),
+        "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}", same),
         "ks": each(lambda r: str(r.data["targets"]["sizes"]["K"])),
         "made": each(_how_made), "held_out": each(lambda r: str(r.data["targets"]["sizes"]["M"])),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
