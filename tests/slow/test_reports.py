@@ -158,6 +158,8 @@ def run_first(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_says_so_in_one_line(tmp_path, monkeypatch, number):
     working = subprocess.Popen(["sleep", "60"])
+    # A shell's background jobs ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work(*_, kernel_manager_class, **__):
         kernel_manager_class.process = working
@@ -169,7 +171,10 @@ def test_a_run_that_is_stopped_says_so_in_one_line(tmp_path, monkeypatch, number
     monkeypatch.setattr("nla_utils.runner.notebooks.reproduce", lambda *_: run_first(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    result = CliRunner().invoke(app, ["reproduce"])
+    try:
+        result = CliRunner().invoke(app, ["reproduce"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130 and result.output.startswith("01: stopped after 0:0")
     assert result.output.endswith("; the same command resumes\n") and result.output.count("\n") == 1
     assert not list((tmp_path / "tmp").iterdir())
