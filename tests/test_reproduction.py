@@ -64,6 +64,14 @@ def test_every_row_of_the_sections_tables_is_compared():
     assert len(labels) == len(set(labels))
 
 
+def test_every_row_of_the_default_run_has_a_measured_spread_of_five_seeds():
+    record, kept = read_record(ROOT / "paper" / "seed_spread.json"), columns(load_results(QUICK))
+    assert {(p, key) for p, of in record["deviations"].items() for key in of} >= set(kept)
+    assert [s["identity"]["seed"] for s in record["seeds"]] == [1, 2, 3, 4, 5]
+    own = load_results(QUICK)
+    assert record["seeds"][0]["sha256"] == {name: own.sha256(name) for name in own.data}
+
+
 def test_a_run_agrees_with_itself(run):
     n = len(columns(load_results(QUICK)))
     text = write_reproduction(run)
