@@ -36,7 +36,7 @@ FIGURE_1 = FigureSpec(
     "earlier one; Llama's has fewer targets, and its ceiling is NN-in-pool, that of the others the best of eight "
     "paraphrases. Of gemma-4 only the triangles are printed. The paper prints no intervals. "
     "Below, ours, held out and corrected: the rise with K is there for texts that have nothing to do with v. Two such nulls "
-    "coincide: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots on it). What the AV adds is "
+    "lie close together: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots). What the AV adds is "
     "its distance from them. The best of eight paraphrases and the nearest stored text are levels, not curves. Bands are "
     "95 % intervals over targets.",
 )  # fmt: skip
@@ -110,11 +110,20 @@ def listed(parts: Sequence[str]) -> str:
 
 def _how_made(results: RunResults) -> str:
     sizes = results.data["targets"]["sizes"]
-    machine = "a CPU" if results.data["training"]["identity"]["device"] == "cpu" else "a GPU"
+    training = results.data["training"]
+    machine = "a CPU" if training["identity"]["device"] == "cpu" else "a GPU"
+    made = f"trained on {machine} and kept at step {training['best_step']} of {training['steps']}"
+    if training.get("released"):
+        made = "a released AV"
     return (
-        f"{results.name} ({results.size}, trained on {machine}, M = {sizes['M']} held-out targets with K = {sizes['K']} "
-        f"rollouts each)"
+        f"{results.name} ({results.size}, {made}, M = {sizes['M']} held-out targets with K = {sizes['K']} rollouts each)"
     )
+
+
+def _has_few_steps(results: RunResults) -> bool:
+    """Whether the AV was trained, and kept at less than a hundredth of the published one's step."""
+    step = results.data["training"]["best_step"]
+    return step is not None and 100 * step < published(SECTION_11)["training"]["best_step"]
 
 
 def said(about: Sequence[RunResults]) -> dict[str, object]:
@@ -150,6 +159,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "within": bool(same) and all(0 < least < tables.null_mismatch(r) for r in same),
         "same": each(lambda r: r.name, same), "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}", same),
         "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}", same),
+        "steps": each(lambda r: str(r.data["training"]["best_step"])), "few": listed([r.name for r in about if _has_few_steps(r)]),
         "ks": each(lambda r: str(r.data["targets"]["sizes"]["K"])),
         "made": each(_how_made), "held_out": each(lambda r: str(r.data["targets"]["sizes"]["M"])),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),

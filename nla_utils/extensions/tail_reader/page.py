@@ -143,11 +143,19 @@ def _apart(results: RunResults, record: dict) -> str:
     return "" if own in record["made_from"].values() else " (other targets than in the tables above)"
 
 
+def _older(results: RunResults) -> str:
+    """What a caption adds where the run was made again since the reader was measured."""
+    of_reader = results.optional(tables.RESULTS)["made_from"]["targets"]
+    if of_reader == results.data["training"]["made_from"]["targets"]:
+        return ""
+    return "; the reader's figures are of an older run's targets, the AV's of this run's: not to be compared row by row"
+
+
 def tables_of_run(results: RunResults) -> list[Table]:
     """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
     stem, of = results.stem, results.label
     made = [
-        Table(f"{stem}-reader", f"The tail reader and the AV of the run ({tables.trained(results)})",
+        Table(f"{stem}-reader", f"The tail reader and the AV of the run ({tables.trained(results)}){_older(results)}",
               tables.reader_table(results), of=of),
         Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results), of=of),
         Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results), of=of),
