@@ -206,9 +206,10 @@ def explain(repo: str, revision: str, kind: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     where = f"{repo}@{revision}" if revision else repo
+    said = " ".join(str(error).split())
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     if isinstance(error, HFValidationError):
-        return f"{repo} is no name that a repository of the hub can have: {' '.join(str(error).split())}"
+        return f"{repo} is no name that a repository of the hub can have: {said}"
     if isinstance(error, GatedRepoError):
         return (
             f"{where} is gated: open {page} signed in, accept its terms, then run "
@@ -224,11 +225,11 @@ def explain(repo: str, revision: str, kind: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         sign_in = "; run `hf auth login` with a token that may do this" if status in (401, 403) else ""
-        return f"{where}: the hub answered {status}: {' '.join(str(error).split())}{sign_in}"
+        return f"{where}: the hub answered {status}: {said}{sign_in}"
     if isinstance(error, OSError) and error.filename:
         return f"{where}: {error.filename}: {error.strerror}; put that right, then run the same command again"
-    said = f": {' '.join(str(error).split())}" if type(error) is RuntimeError else ""
+    kind_of_error = type(error).__name__ + (f": {said}" if type(error) is RuntimeError else "")
     return (
-        f"{where} could not be reached ({type(error).__name__}{said}); check the network and HF_HUB_OFFLINE, or give a local "
+        f"{where} could not be reached ({kind_of_error}); check the network and HF_HUB_OFFLINE, or give a local "
         f"folder or a commit that was fetched before"
     )

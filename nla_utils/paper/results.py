@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Iterable, Optional
 
 from nla_utils.artefacts import read_record, sha256_file
-from nla_utils.config import ROOT, RunConfig
+from nla_utils.config import PROFILES, ROOT, RunConfig
 from nla_utils.lm import registry
 
 COMMITTED = ROOT / "paper" / "results"
@@ -74,6 +74,11 @@ class RunResults:
     def family(self) -> str:
         """Runs of one family differ in layer and seed alone."""
         return family_of(self.profile)
+
+    @property
+    def undertrained(self) -> bool:
+        """Whether the run's AV was trained on fewer targets than the paper's."""
+        return self.data["targets"]["sizes"]["N"] < PROFILES["paper"].n_targets
 
     @property
     def is_variant(self) -> bool:

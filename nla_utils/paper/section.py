@@ -14,7 +14,7 @@ from nla_utils.paper.audit import audit_of_all
 from nla_utils.paper.card import facts_table, slips_table
 from nla_utils.paper.findings import easy_table, findings_table, reading_table, verdict_counts
 from nla_utils.paper.pages import FigureSpec, Page, Table, references
-from nla_utils.paper.published import BACKBONES, SECTION_11, TITLES, card, published, published_null
+from nla_utils.paper.published import BACKBONES, POOL, SECTION_11, TARGETS, TITLES, card, published, published_null
 from nla_utils.paper.released import released_runs, released_table
 from nla_utils.paper.results import (
     COMMITTED,
@@ -46,8 +46,6 @@ READING = FigureSpec(
     "Above zero it reads v. Lines are validation texts; their spread was not kept, so they have no intervals. Marks with a "
     "black edge are the kept AV on the held-out targets, with 95 % intervals over targets.",
 )  # fmt: skip
-# M and the pool of the published runs, whose NN-in-pool and NN-retrieval are points of a null.
-PUBLISHED_POINTS = (200, 2000)
 # Widths of a label, a published and two columns with intervals; and of a label and three pairs, raw and centred.
 NARROW, WIDE = (28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13)
 # The same with a column, or a pair, of the released AV.
@@ -80,10 +78,13 @@ def shared_tables(
     shown: Sequence[RunResults], about: Sequence[RunResults], released: Mapping[str, RunResults]
 ) -> dict[str, Table]:
     """The tables over all backbones, by name."""
-    wide = 58 / max(len(about), 1)
-    # The label, three published backbones, ours; a question, ours, its notebook.
-    facts = (15, 9, 9, 9, *(42 / max(len(about), 1),) * len(about))
-    found = (26, *(55 / max(len(about), 1),) * len(about), 8)
+
+    def shared(width: float) -> tuple[float, ...]:
+        """A width for the columns of our backbones together."""
+        return tuple(width / len(about) for _ in about)
+
+    # A question, ours, its notebook; the label, three published backbones, ours; a slip, what it is, ours.
+    found, facts, audit = (26, *shared(55), 8), (15, 9, 9, 9, *shared(42)), (15, 18, *shared(58))
     return {
         "findings": Table("findings", "What was found", findings_table(shown), found),
         "facts": Table("facts", "The backbones and the trainings", facts_table(about), facts),
@@ -91,7 +92,7 @@ def shared_tables(
                       tables.published_null_table(released),
                       (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)),
         "card": Table("card", "What the card says, and what is wrong with it", slips_table(about), (34, 60)),
-        "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), (15, 18, *(wide,) * len(about)), long=True),
+        "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), audit, long=True),
         "reading": Table("reading", "What the AV takes from v", reading_table(shown), (15, 6, 6, 14, 14, 14, 14)),
     }  # fmt: skip
 
@@ -120,12 +121,6 @@ def _how_made(results: RunResults) -> str:
     )
 
 
-def _has_few_steps(results: RunResults) -> bool:
-    """Whether the AV was trained, and kept at less than a hundredth of the published one's step."""
-    step = results.data["training"]["best_step"]
-    return step is not None and 100 * step < published(SECTION_11)["training"]["best_step"]
-
-
 def said(about: Sequence[RunResults]) -> dict[str, object]:
     """The numbers of the section's sentences, as text; those of runs one after the other, always in the same order."""
 
@@ -142,7 +137,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
     least = min(best - null for null, best in nulls.values())
     read = [r for r in about if r.source_loss]
     # Whose null is read off the same points as the published one.
-    same = [r for r in about if (r.data["targets"]["sizes"]["M"], r.data["targets"]["sizes"]["pool"]) == PUBLISHED_POINTS]
+    same = [r for r in about if (r.data["targets"]["sizes"]["M"], r.data["targets"]["sizes"]["pool"]) == (TARGETS, POOL)]
     return {
         "names": each(lambda r: r.name), "shown": each(lambda r: r.spec.shown), "small": all(r.spec.weights for r in about),
         "card": card(), "K": stated["centred_eval"]["K"],
@@ -159,7 +154,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "within": bool(same) and all(0 < least < tables.null_mismatch(r) for r in same),
         "same": each(lambda r: r.name, same), "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}", same),
         "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}", same),
-        "steps": each(lambda r: str(r.data["training"]["best_step"])), "few": listed([r.name for r in about if _has_few_steps(r)]),
+        "steps": each(lambda r: str(r.data["training"]["best_step"])), "undertrained": listed([r.name for r in about if r.undertrained]),
         "ks": each(lambda r: str(r.data["targets"]["sizes"]["K"])),
         "made": each(_how_made), "held_out": each(lambda r: str(r.data["targets"]["sizes"]["M"])),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
