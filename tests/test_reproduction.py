@@ -64,6 +64,14 @@ def test_every_row_of_the_sections_tables_is_compared():
     assert len(labels) == len(set(labels))
 
 
+def test_every_row_of_the_default_run_has_a_measured_spread_of_five_seeds():
+    record, kept = read_record(ROOT / "paper" / "seed_spread.json"), columns(load_results(QUICK))
+    assert {(p, key) for p, of in record["deviations"].items() for key in of} >= set(kept)
+    assert [s["identity"]["seed"] for s in record["seeds"]] == [1, 2, 3, 4, 5]
+    own = load_results(QUICK)
+    assert record["seeds"][0]["sha256"] == {name: own.sha256(name) for name in own.data}
+
+
 def test_a_run_agrees_with_itself(run):
     n = len(columns(load_results(QUICK)))
     text = write_reproduction(run)
@@ -82,6 +90,14 @@ def test_a_planted_difference_is_found_from_two_root_two_deviations_on(run, by, 
     assert cells[2].split()[0] == f"{kept:.3f}" and cells[3].split()[0] == f"{kept + by * ALLOWED * 0.01:.3f}"
     assert float(cells[4]) == pytest.approx(by * ALLOWED * 0.01, rel=0.02) and float(cells[5]) == pytest.approx(0.028)
     assert "[" in cells[2] and "[" in cells[3] and cells[6].strip() == ("yes" if agrees else "no")
+
+
+@pytest.mark.parametrize("by, agrees", [(0.0004, True), (0.0006, False)])
+def test_what_is_alike_for_every_seed_may_differ_by_less_than_is_shown(run, by, agrees):
+    own, kept = load_results(run), load_results(QUICK)
+    own.data["centered_eval"]["protocols"]["corrected"][GREEDY] += by
+    (found,) = (c for c in compare(own, kept, {"corrected": {GREEDY: 0.0}}) if c.agrees is not None)
+    assert found.agrees == agrees
 
 
 def test_two_that_differ_are_counted_as_two(run):

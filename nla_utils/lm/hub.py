@@ -48,8 +48,8 @@ def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored:
                 ignore_patterns=list(ignored),
             )
         )
-    except (OSError, _transport_error()) as error:
-        raise SourceError(_explain(info.id, found.revision, kind, error)) from None
+    except failures() as error:
+        raise SourceError(explain(info.id, found.revision, kind, error)) from None
     for sibling in wanted:
         _check_hash(folder / sibling.rfilename, sibling, info)
     atomic_write(folder / VERIFIED, "\n".join({*_verified(folder), *patterns}).encode())
@@ -89,8 +89,8 @@ def _look_up(source: str, patterns: Sequence[str], kind: str, ignored: Sequence[
         return _Found(repo, revision, kind, kept)
     try:
         info = HfApi().repo_info(repo, revision=revision or None, repo_type=kind, files_metadata=True)
-    except (OSError, _transport_error()) as error:
-        raise SourceError(_explain(repo, revision, kind, error)) from None
+    except failures() as error:
+        raise SourceError(explain(repo, revision, kind, error)) from None
     wanted = [s for s in info.siblings if any(fnmatch(s.rfilename, p) for p in patterns)
               and not any(fnmatch(s.rfilename, p) for p in ignored)]  # fmt: skip
     return _Found(repo, revision, kind, _users_own(repo, kind, info.sha, wanted), info, wanted)
@@ -136,11 +136,13 @@ def _config_alone(info) -> Path:
     return path.parent
 
 
-def _transport_error() -> type[Exception]:
-    """The base of the transport's errors, whichever HTTP library this version of the hub's client is built on."""
-    from huggingface_hub.errors import HfHubHTTPError
+def failures() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: the base of its transport's errors, whichever HTTP library this version is built on;
+    a name that no repository can have; and a plain ``RuntimeError`` from the part of it that fetches large files."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+    transport = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+    return OSError, transport, HFValidationError, RuntimeError
 
 
 def _users_own(repo: str, kind: str, commit: str, wanted: Sequence) -> Path | None:
@@ -203,12 +205,15 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     return sha256_file(path)
 
 
-def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:
+def explain(repo: str, revision: str, kind: str, error: Exception) -> str:
     """What went wrong and what to do, by kind of failure."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     where = f"{repo}@{revision}" if revision else repo
+    said = " ".join(str(error).split())
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    if isinstance(error, HFValidationError):
+        return f"{repo} is no name that a repository of the hub can have: {said}"
     if isinstance(error, GatedRepoError):
         return (
             f"{where} is gated: open {page} signed in, accept its terms, then run "
@@ -223,10 +228,12 @@ def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:
         return f"{where} does not exist, or is private and you are not signed in (`hf auth login`)"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        return f"{where}: the hub answered {status}: {error}"
+        sign_in = "; run `hf auth login` with a token that may do this" if status in (401, 403) else ""
+        return f"{where}: the hub answered {status}: {said}{sign_in}"
     if isinstance(error, OSError) and error.filename:
         return f"{where}: {error.filename}: {error.strerror}; put that right, then run the same command again"
+    kind_of_error = type(error).__name__ + (f": {said}" if type(error) is RuntimeError else "")
     return (
-        f"{where} could not be reached ({type(error).__name__}); check the network and HF_HUB_OFFLINE, or give a local "
+        f"{where} could not be reached ({kind_of_error}); check the network and HF_HUB_OFFLINE, or give a local "
         f"folder or a commit that was fetched before"
     )

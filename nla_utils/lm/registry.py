@@ -46,7 +46,8 @@ class BackboneSpec:
     None means the tokenizer's EOS. ``padding_side`` None means the tokenizer's own.
     ``ceiling`` is the row that the paper divides by in ρ on this backbone. ``license`` is that of the weights, which
     holds for what derives from them; None where it is not known here. ``title`` is the name as its makers write it,
-    ``variant`` and ``weights`` are what pages say of the weights, in short and in full; empty where nothing is known here.
+    ``variant`` and ``weights`` are what pages say of the weights, in short and in full, ``samples`` what they say of the
+    texts that it writes without a prompt; empty where nothing is to be said.
     ``av`` and ``targets`` are the repositories of what the authors published for it, ``targets_file`` the file in the
     latter; their vectors alone are in ``…_pool.pt`` beside it. ``unverified`` says why a backbone may not work here, None
     for those that were run or rehearsed.
@@ -64,6 +65,7 @@ class BackboneSpec:
     title: str = ""
     variant: str = ""
     weights: str = ""
+    samples: str = ""
     av: Optional[str] = None
     targets: Optional[str] = None
     targets_file: Optional[str] = None
@@ -94,9 +96,9 @@ REGISTRY = _read_registry()
 
 
 def weights_note(names: Iterable[str]) -> str:
-    """One sentence for each backbone of ``names`` whose weights the registry describes."""
+    """A sentence or two for each backbone of ``names`` whose weights the registry describes."""
     specs = (REGISTRY[name] for name in dict.fromkeys(names) if name in REGISTRY)
-    return " ".join(f"{spec.shown}: {spec.weights}." for spec in specs if spec.weights)
+    return " ".join(f"{spec.shown}: {spec.weights}. {spec.samples}".strip() for spec in specs if spec.weights)
 
 
 # The same weights again, under another name or in a folder.

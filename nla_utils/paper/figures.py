@@ -87,11 +87,12 @@ def figure_1(everything: Sequence[RunResults]) -> Figure:
     shown = largest(everything)
     pairs = [shown[i : i + 2] for i in range(0, len(shown), 2)]
     below = [[r.title for r in pair] + ["."] * (2 - len(pair)) for pair in pairs]
-    fig = plt.figure(figsize=(WIDTH, 3.6 + 2.9 * len(pairs)), layout="constrained")
+    fig = plt.figure(figsize=(WIDTH, 5.1 + 1.4 * len(pairs)), layout="constrained")
     axes = fig.subplot_mosaic([["published"] * 2, *below])
-    published_k_curves(axes["published"])
     ours = [axes[r.title] for r in shown]
     ends = [_corrected_panel(ax, results) for ax, results in zip(ours, shown)]
+    # Last, since its labels are placed on the page as it is then laid out.
+    published_k_curves(axes["published"])
     if ours:
         same_limits(ours)
     for ax in ours[1::2]:

@@ -51,14 +51,15 @@ def cite_tex(text: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A generated table: file stem, caption, contents, the widths of its columns where it has to wrap in print, and the
-    run that it is of, which its files name."""
+    """A generated table: file stem, caption, contents, the widths of its columns where it has to wrap in print, the
+    run that it is of, which its files name, and whether it may be longer than a page."""
 
     stem: str
     caption: str
     frame: pd.DataFrame
     widths: tuple[float, ...] = ()
     of: str = ""
+    long: bool = False
 
     @property
     def markdown(self) -> str:
@@ -69,7 +70,7 @@ class Table:
         """What its files hold, by their ending."""
         caption = f"{self.caption}. {self.of}" if self.of else self.caption
         head = f"*{caption}*\n\n" if self.of else ""
-        return {"md": head + self.markdown, "tex": latex(self.frame, caption, f"tab:{self.stem}", self.widths)}
+        return {"md": head + self.markdown, "tex": latex(self.frame, caption, f"tab:{self.stem}", self.widths, self.long)}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterable, Optional
 
 from nla_utils.artefacts import read_record, sha256_file
-from nla_utils.config import ROOT, RunConfig
+from nla_utils.config import PROFILES, ROOT, RunConfig
 from nla_utils.lm import registry
 
 COMMITTED = ROOT / "paper" / "results"
@@ -80,6 +80,11 @@ class RunResults:
         return json.dumps([facts["sizes"], given])
 
     @property
+    def undertrained(self) -> bool:
+        """Whether the run's AV was trained on fewer targets than the paper's."""
+        return self.data["targets"]["sizes"]["N"] < PROFILES["paper"].n_targets
+
+    @property
     def is_variant(self) -> bool:
         """Whether the run is one of a sweep, of another layer than the backbone's own or another seed than 1, and not to be
         shown on its own."""
@@ -144,13 +149,13 @@ def without_variants(
 
 
 def largest(everything: Iterable[RunResults]) -> list[RunResults]:
-    """The results with the most targets of each backbone."""
+    """The results with the most targets of each backbone, the largest first."""
     best: dict[str, RunResults] = {}
     for results in everything:
         size = results.data["targets"]["sizes"]["N"]
         if results.backbone not in best or size > best[results.backbone].data["targets"]["sizes"]["N"]:
             best[results.backbone] = results
-    return list(best.values())
+    return sorted(best.values(), key=lambda r: -r.data["targets"]["sizes"]["N"])
 
 
 def foremost(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> Optional[RunResults]:

@@ -14,7 +14,7 @@ from nla_utils.paper.audit import audit_of_all
 from nla_utils.paper.card import facts_table, slips_table
 from nla_utils.paper.findings import easy_table, findings_table, reading_table, verdict_counts
 from nla_utils.paper.pages import FigureSpec, Page, Table, references
-from nla_utils.paper.published import BACKBONES, SECTION_11, TITLES, card, published, published_null
+from nla_utils.paper.published import BACKBONES, POOL, SECTION_11, TARGETS, TITLES, card, published, published_null
 from nla_utils.paper.released import released_runs, released_table
 from nla_utils.paper.results import (
     COMMITTED,
@@ -37,7 +37,7 @@ FIGURE_1 = FigureSpec(
     "earlier one; Llama's has fewer targets, and its ceiling is NN-in-pool, that of the others the best of eight "
     "paraphrases. Of gemma-4 only the triangles are printed. The paper prints no intervals. "
     "Below, ours, held out and corrected: the rise with K is there for texts that have nothing to do with v. Two such nulls "
-    "coincide: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots on it). What the AV adds is "
+    "lie close together: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots). What the AV adds is "
     "its distance from them. The best of eight paraphrases and the nearest stored text are levels, not curves. Bands are "
     "95 % intervals over targets.",
 )  # fmt: skip
@@ -79,17 +79,21 @@ def shared_tables(
     shown: Sequence[RunResults], about: Sequence[RunResults], released: Mapping[str, RunResults]
 ) -> dict[str, Table]:
     """The tables over all backbones, by name."""
-    wide = 58 / max(len(about), 1)
-    # The label, three published backbones, ours.
-    facts = (22, 11, 11, 11, *(17,) * len(about))
+
+    def shared(width: float) -> tuple[float, ...]:
+        """A width for the columns of our backbones together."""
+        return tuple(width / len(about) for _ in about)
+
+    # A question, ours, its notebook; the label, three published backbones, ours; a slip, what it is, ours.
+    found, facts, audit = (26, *shared(55), 8), (15, 9, 9, 9, *shared(42)), (15, 18, *shared(58))
     return {
-        "findings": Table("findings", "What was found", findings_table(shown), (34, 24, 24, 9)),
+        "findings": Table("findings", "What was found", findings_table(shown), found),
         "facts": Table("facts", "The backbones and the trainings", facts_table(about), facts),
         "null": Table("published-null", "The published best of K beside the null that the paper itself prints",
                       tables.published_null_table(released),
                       (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)),
         "card": Table("card", "What the card says, and what is wrong with it", slips_table(about), (34, 60)),
-        "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), (15, 19, *(wide,) * len(about))),
+        "audit": Table("audit", "Audit: what each slip moves", audit_of_all(about, shown), audit, long=True),
         "reading": Table("reading", "What the AV takes from v", reading_table(shown), (15, 6, 6, 14, 14, 14, 14)),
     }  # fmt: skip
 
@@ -101,11 +105,29 @@ def _reading_runs(measured: list[RunResults]) -> str:
     return ", ".join(label for label, word in words.items() if word == YES)
 
 
+def listed(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _how_made(results: RunResults) -> str:
+    sizes = results.data["targets"]["sizes"]
+    training = results.data["training"]
+    machine = "a CPU" if device_of(training) == "cpu" else "a GPU"
+    made = f"trained on {machine} and kept at step {training['best_step']} of {training['steps']}"
+    if training.get("released"):
+        made = "a released AV"
+    return (
+        f"{results.name} ({results.size}, {made}, M = {sizes['M']} held-out targets with K = {sizes['K']} rollouts each)"
+    )
+
+
 def said(about: Sequence[RunResults]) -> dict[str, object]:
     """The numbers of the section's sentences, as text; those of runs one after the other, always in the same order."""
 
     def each(text: Callable[[RunResults], str], runs: Sequence[RunResults] = about) -> str:
-        return " and ".join(text(r) for r in runs)
+        found = [text(r) for r in runs]
+        return listed(found[:1] if len(set(found)) == 1 else found)
 
     def of(row: rows.Row, protocol: str = "corrected", kind: str = "cen", show=None) -> str:
         show = show or (lambda column, key: tables.number(column[key]))
@@ -115,10 +137,10 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
     nulls = {TITLES[name]: published_null(name, published(name)["centred_eval"]["K"]) for name in BACKBONES}
     least = min(best - null for null, best in nulls.values())
     read = [r for r in about if r.source_loss]
-    machines = {"a CPU" if device_of(r.data["training"]) == "cpu" else "a GPU" for r in about}
+    # Whose null is read off the same points as the published one.
+    same = [r for r in about if (r.data["targets"]["sizes"]["M"], r.data["targets"]["sizes"]["pool"]) == (TARGETS, POOL)]
     return {
         "names": each(lambda r: r.name), "shown": each(lambda r: r.spec.shown), "small": all(r.spec.weights for r in about),
-        "machines": " or ".join(sorted(machines)),
         "card": card(), "K": stated["centred_eval"]["K"],
         "margins": ", ".join(f"{best - null:+.3f} on {title}" for title, (null, best) in nulls.items()),
         "retrieval": ", ".join(
@@ -130,16 +152,13 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "greedy": of(rows.GREEDY_MINUS_OTHERS, show=tables.signed),
         "nearest": of(rows.GREEDY_MINUS_RETRIEVAL, show=tables.signed),
         "nats": each(lambda r: tables.signed(r.source_loss, rows.NATS_GAINED[0].key), read),
-        "within": bool(about) and all(0 < least < tables.null_mismatch(r) for r in about),
-        "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}"),
-        "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}"),
-        "evaluated": " and ".join(dict.fromkeys(
-            f"{r.data['targets']['sizes']['M']} held-out targets with {r.column(rows.EVALUATION_FILE, 'corrected')['K']} rollouts each"
-            for r in about
-        )),
-        "held_out": " and ".join(dict.fromkeys(str(r.data["targets"]["sizes"]["M"]) for r in about)),
+        "within": bool(same) and all(0 < least < tables.null_mismatch(r) for r in same),
+        "same": each(lambda r: r.name, same), "mismatch": each(lambda r: f"{tables.null_mismatch(r):.3f}", same),
+        "encoding": each(lambda r: f"{tables.null_encoding(r):.3f}", same),
+        "steps": each(lambda r: str(r.data["training"]["best_step"])), "undertrained": listed([r.name for r in about if r.undertrained]),
+        "ks": each(lambda r: str(r.data["targets"]["sizes"]["K"])),
+        "made": each(_how_made), "held_out": each(lambda r: str(r.data["targets"]["sizes"]["M"])),
         "mu": of(rows.CONSTANT_MU, kind="raw"), "best_raw": of(rows.BEST, kind="raw"),
-        "sizes": ", ".join(dict.fromkeys(r.size for r in about)),
     }  # fmt: skip
 
 

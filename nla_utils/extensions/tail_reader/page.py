@@ -136,31 +136,34 @@ def trained_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     return found
 
 
-def _apart(results: RunResults, record: dict) -> str:
-    """What a caption adds where the record was made from none of the run's own targets: drawn on another machine, they
-    differ even for the same seed."""
-    own = results.optional(tables.RESULTS)["made_from"]["targets"]
-    return "" if own in record["made_from"].values() else " (other targets than in the tables above)"
+def _unless_of_the_readers_targets(results: RunResults, record: dict, added: str) -> str:
+    """What a caption adds where the record was made from none of the targets that the reader was measured on: drawn on
+    another machine, or again, they differ even for the same seed."""
+    readers = results.optional(tables.RESULTS)["made_from"]["targets"]
+    return "" if readers in record["made_from"].values() else added
 
 
 def tables_of_run(results: RunResults) -> list[Table]:
     """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
     stem, of = results.stem, results.label
+    older = "; the reader's figures are of an older run's targets, the AV's of this run's: not to be compared row by row"
+    note = _unless_of_the_readers_targets(results, results.data["training"], older)
     made = [
-        Table(f"{stem}-reader", f"The tail reader and the AV of the run ({tables.trained(results)})",
+        Table(f"{stem}-reader", f"The tail reader and the AV of the run ({tables.trained(results)}){note}",
               tables.reader_table(results), of=of),
         Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results), of=of),
         Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results), of=of),
     ]
+    others = " (other targets than in the tables above)"
     ablation, seeds = results.optional(tables.ABLATION_RESULTS), results.optional(tables.SEEDS_RESULTS)
     if ablation:
-        apart = _apart(results, ablation)
+        apart = _unless_of_the_readers_targets(results, ablation, others)
         made += [
             Table(f"{stem}-reader-ablation", f"One change at a time{apart}", tables.ablation_table(ablation), of=of),
             Table(f"{stem}-reader-growth", f"With more sequences{apart}", tables.growth_table(ablation), of=of),
         ]
     if seeds:
-        apart = _apart(results, seeds)
+        apart = _unless_of_the_readers_targets(results, seeds, others)
         caption = f"Repeated on targets drawn anew{apart}"
         made.append(Table(f"{stem}-reader-seeds", caption, tables.seeds_table(seeds), of=of))
     return made

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pandas as pd
 
-from nla_utils.config import PROFILES
 from nla_utils.paper.claims import Claim, cell, claimed
 from nla_utils.paper.results import RunResults
 from nla_utils.paper.tables import number, over_seeds, with_interval
@@ -71,8 +70,7 @@ def reader_column(results: RunResults, protocol: str = "corrected") -> dict:
 def trained(results: RunResults) -> str:
     """How much the AV of a run was trained, and whether that is less than the paper's."""
     facts = results.data["training"]
-    short = results.data["targets"]["sizes"]["N"] < PROFILES["paper"].n_targets
-    return f"{'undertrained: ' if short else ''}{facts['train_pairs']:,} pairs, {facts['steps']:,} steps"
+    return f"{'undertrained: ' if results.undertrained else ''}{facts['train_pairs']:,} pairs, {facts['steps']:,} steps"
 
 
 def reader_table(results: RunResults) -> pd.DataFrame:

@@ -31,8 +31,6 @@ from nla_utils.stages.verbalizer import ActivationVerbalizer
 EPOCHS, RATE = 4, 3e-4
 # What is compared with the AV that training began from.
 GAINS = (rows.GREEDY_MINUS_OTHERS.cen, rows.NATS_GAINED[0].key)
-# Other targets whose v each held-out source is predicted from.
-N_OTHERS = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class _Measured:
     def __call__(
         self, label: str, av: ActivationVerbalizer, asked: TextPairs, teachers: Optional[Teachers] = None
     ) -> None:
-        column = measure(self.run, self.targets, av, asked, N_OTHERS)
+        column = measure(self.run, self.targets, av, asked)
         if teachers is None:
             self.start = column
         else:

@@ -95,12 +95,9 @@ def held_out_pairs(run: Run, targets: Targets) -> TextPairs:
     return pairs
 
 
-def measure(
-    run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs, n_others: int = N_OTHERS
-) -> Column:
-    """Nats of the pairs' texts by what stands in the slot (``n_others`` others' v in turn), and the greedy texts' scores
-    against own and other targets."""
-    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others).nats)
+def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs) -> Column:
+    """Nats of the pairs' texts by what stands in the slot, and the greedy texts' scores against own and other targets."""
+    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, N_OTHERS).nats)
     v_Md, m = targets.v[pairs.rows], len(pairs.rows)
     # As long as the texts can be: short sources are not to be compared with long texts.
     longest = max(map(len, pairs.ids))
