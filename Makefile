@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test paper pdf report bench growth batch env clean
+.PHONY: reproduce test report pdf bench growth batch env clean
 
 # An environment runs the checkout that it was made in, wherever that has been moved or copied to since.
 env: $(VENV)/.installed
@@ -35,13 +35,11 @@ bench: env
 growth: env
 	cd benchmarks && ../$(VENV)/bin/python growth.py
 
-paper: env
-	$(NLA) paper
-
 # The section as a PDF, in build/; needs latexmk.
 pdf: env
 	cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error -outdir=../build section11.tex
 
+# Pages, tables and figures from the committed results.
 report: env
 	$(NLA) report
 
@@ -53,4 +51,4 @@ batch: $(VENV)/.batch
 	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile $(BATCH) --cores $(CORES) --keep-going --rerun-incomplete --nolock
 
 clean:
-	rm -rf $(VENV) runs site .snakemake
+	rm -rf $(VENV) runs .snakemake

@@ -14,20 +14,27 @@ from run import measure, report
 from stages import SPECIAL_IDS, random_backbone, run_stages
 from transformers import Gemma2Config, PretrainedConfig
 
-from nla_utils.artefacts import write_json
 from nla_utils.config import RunConfig
 from nla_utils.run import open_run
+from nla_utils.store import write_json
 
 GEMMA_2_2B = Gemma2Config(
-    num_hidden_layers=26, hidden_size=2304, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-    intermediate_size=9216, vocab_size=256_000, query_pre_attn_scalar=256, **SPECIAL_IDS,
-)  # fmt: skip
+    num_hidden_layers=26,
+    hidden_size=2304,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    intermediate_size=9216,
+    vocab_size=256_000,
+    query_pre_attn_scalar=256,
+    **SPECIAL_IDS,
+)
 
 
 def measure_run(shape: PretrainedConfig, folder: Path, **sizes: int) -> dict:
     """The record of ``run.measure`` at the paper's sizes or the given ones, and the seconds that every stage took."""
     random_backbone(folder / "backbone", shape)
-    run = open_run(RunConfig(backbone=str(folder / "backbone"), profile="paper", out=str(folder / "runs"), **sizes))
+    run = open_run(RunConfig(backbone=str(folder / "backbone"), profile="full", out=str(folder / "runs"), **sizes))
     seconds = run_stages(run)
     record = measure(run)
     total = sum(seconds.values())

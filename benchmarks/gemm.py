@@ -8,9 +8,8 @@ import torch
 from clock import now
 from torch import nn
 
-from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.backbone import CHUNK_ROWS, Backbone
 from nla_utils.lm.cpu import head_product
-from nla_utils.lm.cross_entropy import CHUNK_ROWS
 
 
 @torch.inference_mode()

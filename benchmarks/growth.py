@@ -19,15 +19,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from nla_utils.artefacts import code_version, library_versions, read_json, write_json
 from nla_utils.config import ROOT, RunConfig
-from nla_utils.paper.figures import style
-from nla_utils.paper.tables import markdown
-from nla_utils.progress import Progress
+from nla_utils.report.figures import style
+from nla_utils.report.tables import markdown
+from nla_utils.store import Progress, code_version, library_versions, read_json, write_json
 
 BASE = {"N": 512, "K": 8, "M": 16, "d": 128, "L": 4, "V": 4096}
-GROWN = {"N": (512, 1024, 2048, 4096), "K": (8, 16, 32, 64), "M": (16, 32, 64, 128), "d": (128, 256, 512, 1024),
-         "L": (4, 8, 16, 32), "V": (4096, 8192, 16384, 32768)}  # fmt: skip
+GROWN = {
+    "N": (512, 1024, 2048, 4096),
+    "K": (8, 16, 32, 64),
+    "M": (16, 32, 64, 128),
+    "d": (128, 256, 512, 1024),
+    "L": (4, 8, 16, 32),
+    "V": (4096, 8192, 16384, 32768),
+}
 POOL = 256
 # What the work asks for once the term that grows fastest in it outweighs all others.
 EXPECTED = {
@@ -37,10 +42,12 @@ EXPECTED = {
 }
 WHY = {
     "N": "sequences are drawn, stored and trained on one by one",
-    "K": "rollouts", "M": "targets; the shuffled control compares all pairs, M², but by products of matrices alone",
-    "d": "products are d²; the reader solves for 8 d unknowns, d³", "L": "blocks; only the last position is stored",
+    "K": "rollouts",
+    "M": "targets; the shuffled control compares all pairs, M², but by products of matrices alone",
+    "d": "products are d²; the reader solves for 8 d unknowns, d³",
+    "L": "blocks; only the last position is stored",
     "V": "the head, and the reader's table of norms",
-}  # fmt: skip
+}
 
 
 def one_run(sizes: dict[str, int]) -> dict[str, float]:
@@ -52,14 +59,26 @@ def one_run(sizes: dict[str, int]) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as tmp:
         shape = LlamaConfig(
-            hidden_size=sizes["d"], intermediate_size=3 * sizes["d"], num_hidden_layers=sizes["L"],
-            num_attention_heads=4, num_key_value_heads=2, vocab_size=sizes["V"], initializer_range=0.1, **SPECIAL_IDS,
-        )  # fmt: skip
+            hidden_size=sizes["d"],
+            intermediate_size=3 * sizes["d"],
+            num_hidden_layers=sizes["L"],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=sizes["V"],
+            initializer_range=0.1,
+            **SPECIAL_IDS,
+        )
         random_backbone(Path(tmp) / "backbone", shape)
         config = RunConfig(
-            backbone=f"{tmp}/backbone", profile="quick", out=f"{tmp}/runs", device="cpu", n_targets=sizes["N"],
-            n_eval=sizes["M"], n_rollouts=sizes["K"], pool_size=POOL,
-        )  # fmt: skip
+            backbone=f"{tmp}/backbone",
+            profile="quick",
+            out=f"{tmp}/runs",
+            device="cpu",
+            n_targets=sizes["N"],
+            n_eval=sizes["M"],
+            n_rollouts=sizes["K"],
+            pool_size=POOL,
+        )
         run = open_run(config)
         before = _peak()
         seconds = sum(run_stages(run).values())
@@ -132,13 +151,16 @@ if __name__ == "__main__":
         sys.exit()
     found = measure()
     folder = ROOT / "benchmarks"
-    write_json(folder / "growth.json", {
-        "base": BASE | {"pool": POOL}, "curves": found, "code": code_version(), "libraries": library_versions(),
-    })  # fmt: skip
+    write_json(
+        folder / "growth.json",
+        {"base": BASE | {"pool": POOL}, "curves": found, "code": code_version(), "libraries": library_versions()},
+    )
     draw(found, folder / "growth.png")
     readme = (folder / "README.md").read_text(encoding="utf-8")
     head, _, rest = readme.partition("<!-- growth -->\n")
     _, _, tail = rest.partition("<!-- end of growth -->\n")
     shown = markdown(table(found))
-    (folder / "README.md").write_text(f"{head}<!-- growth -->\n\n{shown}\n<!-- end of growth -->\n{tail}", encoding="utf-8")
+    (folder / "README.md").write_text(
+        f"{head}<!-- growth -->\n\n{shown}\n<!-- end of growth -->\n{tail}", encoding="utf-8"
+    )
     print(shown)

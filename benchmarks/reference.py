@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import pad
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.verbalizer import ActivationVerbalizer
 
 BATCH = 16
 NEW_TOKENS = 64
@@ -23,9 +23,14 @@ NEW_TOKENS = 64
 def generate(backbone: Backbone, top_p: float = 1.0, **prompt: Tensor) -> Tensor:
     """New token ids (B, ≤ 64) by ``model.generate`` with the paper's arguments."""
     ids = backbone.model.generate(
-        **prompt, do_sample=True, temperature=1.0, top_p=top_p, max_new_tokens=NEW_TOKENS,
-        eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
-    )  # fmt: skip
+        **prompt,
+        do_sample=True,
+        temperature=1.0,
+        top_p=top_p,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=list(backbone.eos_ids),
+        pad_token_id=backbone.pad_id,
+    )
     return ids[:, prompt["input_ids"].shape[1] :] if "input_ids" in prompt else ids
 
 

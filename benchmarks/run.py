@@ -20,20 +20,20 @@ import reference
 import torch
 from clock import now, peak_memory
 
-from nla_utils.artefacts import code_version, library_versions, write_json
+from nla_utils.baselines import continue_prompts, prompt_ids
 from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import has_bfloat16
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
-from nla_utils.paper.tables import markdown
 from nla_utils.protocol import CORRECTED
+from nla_utils.report.tables import markdown
+from nla_utils.rollouts import published_logprobs, roll_out
 from nla_utils.run import Run, open_run
-from nla_utils.stages.ceilings import continue_prompts, prompt_ids
-from nla_utils.stages.rollouts import paper_logprobs, roll_out
-from nla_utils.stages.targets import draw_chunk
-from nla_utils.stages.trainer import pair_loss
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.store import code_version, library_versions, write_json
+from nla_utils.targets import draw_chunk
+from nla_utils.training import pair_loss
+from nla_utils.verbalizer import ActivationVerbalizer
 
 ROUNDS = 5
 K = 16
@@ -69,8 +69,9 @@ def compare(name: str, theirs: Callable[[], int], ours: Callable[[], int], model
     """Tokens/s of both sides, alternating, each with its own attention, and the ratio of medians."""
     sides = {"reference": Side(theirs, []), "ours": Side(ours, [])}
     attentions = {
-        "reference": models["reference"].library_attention, "ours": models["ours"].model.config._attn_implementation
-    }  # fmt: skip
+        "reference": models["reference"].library_attention,
+        "ours": models["ours"].model.config._attn_implementation,
+    }
     for round_ in range(ROUNDS):
         for label, side in sides.items():
             backbone = models[label]
@@ -105,7 +106,9 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
     text_ids = torch.tensor(texts)
 
     def ours_sampling() -> int:
-        return int(draw_chunk(backbone, settings, row_streams(1, "benchmark", range(backbone.sample_batch)))["lengths"].sum())
+        return int(
+            draw_chunk(backbone, settings, row_streams(1, "benchmark", range(backbone.sample_batch)))["lengths"].sum()
+        )
 
     def reference_sampling() -> int:
         ids, _ = reference.sample_and_extract(library, REFERENCE_SEQUENCES)
@@ -131,7 +134,7 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
     def ours_evaluation() -> int:
         # One set of rollouts for 04 and 05, encoded both ways, with both kinds of log-probability.
         part = roll_out(backbone, av, v[:15], settings, K, row_streams(2, "benchmark", range(15), K + 1))
-        paper_logprobs(backbone, av, v[:15], part, np.ones(15, dtype=bool))
+        published_logprobs(backbone, av, v[:15], part, np.ones(15, dtype=bool))
         return int(part["lengths"].sum())
 
     def reference_evaluation() -> int:
@@ -190,9 +193,7 @@ def measure(run: Run) -> dict:
 def machine(device: torch.device) -> dict:
     card = {"card": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     processor = platform.processor() or platform.machine()
-    return {
-        "processor": processor, "bfloat16_instructions": has_bfloat16(), "threads": torch.get_num_threads(), **card
-    }  # fmt: skip
+    return {"processor": processor, "bfloat16_instructions": has_bfloat16(), "threads": torch.get_num_threads(), **card}
 
 
 def profile(work: Callable[[], int], device: torch.device) -> dict[str, float]:
@@ -234,9 +235,11 @@ def store_sizes(run: Run) -> dict:
         tensors = {"ids": ids.int().numpy(), "lengths": np.zeros(n, dtype=np.int32), "v": h_NTd[:, -1].numpy()}
         ours = folder.save("targets", tensors).path.stat().st_size / n
     return {
-        "reference_bytes_per_target": theirs, "ours_bytes_per_target": ours, "ratio": theirs / ours,
+        "reference_bytes_per_target": theirs,
+        "ours_bytes_per_target": ours,
+        "ratio": theirs / ours,
         "activation_bytes": 4 * backbone.d,
-    }  # fmt: skip
+    }
 
 
 def report(record: dict) -> str:

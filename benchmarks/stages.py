@@ -9,19 +9,14 @@ from clock import now
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
+from nla_utils.baselines import make_ablation, make_ceilings, make_probe
+from nla_utils.evidence import of_ceilings, of_rollouts, part_of
 from nla_utils.protocol import PROTOCOLS
+from nla_utils.rollouts import make_rollouts
 from nla_utils.run import Run
-from nla_utils.scores.ceilings import score_ceilings
-from nla_utils.scores.compare import of_ceilings, of_rollouts
-from nla_utils.scores.evidence import part_of
-from nla_utils.scores.k_curve import score_k_curve
-from nla_utils.scores.rollouts import score_rollouts
-from nla_utils.stages.ablation import make_ablation
-from nla_utils.stages.ceilings import make_ceilings
-from nla_utils.stages.probe import make_probe
-from nla_utils.stages.rollouts import make_rollouts
-from nla_utils.stages.targets import make_targets
-from nla_utils.stages.training import train_av
+from nla_utils.scores import score_ceilings, score_k_curve, score_rollouts
+from nla_utils.targets import make_targets
+from nla_utils.training import train_av
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}

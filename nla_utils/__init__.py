@@ -14,7 +14,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 def __getattr__(name: str):
     if name == "NLA":
-        from nla_utils.extensions.release.api import NLA
+        from nla_extensions.release.api import NLA
 
         return NLA
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

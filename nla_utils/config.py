@@ -56,15 +56,21 @@ class Profile:
 
     def record(self) -> dict:
         """The sizes as results files have them."""
-        return {"N": self.n_targets, "M": self.n_eval, "K": self.n_rollouts, "pool": self.pool_size, "epochs": self.epochs,
-                "T": self.max_new_tokens}  # fmt: skip
+        return {
+            "N": self.n_targets,
+            "M": self.n_eval,
+            "K": self.n_rollouts,
+            "pool": self.pool_size,
+            "epochs": self.epochs,
+            "T": self.max_new_tokens,
+        }
 
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(96, 8, 4, 48, 1, 2, 8, max_new_tokens=24),
     "quick": Profile(640, 32, 16, 512, 1, 20, 32),
     "laptop": Profile(3000, 100, 32, 2000, 3, 100, 128),
-    "paper": Profile(30000, 200, 64, 2000, 3, 500, 512),
+    "full": Profile(30000, 200, 64, 2000, 3, 500, 512),
 }
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -263,13 +269,18 @@ class AVConfig:
             "d_vector": (self.d_vector is None or whole(self.d_vector, 1), "null or a whole number"),
             "pool": (self.pool == "last", "'last'"),
             "prefix_mode": (self.prefix_mode in ("static", "mlp"), "'static' or 'mlp'"),
-            "prefix_mlp_hidden": (self.prefix_mode != "mlp" or whole(self.prefix_mlp_hidden, 1),
-                                  "a whole number where prefix_mode is 'mlp'"),
+            "prefix_mlp_hidden": (
+                self.prefix_mode != "mlp" or whole(self.prefix_mlp_hidden, 1),
+                "a whole number where prefix_mode is 'mlp'",
+            ),
             "use_layer_embed": (isinstance(self.use_layer_embed, bool), "true or false"),
-            "inject_norm": (norm in (None, "none", "embed") or _is_number(norm) and norm > 0, "'none', 'embed' or a norm"),
+            "inject_norm": (
+                norm in (None, "none", "embed") or _is_number(norm) and norm > 0,
+                "'none', 'embed' or a norm",
+            ),
             "temperature": (_is_number(self.temperature) and self.temperature > 0, "a number above 0"),
             "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
-        }  # fmt: skip
+        }
         for name, (is_right, wanted) in right.items():
             if not is_right:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; an AV's configuration has {wanted} there")

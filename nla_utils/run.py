@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Optional
 
-from nla_utils.artefacts import RunFolder, code_version, library_versions, write_record
 from nla_utils.config import Profile, RunConfig
 from nla_utils.lm.backbone import Backbone, identity
 from nla_utils.lm.loading import Description, describe, hardware, load_backbone, pick_device
+from nla_utils.store import RunFolder, code_version, library_versions, write_record
 
 
 @dataclass

@@ -23,13 +23,18 @@ from transformers import (  # noqa: E402
 
 from nla_utils.config import RunConfig  # noqa: E402
 from nla_utils.run import Run, open_run  # noqa: E402
-from nla_utils.stages.targets import make_targets  # noqa: E402
+from nla_utils.targets import make_targets  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus.txt"
 SHAPE = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=512, initializer_range=0.3,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.3,
+)
 CONFIGS = {
     "gemma2": lambda ids: Gemma2Config(**SHAPE, **ids, head_dim=8, query_pre_attn_scalar=8, sliding_window=64),
     "gemma3": lambda ids: Gemma3TextConfig(**SHAPE, **ids, head_dim=8, query_pre_attn_scalar=8, sliding_window=64),
@@ -49,9 +54,7 @@ def build_tokenizer(padding_side: str, bos_is_eos: bool, adds_bos: bool, bos: bo
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False)
     # ASCII alone, so that any sequence of tokens is text that can be tokenized again.
     tokenizer.train_from_iterator([CORPUS.read_text(encoding="ascii")], trainer)
     if adds_bos:
@@ -72,9 +75,11 @@ def save_tiny(
     """A random model of a configuration made from the tokenizer's ids, with the tokenizer, in ``folder``; where it is
     ``quiet`` its head gives all ids that are no token of the tokenizer a logit of 0, and so never names them."""
     ids = dict(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config(ids))
     if quiet:
@@ -103,9 +108,9 @@ def with_out(run: Run, out: Path, **changes) -> Run:
 
 def comparable(run: Run, targets) -> bool:
     """Whether two held-out texts are short enough to be compared: of random tokens few are, once tokenized again."""
-    from nla_utils.stages.pairs import paper_pairs
+    from nla_utils.verbalizer import published_pairs
 
-    return len(paper_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens).rows) >= 2
+    return len(published_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens).rows) >= 2
 
 
 @pytest.fixture(scope="session", params=sorted(TINY))
@@ -127,9 +132,9 @@ def gemma_run(tiny_folders, tmp_path_factory):
 @pytest.fixture(scope="session")
 def scored_run(tiny_run):
     """A run taken through training, ceilings and rollouts."""
-    from nla_utils.stages.ceilings import make_ceilings
-    from nla_utils.stages.rollouts import make_rollouts
-    from nla_utils.stages.training import train_av
+    from nla_utils.baselines import make_ceilings
+    from nla_utils.rollouts import make_rollouts
+    from nla_utils.training import train_av
 
     run, targets = tiny_run
     train_av(run, targets)
@@ -141,7 +146,7 @@ def scored_run(tiny_run):
 @pytest.fixture(scope="session")
 def probe(scored_run):
     """The probe's texts of the targets of ``scored_run``."""
-    from nla_utils.stages.probe import make_probe
+    from nla_utils.baselines import make_probe
 
     run, targets, *_ = scored_run
     return make_probe(run, targets)
@@ -150,10 +155,10 @@ def probe(scored_run):
 @pytest.fixture(scope="session")
 def evidence(scored_run, probe):
     """All that the results of ``scored_run`` are made of."""
-    from nla_utils.scores.compare import of_ceilings, of_rollouts
-    from nla_utils.stages.ablation import make_ablation
-    from nla_utils.stages.source_loss import make_source_loss
-    from nla_utils.stages.training import load_av
+    from nla_utils.baselines import make_ablation
+    from nla_utils.evidence import of_ceilings, of_rollouts
+    from nla_utils.training import load_av
+    from nla_utils.verbalizer import make_source_loss
 
     run, targets, ceilings, rollouts = scored_run
     ablation = make_ablation(run, targets, ceilings)
@@ -165,8 +170,8 @@ def evidence(scored_run, probe):
 @pytest.fixture(scope="session")
 def readings(scored_run):
     """What the reader writes for the targets of ``scored_run``."""
-    from nla_utils.extensions.tail_reader.reader import fit_reader
-    from nla_utils.extensions.tail_reader.rollouts import make_reader_rollouts
+    from nla_extensions.tail_reader.reader import fit_reader
+    from nla_extensions.tail_reader.rollouts import make_reader_rollouts
 
     run, targets, *_ = scored_run
     fit_reader(run, targets)
@@ -176,9 +181,9 @@ def readings(scored_run):
 @pytest.fixture(scope="session")
 def nla(scored_run, readings):
     """The verbalizers of ``scored_run``."""
+    from nla_extensions.release.bundle import load_bundle
     from nla_utils import NLA
-    from nla_utils.extensions.release.bundle import load_bundle
-    from nla_utils.stages.targets import describe
+    from nla_utils.targets import describe
 
     run, targets, *_ = scored_run
     run.write_results("targets", describe(run, targets), {"targets": targets.sha256})

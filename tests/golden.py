@@ -23,8 +23,11 @@ OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 TAKEN_APART = "tiny-gemma2"
 # One thread, and numpy's products by the kernels that every x86 with AVX2 has: sums are then made in one order.
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OPENBLAS_CORETYPE": "Haswell",
+}
 
 
 def kind_of_machine() -> str:
@@ -56,9 +59,12 @@ def results_of(folder: Path) -> dict[str, dict]:
 
 def command(*words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "nla_utils", *words], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-m", "nla_extensions.cli", *words],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -64,8 +64,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"transfer": "basic", "objects": [self._upload(o) for o in json.loads(body)["objects"]]})
         action = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit)/main", path)
         if action and action[2] == "preupload":
-            files = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
-                      "shouldIgnore": False} for f in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
+                    "shouldIgnore": False,
+                }
+                for f in json.loads(body)["files"]
+            ]
             return self._json({"files": files})
         if action:
             return self._commit(action[1], [json.loads(line) for line in body.splitlines() if line.strip()])
@@ -174,6 +180,10 @@ def _record(path: str, data: bytes) -> dict:
     record = {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
     record["oid"] = record["blobId"]
     if path.endswith(LARGE):
-        record["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "oid": hashlib.sha256(data).hexdigest(),
-                         "size": len(data), "pointerSize": 130}  # fmt: skip
+        record["lfs"] = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "oid": hashlib.sha256(data).hexdigest(),
+            "size": len(data),
+            "pointerSize": 130,
+        }
     return record

@@ -11,9 +11,10 @@ import torch
 def hidden(model, layer: int, ids: list[int], position: int = -1, mask: list[int] | None = None) -> list[float]:
     with torch.no_grad():
         out = model(
-            torch.tensor([ids]), attention_mask=None if mask is None else torch.tensor([mask]),
+            torch.tensor([ids]),
+            attention_mask=None if mask is None else torch.tensor([mask]),
             output_hidden_states=True,
-        )  # fmt: skip
+        )
     return out.hidden_states[layer][0, position].float().tolist()
 
 

@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
+from nla_extensions.cli import app
+from nla_extensions.release import bundle as bundles
+from nla_extensions.release.bundle import write_bundle
+from nla_extensions.release.methods import METHODS
 from nla_utils import NLA
 from nla_utils.errors import ArtefactError, ConfigError
-from nla_utils.extensions.release import bundle as bundles
-from nla_utils.extensions.release.bundle import write_bundle
-from nla_utils.extensions.release.methods import METHODS
 from nla_utils.metrics import chance_of_rank, fve
-from nla_utils.runner.cli import app
 
 TEXT = "the lighthouse keeper wound the clock and"
 
@@ -61,15 +61,18 @@ def test_activation_is_that_of_the_text_up_to_the_token(nla):
     np.testing.assert_allclose(trace[-1][1], nla.activation(TEXT), atol=2e-4)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda n: n.activation(""), "has no tokens"),
-    (lambda n: n.activation(TEXT, 999), "token 999 is out of range"),
-    (lambda n: n.verbalize(np.zeros(3)), "has shape"),
-    (lambda n: n.verbalize(np.full(n.backbone.d, np.nan)), "NaN"),
-    (lambda n: n.verbalize(np.ones(n.backbone.d), method="readr"), "did you mean 'reader'"),
-    (lambda n: n.verbalize(np.ones(n.backbone.d), k=0), "k is 0"),
-    (lambda n: n.verbalize(np.ones(n.backbone.d), fluency=-1), "fluency is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda n: n.activation(""), "has no tokens"),
+        (lambda n: n.activation(TEXT, 999), "token 999 is out of range"),
+        (lambda n: n.verbalize(np.zeros(3)), "has shape"),
+        (lambda n: n.verbalize(np.full(n.backbone.d, np.nan)), "NaN"),
+        (lambda n: n.verbalize(np.ones(n.backbone.d), method="readr"), "did you mean 'reader'"),
+        (lambda n: n.verbalize(np.ones(n.backbone.d), k=0), "k is 0"),
+        (lambda n: n.verbalize(np.ones(n.backbone.d), fluency=-1), "fluency is -1"),
+    ],
+)
 def test_bad_input_is_named(nla, call, message):
     with pytest.raises(ConfigError, match=message):
         call(nla)
@@ -113,11 +116,14 @@ def test_command_line_reads_text_and_vectors_alike(nla, scored_run, tmp_path):
     assert answers[1] == answers[2]
 
 
-@pytest.mark.parametrize("given, message", [
-    ([], "give either --text or --vector"),
-    (["--vector", "absent.npy"], "does not exist"),
-    (["--text", "x", "--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "give either --text or --vector"),
+        (["--vector", "absent.npy"], "does not exist"),
+        (["--text", "x", "--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
+    ],
+)
 def test_command_line_refuses_bad_input(given, message):
     result = CliRunner().invoke(app, ["verbalize", *given])
     assert result.exit_code == 2 and message in " ".join(result.output.split())

@@ -18,17 +18,17 @@ from transformers import (
     xLSTMConfig,
 )
 
+from nla_extensions.tail_reader.reader import fit_reader, read_greedy
+from nla_utils.baselines import make_ceilings
 from nla_utils.errors import BackboneError, ConfigError
-from nla_utils.extensions.tail_reader.reader import fit_reader, read_greedy
+from nla_utils.evidence import of_ceilings
 from nla_utils.lm.loading import load_backbone
 from nla_utils.protocol import CORRECTED
+from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
-from nla_utils.scores.ceilings import score_ceilings
-from nla_utils.scores.compare import of_ceilings
-from nla_utils.stages.ceilings import make_ceilings
-from nla_utils.stages.rollouts import make_rollouts
-from nla_utils.stages.targets import make_targets
-from nla_utils.stages.training import train_av
+from nla_utils.scores import score_ceilings
+from nla_utils.targets import make_targets
+from nla_utils.training import train_av
 
 PLAIN = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
 ARCHITECTURES = {
@@ -43,13 +43,21 @@ HYBRID = ["linear_attention", "full_attention"] * 2
 RECURRENT = {
     "lfm2": lambda ids: Lfm2Config(**SHAPE, **ids, layer_types=["conv", "full_attention"] * 2),
     "qwen3-next": lambda ids: Qwen3NextConfig(
-        **SHAPE, **ids, layer_types=HYBRID, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+        **SHAPE,
+        **ids,
+        layer_types=HYBRID,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
     "xlstm": lambda ids: xLSTMConfig(hidden_size=32, num_heads=4, num_hidden_layers=4, **ids),
     "mamba": lambda ids: MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=4, **ids),
     "recurrent-gemma": lambda ids: RecurrentGemmaConfig(**PLAIN, **ids, lru_width=32, attention_window_size=16),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shard", ["5GB", "30KB"], ids=["one-file", "sharded"])
@@ -64,7 +72,9 @@ def test_the_chain_runs(name, shard, tmp_path):
     reader = fit_reader(run, targets)
     assert read_greedy(reader, torch.from_numpy(targets.v[:2])).shape == (2, 8)
     ceilings = make_ceilings(run, targets)
-    replay = score_ceilings(of_ceilings(targets, ceilings, run.sizes.n_rollouts), CORRECTED).values["replay_cen_fve_mean"]
+    replay = score_ceilings(of_ceilings(targets, ceilings, run.sizes.n_rollouts), CORRECTED).values[
+        "replay_cen_fve_mean"
+    ]
     assert replay == pytest.approx(1.0, abs=1e-4)
     rollouts = make_rollouts(run, targets)
     assert np.isfinite(rollouts.h_bos).all()

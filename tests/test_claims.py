@@ -8,17 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nla_extensions.comparison import tables as comparison
+from nla_extensions.tail_reader import page as reader_page
+from nla_extensions.tail_reader import tables as reader
 from nla_utils import metrics
 from nla_utils.config import ROOT
-from nla_utils.extensions.comparison import tables as comparison
-from nla_utils.extensions.tail_reader import page as reader_page
-from nla_utils.extensions.tail_reader import tables as reader
-from nla_utils.paper import findings
-from nla_utils.paper.claims import CLAIMS, PROTOCOLS, claimed, decided, stated_value
-from nla_utils.paper.published import BACKBONES, published_null
-from nla_utils.paper.results import find_results, largest, without_variants
-from nla_utils.paper.verdicts import LEVEL, NO, UNDECIDED, UNMEASURED, VALUE_ONLY, YES, Claimed, decide, holm
-from nla_utils.scores.column import Column
+from nla_utils.report import claims as findings
+from nla_utils.report.claims import (
+    CLAIMS,
+    LEVEL,
+    NO,
+    PROTOCOLS,
+    UNDECIDED,
+    UNMEASURED,
+    VALUE_ONLY,
+    YES,
+    Claimed,
+    claimed,
+    decide,
+    decided,
+    holm,
+    stated_value,
+)
+from nla_utils.report.results import BACKBONES, find_results, largest, published_null, without_variants
+from nla_utils.scores import Column
 
 ABOVE = next(c for c in CLAIMS if c.id == "greedy_beats_other_greedy")
 SHOWN = without_variants(find_results())
@@ -52,12 +65,22 @@ def test_a_family_flips_a_verdict_that_an_interval_alone_would_give():
     assert decide({"close": close, **certain})["close"] == YES
 
 
-@pytest.mark.parametrize("figure, expected", [
-    (above_zero(0.02, 0.01), YES), (above_zero(-0.02, 0.01), NO), (above_zero(0.005, 0.01), UNDECIDED),
-    (within(0.005, 0.01), YES), (within(0.05, 0.01), NO), (within(-0.05, 0.01), NO), (within(0.015, 0.01), UNDECIDED),
-    (within(0.025, 0.01), UNDECIDED), (within(0.0, 0.03), UNDECIDED),
-    (Claimed(1.0, (1.0, 1.0), 0.98, 1.02), YES), (Claimed(0.0, (0.0, 0.0), 0.0), UNDECIDED),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "figure, expected",
+    [
+        (above_zero(0.02, 0.01), YES),
+        (above_zero(-0.02, 0.01), NO),
+        (above_zero(0.005, 0.01), UNDECIDED),
+        (within(0.005, 0.01), YES),
+        (within(0.05, 0.01), NO),
+        (within(-0.05, 0.01), NO),
+        (within(0.015, 0.01), UNDECIDED),
+        (within(0.025, 0.01), UNDECIDED),
+        (within(0.0, 0.03), UNDECIDED),
+        (Claimed(1.0, (1.0, 1.0), 0.98, 1.02), YES),
+        (Claimed(0.0, (0.0, 0.0), 0.0), UNDECIDED),
+    ],
+)
 def test_verdicts(figure, expected):
     assert alone(figure) == expected
 
@@ -75,7 +98,12 @@ def test_alone_a_verdict_is_where_the_interval_is(value, below, above, delta):
 
 def test_without_an_interval_there_is_no_verdict_and_no_member():
     close = above_zero(0.022, 0.02)
-    family = {"close": close, "value": Claimed(0.5, None, 0.0), "null": Claimed(0.5, (None, None), 0.0), "none": Claimed(None, None)}
+    family = {
+        "close": close,
+        "value": Claimed(0.5, None, 0.0),
+        "null": Claimed(0.5, (None, None), 0.0),
+        "none": Claimed(None, None),
+    }
     assert decide(family) == {"close": YES, "value": VALUE_ONLY, "null": VALUE_ONLY, "none": UNMEASURED}
 
 
@@ -169,12 +197,20 @@ def figures_of(column, key, low, high):
 
 
 def scorecard_figures(run):
-    return [f for c in CLAIMS for p in PROTOCOLS for f in figures_of(run.column(c.row.file, p), c.row.cen, c.low, c.high)]
+    return [
+        f for c in CLAIMS for p in PROTOCOLS for f in figures_of(run.column(c.row.file, p), c.row.cen, c.low, c.high)
+    ]
 
 
 def findings_figures(runs):
-    return [f for q in findings.QUESTIONS for r in runs
-            for f in figures_of(r.source_loss if q.source_loss else r.column(q.row.file, q.protocol), q.row.cen, q.low, q.high)]  # fmt: skip
+    return [
+        f
+        for q in findings.QUESTIONS
+        for r in runs
+        for f in figures_of(
+            r.source_loss if q.source_loss else r.column(q.row.file, q.protocol), q.row.cen, q.low, q.high
+        )
+    ]
 
 
 def reader_figures(run):
@@ -189,13 +225,18 @@ def families():
     read = [r for r in SHOWN if r.optional(reader.RESULTS)]
     found |= {f"{r.stem}-reader-scorecard": reader_figures(r) for r in read}
     found["reader-findings"] = [
-        f for row in reader_page.FOUND for r in largest(read) for f in figures_of(reader.reader_column(r), row.cen, 0.0, math.inf)
-    ]  # fmt: skip
-    compared = [r.optional(comparison.RESULTS) for r in SHOWN if r.optional(comparison.RESULTS)]
+        f
+        for row in reader_page.FOUND
+        for r in largest(read)
+        for f in figures_of(reader.reader_column(r), row.cen, 0.0, math.inf)
+    ]
+    compared = [r.optional(findings.COMPARISON) for r in SHOWN if r.optional(findings.COMPARISON)]
     found["comparison-findings"] = [
-        f for _, method, key, low in comparison.QUESTIONS for record in compared
+        f
+        for _, method, key, low in comparison.QUESTIONS
+        for record in compared
         for f in figures_of(next(r for r in record["rows"] if r["method"] == method), key, low, math.inf)
-    ]  # fmt: skip
+    ]
     return found
 
 
@@ -222,8 +263,11 @@ def test_a_table_prints_the_verdicts_that_the_rule_gives(stem):
 def test_no_page_prints_a_verdict_that_is_in_none_of_these_tables():
     pages = [*(ROOT / "paper").glob("*.md"), ROOT / "README.md"]
     allowed = {tuple(printed(stem)) for stem in FAMILIES}
-    allowed |= {tuple(printed(stem.replace("scorecard", "verdicts"))) for stem in FAMILIES
-                if (ROOT / "paper" / "tables" / f"{stem.replace('scorecard', 'verdicts')}.md").exists()}  # fmt: skip
+    allowed |= {
+        tuple(printed(stem.replace("scorecard", "verdicts")))
+        for stem in FAMILIES
+        if (ROOT / "paper" / "tables" / f"{stem.replace('scorecard', 'verdicts')}.md").exists()
+    }
     seen = 0
     for page in pages:
         for block in re.split(r"\n(?!\|)", page.read_text(encoding="utf-8")):
@@ -243,9 +287,14 @@ def test_the_sections_scorecard_has_the_verdicts_of_the_appendix():
 def test_the_bound_that_came_with_the_rule_is_what_leaves_the_claim_on_log_probability_open():
     """The section says what the verdict was before: yes, for both backbones under both protocols."""
     late = "logp_rerank_is_greedy"
-    for results in (r for r in SHOWN if r.profile == "paper"):
-        words = decide({
-            (c.id, p): claimed(results.column(c.row.file, p), c.row.cen, -math.inf if c.id == late else c.low, c.high)
-            for c in CLAIMS for p in PROTOCOLS
-        })  # fmt: skip
+    for results in (r for r in SHOWN if r.profile == "full"):
+        words = decide(
+            {
+                (c.id, p): claimed(
+                    results.column(c.row.file, p), c.row.cen, -math.inf if c.id == late else c.low, c.high
+                )
+                for c in CLAIMS
+                for p in PROTOCOLS
+            }
+        )
         assert [words[late, p] for p in PROTOCOLS] == [YES, YES]

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from nla_extensions.comparison import texts as of
+from nla_extensions.comparison.cases import LEAST, SHARED, draw_cases, twins
+from nla_extensions.comparison.directions import KINDS, vectors
+from nla_extensions.comparison.measure import FLUENCIES, compare, score
+from nla_extensions.comparison.page import comparison_page
+from nla_extensions.release.methods import DRAWING
 from nla_utils import NLA
-from nla_utils.artefacts import read_record
+from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ArtefactError
-from nla_utils.extensions.comparison import texts as of
-from nla_utils.extensions.comparison.cases import LEAST, SHARED, draw_cases, twins
-from nla_utils.extensions.comparison.directions import KINDS, vectors
-from nla_utils.extensions.comparison.measure import FLUENCIES, compare, score
-from nla_utils.extensions.comparison.page import comparison_page
-from nla_utils.extensions.comparison.tables import RESULTS
-from nla_utils.extensions.release.methods import DRAWING
 from nla_utils.metrics import fve
-from nla_utils.paper.results import NAMES
-from nla_utils.stages.encoding import nats_per_token
+from nla_utils.report.claims import COMPARISON as RESULTS
+from nla_utils.report.results import NAMES
+from nla_utils.store import read_record
 
 N = 5
 
@@ -183,23 +183,43 @@ def test_a_comparison_that_was_cut_goes_on_where_it_was(long_nla, record, tmp_pa
 
 
 def test_the_command_writes_what_the_page_shows(long_nla, scored_run, tmp_path):
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
-    from nla_utils.runner.cli import app
+    from nla_extensions.cli import app
 
     run = scored_run[0]
     to = tmp_path / "here" / run.backbone.name / "smoke" / f"{RESULTS}.json"
-    said = CliRunner().invoke(app, [
-        "compare", "--backbone", run.config.backbone, "--run", str(run.folder.path), "--n", "2", "--k", "1",
-        "--directions", "2", "--to", str(to),
-    ])  # fmt: skip
+    said = CliRunner().invoke(
+        app,
+        [
+            "compare",
+            "--backbone",
+            run.config.backbone,
+            "--run",
+            str(run.folder.path),
+            "--n",
+            "2",
+            "--k",
+            "1",
+            "--directions",
+            "2",
+            "--to",
+            str(to),
+        ],
+    )
     assert said.exit_code == 0, said.output
     record = read_record(to)
     assert [p.name for p in to.parent.iterdir()] == [to.name]
     assert set(record["made_from"]) == {"targets", "best_av", "reader"} and record["n"] == 2
     for name in NAMES:
-        values = {"identity": {**record["identity"], "backbone": run.backbone.name, "seed": 1}, "profile": "smoke",
-                  "sizes": {"N": 96}, "made_from": {}, "code": record["code"], "libraries": record["libraries"]}  # fmt: skip
+        values = {
+            "identity": {**record["identity"], "backbone": run.backbone.name, "seed": 1},
+            "profile": "smoke",
+            "sizes": {"N": 96},
+            "made_from": {},
+            "code": record["code"],
+            "libraries": record["libraries"],
+        }
         (to.parent / f"{name}.json").write_text(json.dumps(values))
     page = comparison_page([tmp_path / "here"])
     written = page.write(tmp_path / "page.md", tmp_path / "figures")

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import kstest, ttest_1samp
 
 from nla_utils import metrics
+from nla_utils.evidence import Scorer
 from nla_utils.metrics import fve
-from nla_utils.scores.column import Scorer
 
 M, K, D, POOL, SIMULATIONS = 40, 4, 24, 800, 400
 

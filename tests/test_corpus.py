@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import CORPUS, tiny_config
-from typer.testing import CliRunner
 
+from nla_extensions.cli import app
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.run import open_run
-from nla_utils.runner.cli import app
-from nla_utils.stages.corpus import LEAST_TOKENS, corpus_hash, read_texts
-from nla_utils.stages.targets import describe, load_targets, make_targets
+from nla_utils.targets import LEAST_TOKENS, corpus_hash, describe, load_targets, make_targets, read_texts
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 TEXTS = [" ".join(WORDS[i : i + 20]) for i in range(0, 120)]
@@ -56,8 +55,10 @@ def test_short_texts_are_left_out_and_counted(run, texts):
 
 def test_too_few_texts_say_how_many_there_are(run, texts):
     texts.write_text("\n".join(json.dumps({"text": t}) for t in ["a", "b", *TEXTS[:90], TEXTS[0]]))
-    message = (f"holds 93 texts, 2 of them shorter than {LEAST_TOKENS} tokens and 1 equal to another in their first "
-               "24 tokens; the run needs 96")
+    message = (
+        f"holds 93 texts, 2 of them shorter than {LEAST_TOKENS} tokens and 1 equal to another in their first "
+        "24 tokens; the run needs 96"
+    )
     with pytest.raises(ArtefactError, match=message):
         make_targets(run)
 
@@ -65,21 +66,26 @@ def test_too_few_texts_say_how_many_there_are(run, texts):
 def test_another_text_in_the_file_is_noticed(run, texts):
     make_targets(run)
     texts.write_text("\n".join(json.dumps({"text": t}) for t in reversed(TEXTS)))
-    with pytest.raises(ArtefactError, match="made with corpus_sha256 = .*, this run has .*choose another --out, or delete"):
+    with pytest.raises(
+        ArtefactError, match="made with corpus_sha256 = .*, this run has .*choose another --out, or delete"
+    ):
         make_targets(run)
     texts.unlink()
     with pytest.raises(ArtefactError, match="neither a .jsonl file"):
         make_targets(run)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", '{"text": "x"}\nno json', "line 2 is not valid JSON"),
-    ("a.jsonl", '{"txt": "x"}', "line 1: it needs a field 'text'"),
-    ("a.jsonl", '{"text": 7}', "needs a field 'text'"),
-    ("a.jsonl", b"\xff\xfe", "is not UTF-8"),
-    ("a.csv", "text", "neither a .jsonl file nor a folder"),
-    ("empty", None, "holds no .txt file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"text": "x"}\nno json', "line 2 is not valid JSON"),
+        ("a.jsonl", '{"txt": "x"}', "line 1: it needs a field 'text'"),
+        ("a.jsonl", '{"text": 7}', "needs a field 'text'"),
+        ("a.jsonl", b"\xff\xfe", "is not UTF-8"),
+        ("a.csv", "text", "neither a .jsonl file nor a folder"),
+        ("empty", None, "holds no .txt file"),
+    ],
+)
 def test_what_is_no_corpus_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     if content is None:
@@ -96,8 +102,21 @@ def test_two_sources_of_targets_are_refused(tiny_folders, tmp_path):
 
 
 def test_the_command_takes_a_corpus_and_refuses_a_bad_one_before_work(tiny_folders, tmp_path, texts):
-    options = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--profile", "smoke", "--dtype", "float32",
-               "--device", "cpu", "--until", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+    options = [
+        "reproduce",
+        "--backbone",
+        str(tiny_folders["tiny-llama"]),
+        "--profile",
+        "smoke",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--until",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     refused = CliRunner().invoke(app, [*options, "--corpus", str(tmp_path / "none.jsonl")])
     assert refused.exit_code == 2 and "neither a .jsonl file" in refused.output
     done = CliRunner().invoke(app, [*options, "--corpus", str(texts)])

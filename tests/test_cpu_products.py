@@ -11,11 +11,11 @@ from transformers import GPT2Config
 from transformers.pytorch_utils import Conv1D
 
 from nla_utils.lm import cpu as products
-from nla_utils.lm.cross_entropy import head_cross_entropy, head_logprobs
+from nla_utils.lm.backbone import head_cross_entropy, head_logprobs
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
-from nla_utils.stages.trainer import pair_loss
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.training import pair_loss
+from nla_utils.verbalizer import ActivationVerbalizer
 
 # The most that one rounding to the 8 bits of bfloat16 moves a number by.
 ROUNDING = 2.0**-8
@@ -55,7 +55,10 @@ def test_activations_and_samples_agree(both_ways):
     native, wide = (b.encode(rows, start=True) for b in both_ways)
     assert differ(wide, native) < 4 * ROUNDING
     first = [
-        sample(b, b.embed(torch.full((64, 1), b.start_id)), SamplingSettings(1), row_streams(0, "t", range(64))).logprobs for b in both_ways
+        sample(
+            b, b.embed(torch.full((64, 1), b.start_id)), SamplingSettings(1), row_streams(0, "t", range(64))
+        ).logprobs
+        for b in both_ways
     ]
     assert differ(*first[::-1]) < 0.1
 

@@ -7,27 +7,25 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import with_out
-from typer.testing import CliRunner
 
-from nla_utils.extensions.depth import measure
-from nla_utils.extensions.depth.page import depth_page
-from nla_utils.extensions.depth.tables import depth_table, depths
-from nla_utils.extensions.tail_reader.reader import load_reader
-from nla_utils.extensions.tail_reader.rollouts import read_rollouts
+from nla_extensions.cli import app
+from nla_extensions.depth import measure
+from nla_extensions.depth.page import depth_page
+from nla_extensions.depth.tables import depth_table, depths
+from nla_extensions.tail_reader.reader import load_reader
+from nla_extensions.tail_reader.rollouts import read_rollouts
+from nla_utils import notebooks, rows
+from nla_utils.baselines import make_ceilings
+from nla_utils.evidence import Scorer, of_ceilings
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
-from nla_utils.paper.results import COMMITTED, find_results, without_variants
 from nla_utils.protocol import PROTOCOLS
-from nla_utils.runner import notebooks
-from nla_utils.runner.cli import app
-from nla_utils.scores import rows
-from nla_utils.scores.ceilings import score_ceilings
-from nla_utils.scores.column import Scorer
-from nla_utils.scores.compare import of_ceilings
-from nla_utils.stages.ceilings import make_ceilings
-from nla_utils.stages.targets import load_targets
+from nla_utils.report.results import COMMITTED, find_results, without_variants
+from nla_utils.scores import score_ceilings
+from nla_utils.targets import load_targets
 
 LAYERS = [1, 2, 3]
 
@@ -50,7 +48,7 @@ def test_each_layers_numbers_are_those_of_notebook_03(reached):
             expected = score_ceilings(of_ceilings(targets, ceilings, own.sizes.n_rollouts), protocol).to_json()
             found = record["layers"][str(layer)][protocol.name]
             shared = found["ci95"].keys() & expected["ci95"].keys()
-            paper = protocol.name == "paper"
+            paper = protocol.name == "published"
             assert "replay_cen_fve_mean" in shared and len(shared) == (1 if paper else 12)
             for key in shared:
                 assert found[key] == pytest.approx(expected[key], abs=1e-6), (layer, protocol.name, key)
@@ -64,7 +62,9 @@ def test_the_readers_numbers_are_those_of_notebook_07(reached):
         own = run.at(layer)
         targets = load_targets(own)
         v, sources = targets.v[targets.held_out], targets.sequences(targets.held_out)
-        rollouts = read_rollouts(load_reader(own), own.backbone, torch.from_numpy(v), 1, row_streams(0, "t", range(len(v)), 2))
+        rollouts = read_rollouts(
+            load_reader(own), own.backbone, torch.from_numpy(v), 1, row_streams(0, "t", range(len(v)), 2)
+        )
         others, _ = Scorer(v, targets.v[targets.pool], targets.mu).others(rollouts["h_bos"])
         greedy = fve(rollouts["h_bos"][:, 0], v, targets.mu)
         found = record["layers"][str(layer)]["reader"]
@@ -105,8 +105,12 @@ def test_retrieval_is_the_null_with_the_whole_pool(reached):
     _, (record, _) = reached
     for columns in record["layers"].values():
         c = columns["corrected"]
-        keys = ("random_floor_cen_fve_mean", "unrelated_text_cen_bestofK_mean", "unrelated_text_bestof8_cen_fve_mean",
-                "nn_retrieval_cen_mean")  # fmt: skip
+        keys = (
+            "random_floor_cen_fve_mean",
+            "unrelated_text_cen_bestofK_mean",
+            "unrelated_text_bestof8_cen_fve_mean",
+            "nn_retrieval_cen_mean",
+        )
         floor, best_4, best_8, best = (c[k] for k in keys)
         assert record["K"] == 4 and floor < best_4 < best_8 < best <= 1
         assert c["replay_cen_fve_mean"] == pytest.approx(1, abs=1e-4)
@@ -114,9 +118,22 @@ def test_retrieval_is_the_null_with_the_whole_pool(reached):
 
 def test_the_command_keeps_its_record_beside_the_runs_of_any_seed(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "COMMITTED", tmp_path / "kept")
-    monkeypatch.setattr("nla_utils.runner.options.write_pages", lambda: None)
-    command = ["depth", "--backbone", str(tiny_folders["tiny-llama"]), "--profile", "smoke", "--out",
-               str(tmp_path / "runs"), "--device", "cpu", "--dtype", "float32", "--seed", "2"]  # fmt: skip
+    monkeypatch.setattr("nla_utils.cli.write_pages", lambda: None)
+    command = [
+        "depth",
+        "--backbone",
+        str(tiny_folders["tiny-llama"]),
+        "--profile",
+        "smoke",
+        "--out",
+        str(tmp_path / "runs"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--seed",
+        "2",
+    ]
     done = CliRunner().invoke(app, [*command, "--layers", "1,3", "--adopt"])
     assert done.exit_code == 0, done.output
     assert "results (JSON)" in done.output and "executed notebooks" not in done.output, "no notebook was run"

@@ -8,16 +8,44 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nla_utils.artefacts import read_json
 from nla_utils.config import ROOT
+from nla_utils.store import read_json
 
-TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+TWO = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+]
 
 
 def work(launcher, backbone, out):
-    command = [sys.executable, *launcher, "-m", "nla_utils", "distribute", "--backbone", str(backbone), "--profile", "smoke",
-               "--out", str(out), "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "nla_extensions.cli",
+        "distribute",
+        "--backbone",
+        str(backbone),
+        "--profile",
+        "smoke",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     # One thread on either side: sums are then made in one order.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -12,18 +12,17 @@ import pytest
 from conftest import TINY
 from test_golden import TIGHT, differences
 
+from nla_utils import evidence as module
 from nla_utils import metrics
-from nla_utils.artefacts import RunFolder, read_record
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError
+from nla_utils.evidence import FILE, SCHEMA, Evidence, keep, load, part_of, part_of_reading
 from nla_utils.metrics import fve_matrix
-from nla_utils.paper.results import COMMITTED
-from nla_utils.protocol import LADDER, PROTOCOLS, encoding_key
-from nla_utils.runner.notebooks import STAGES, is_cached
-from nla_utils.scores import evidence as module
-from nla_utils.scores.compare import part_of_reading
-from nla_utils.scores.evidence import FILE, SCHEMA, Evidence, keep, load, part_of
-from nla_utils.scores.results import FILES
+from nla_utils.notebooks import STAGES, is_cached
+from nla_utils.protocol import LADDER, PROTOCOLS
+from nla_utils.report.results import COMMITTED
+from nla_utils.scores import FILES
+from nla_utils.store import RunFolder, read_record
 
 KEPT = sorted(COMMITTED.glob("*/*/evidence.parquet"))
 LARGEST = 6_000_000
@@ -128,11 +127,15 @@ def test_every_text_has_its_ids_once(evidence, scored_run):
     once = texts[texts["ids"].notna()].groupby("kind").size()
     k = evidence.facts["K"] + 1
     assert once.to_dict() == {
-        "source": 2 * m, "paraphrase": 4 * 8 * m, "tail": 2 * 6 * m, "probe": 2 * 4 * m, "rollout": 2 * k * m,
+        "source": 2 * m,
+        "paraphrase": 4 * 8 * m,
+        "tail": 2 * 6 * m,
+        "probe": 2 * 4 * m,
+        "rollout": 2 * k * m,
         "pool": 2 * targets.pool_size,
-    }  # fmt: skip
+    }
     # Behind BOS a source's replay is v itself, whatever it was read as before.
-    key = encoding_key(LADDER["same_ids"])
+    key = LADDER[-1].reading
     assert evidence.texts("source", part_of_reading(key), key, "cen").min() > 1 - 1e-5
     drawn = ceilings.texts["corrected"].drawn
     assert evidence.texts("paraphrase", "held_out", "corrected", "tokens").ravel().tolist() == drawn.lengths.tolist()

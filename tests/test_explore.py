@@ -3,19 +3,31 @@
 import html
 import json
 import re
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
-from test_site import BROWSER, FLAGS
 
+from nla_extensions.release import bundle as bundles
+from nla_extensions.release.explore import MOST_TOKENS, explore, layer_readers, write_page
 from nla_utils import NLA
 from nla_utils.errors import ConfigError
-from nla_utils.extensions.release import bundle as bundles
-from nla_utils.extensions.release.explore import MOST_TOKENS, explore, layer_readers, write_page
 from nla_utils.metrics import exact_k_curve, fve_matrix
-from nla_utils.stages.targets import describe
+from nla_utils.targets import describe
 
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--virtual-time-budget=8000",
+]
 TEXT = "the lighthouse keeper </script> wound the clock"
 # Pressed in the page: right, then up; what is then chosen, focused and said is left in an attribute.
 PROBE = """<script>addEventListener('load', () => setTimeout(() => {
@@ -41,8 +53,8 @@ def nla(gemma_with_reader, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gemma_with_reader(gemma_run):
-    from nla_utils.extensions.tail_reader.reader import fit_reader
-    from nla_utils.stages.training import train_av
+    from nla_extensions.tail_reader.reader import fit_reader
+    from nla_utils.training import train_av
 
     run, targets = gemma_run
     train_av(run, targets)
@@ -77,7 +89,7 @@ def test_a_cell_is_compared_with_the_stored_texts_at_its_layer(nla, found):
 def test_readers_of_other_layers_are_fitted_once(nla, tmp_path, monkeypatch):
     monkeypatch.setenv("NLA_CACHE", str(tmp_path))
     first = layer_readers(nla, [1, 3])
-    monkeypatch.setattr("nla_utils.extensions.release.explore.solve_reader", None)
+    monkeypatch.setattr("nla_extensions.release.explore.solve_reader", None)
     again = layer_readers(nla, [1, 3])
     assert np.array_equal(first[1].reader.weights_nad, again[1].reader.weights_nad)
     assert again[3].reader is nla.bundle.reader
@@ -102,9 +114,19 @@ def test_a_browser_shows_it_and_follows_the_keyboard(found, tmp_path, width, dar
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     scheme = ["--force-dark-mode"] if dark else []
     done = subprocess.run(
-        [BROWSER, *FLAGS, *scheme, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom",
-         page.as_uri()], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            BROWSER,
+            *FLAGS,
+            *scheme,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},900",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     (said,) = re.findall(r'data-seen="([^"]*)"', done.stdout)
     seen = json.loads(html.unescape(said))
     n = len(found["tokens"])

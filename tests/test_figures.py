@@ -7,26 +7,29 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from nla_utils.extensions.comparison.page import figure_9
-from nla_utils.extensions.depth.page import figure_7
-from nla_utils.extensions.tail_reader.page import figure_5, figure_6
-from nla_utils.paper import figures
-from nla_utils.paper.draw import COLOURS, SPARE_COLOUR, WIDTH, apart
-from nla_utils.paper.pages import save_figure
-from nla_utils.paper.plots import training_curves
-from nla_utils.paper.published import BACKBONES, k_curve, published
-from nla_utils.paper.results import find_results, largest, without_variants
-from nla_utils.scores import rows
+from nla_extensions.comparison.page import figure_9
+from nla_extensions.depth.page import figure_7
+from nla_extensions.tail_reader.page import figure_5, figure_6
+from nla_utils import rows
+from nla_utils.report import figures
+from nla_utils.report.figures import COLOURS, SPARE_COLOUR, WIDTH, apart, training_curves
+from nla_utils.report.pages import save_figure
+from nla_utils.report.results import BACKBONES, find_results, k_curve, largest, published, without_variants
 
 EVERYTHING = find_results()
 SHOWN = without_variants(EVERYTHING)
 DRAWN = {
-    "1": (figures.figure_1, SHOWN), "2": (figures.figure_2, EVERYTHING), "3": (figures.figure_3, SHOWN),
-    "4": (figures.figure_4, SHOWN), "8": (figures.figure_reading, SHOWN), "A": (figures.figure_by_run, SHOWN),
+    "1": (figures.figure_1, SHOWN),
+    "2": (figures.figure_2, EVERYTHING),
+    "3": (figures.figure_3, SHOWN),
+    "4": (figures.figure_4, SHOWN),
+    "8": (figures.figure_reading, SHOWN),
+    "A": (figures.figure_by_run, SHOWN),
     "5": (figure_5, [r for r in SHOWN if r.optional("tail_reader")]),
     "6": (figure_6, [r for r in SHOWN if r.optional("reader_ablation")]),
-    "7": (figure_7, EVERYTHING), "9": (figure_9, [r for r in EVERYTHING if r.optional("comparison")]),
-}  # fmt: skip
+    "7": (figure_7, EVERYTHING),
+    "9": (figure_9, [r for r in EVERYTHING if r.optional("comparison")]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +49,20 @@ def words(fig):
     """Letters on the page: (text, box) of all that is shown, tick labels beyond an axis left out."""
     fig.draw_without_rendering()
     found = []
-    for text in fig.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text().strip()):
+    for text in fig.findobj(
+        lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text().strip()
+    ):
         # Of a label its letters alone, without the line that leads to it.
         found.append((text.get_text(), Text.get_window_extent(text)))
     hidden = [
-        label for ax in fig.axes for axis, at in ((ax.xaxis, 0), (ax.yaxis, 1))
+        label
+        for ax in fig.axes
+        for axis, at in ((ax.xaxis, 0), (ax.yaxis, 1))
         for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))
-        if not min(limits := axis.get_view_interval()) <= label.get_position()[at] <= max(limits) or not ax.axison
+        if not min(limits := axis.get_view_interval()) <= label.get_position()[at] <= max(limits)
+        or not ax.axison
         or not axis.get_tick_params(which="major").get("labelbottom" if at == 0 else "labelleft", True)
-    ]  # fmt: skip
+    ]
     boxes = [(t.get_text(), t.get_window_extent().extents.tolist()) for t in hidden]
     return [(text, box) for text, box in found if (text, box.extents.tolist()) not in boxes]
 
@@ -115,7 +123,10 @@ def test_figure_2_is_by_the_share_along_mu(drawn):
     for results in EVERYTHING:
         share = results.data["targets"]["mean_square_share_along_mu"]
         for kind in ("raw", "cen"):
-            assert (round(share, 6), round(results.column("oracle_ceiling", "paper")[rows.FLOOR.at(kind)], 6)) in found
+            assert (
+                round(share, 6),
+                round(results.column("oracle_ceiling", "published")[rows.FLOOR.at(kind)], 6),
+            ) in found
 
 
 def test_figure_3_joins_no_two_ways_of_re_encoding(drawn):
@@ -168,7 +179,9 @@ def test_the_loss_is_drawn_raw_and_smoothed_on_an_axis_that_one_spike_does_not_s
     rng = np.random.default_rng(0)
     loss = 2 + 0.1 * rng.normal(size=1000)
     loss[0] = 50
-    fig = training_curves({"loss": list(loss), "validation": [{"step": 1, "fve_nrm": 0.8, "fve_nrm_cen": 0.5}]}, "gemma3-270m")
+    fig = training_curves(
+        {"loss": list(loss), "validation": [{"step": 1, "fve_nrm": 0.8, "fve_nrm_cen": 0.5}]}, "gemma3-270m"
+    )
     ax = fig.axes[0]
     raw, smooth = (line.get_ydata() for line in ax.lines)
     np.testing.assert_array_equal(raw, loss)

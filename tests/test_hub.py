@@ -26,7 +26,7 @@ def hub():
 def ask(hub, cache, source, **environment):
     """(exit code, answer or message) of ``snapshot`` in a process of its own, as the endpoint is read at import."""
     program = (
-        "import sys, json; from nla_utils.lm.hub import snapshot; from nla_utils.errors import SourceError\n"
+        "import sys, json; from nla_utils.lm.weights import snapshot; from nla_utils.errors import SourceError\n"
         "try:\n    folder = snapshot(sys.argv[1], ['*.json', '*.safetensors'])\n"
         "    print(json.dumps({p.name: p.stat().st_size for p in folder.iterdir()} | {'at': folder.name}))\n"
         "except SourceError as e:\n    print(e); sys.exit(3)"
@@ -37,9 +37,17 @@ def ask(hub, cache, source, **environment):
 
 
 def in_a_process(hub, cache, program, *arguments, **environment):
-    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-           "NLA_CACHE": str(cache), "HF_HOME": str(cache / "home"), "PYTHONPATH": str(ROOT),
-           "HF_HUB_DOWNLOAD_TIMEOUT": "5", **environment}  # fmt: skip
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NLA_CACHE": str(cache),
+        "HF_HOME": str(cache / "home"),
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        **environment,
+    }
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
@@ -86,15 +94,18 @@ def test_wrong_bytes_and_wrong_lengths_are_refused_and_not_kept(hub, tmp_path, h
     assert code == 0 and json.loads(lines[-1])[path] == len(hub.files["org/model"][path])
 
 
-@pytest.mark.parametrize("refusal, message", [
-    ((403, "GatedRepo"), "accept its terms"),
-    ((401, "GatedRepo"), "hf auth login"),
-    ((401, "RepoNotFound"), "does not exist, or is private"),
-    ((404, "RepoNotFound"), "does not exist, or is private"),
-    ((429, "TooMany"), "answered 429"),
-    ((500, "Broken"), "answered 500"),
-    ((503, "Broken"), "answered 503"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "refusal, message",
+    [
+        ((403, "GatedRepo"), "accept its terms"),
+        ((401, "GatedRepo"), "hf auth login"),
+        ((401, "RepoNotFound"), "does not exist, or is private"),
+        ((404, "RepoNotFound"), "does not exist, or is private"),
+        ((429, "TooMany"), "answered 429"),
+        ((500, "Broken"), "answered 500"),
+        ((503, "Broken"), "answered 503"),
+    ],
+)
 def test_refusals_say_what_to_do(hub, tmp_path, refusal, message):
     hub.refuse["org/model"] = refusal
     code, lines = ask(hub, tmp_path, "org/model")
@@ -118,7 +129,7 @@ def test_what_the_user_already_has_is_not_fetched_again(hub, tmp_path):
 
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_path):
     hub.files["org/model"]["config.json"] = b'{"model_type": "gemma3"}'
-    program = "from nla_utils.lm.registry import fetch, resolve; fetch(resolve('org/model'))"
+    program = "from nla_utils.lm.weights import fetch, resolve; fetch(resolve('org/model'))"
     hub.lie.add("config.json")
     assert "config.json does not have the hash" in in_a_process(hub, tmp_path, program).stderr
     hub.lie.clear()
@@ -130,10 +141,13 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
 
 
 def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, tmp_path):
-    hub.files["org/model"] |= {"config.json": b'{"model_type": "llama"}',
-                               "consolidated.safetensors": WEIGHTS, "original/model.safetensors": WEIGHTS}  # fmt: skip
+    hub.files["org/model"] |= {
+        "config.json": b'{"model_type": "llama"}',
+        "consolidated.safetensors": WEIGHTS,
+        "original/model.safetensors": WEIGHTS,
+    }
     program = (
-        "import sys; from nla_utils.lm.registry import fetch, resolve\n"
+        "import sys; from nla_utils.lm.weights import fetch, resolve\n"
         "print(*sorted(p.name for p in fetch(resolve('org/model')).rglob('*.safetensors')))"
     )
     done = in_a_process(hub, tmp_path, program)
@@ -165,7 +179,7 @@ def test_a_pinned_commit_that_is_gone_is_named_with_the_file_that_pins_it(hub, t
 
 
 def test_files_that_an_earlier_run_did_not_ask_for_are_fetched_at_the_same_commit(hub, tmp_path):
-    program = "import sys; from nla_utils.lm.hub import snapshot; print(snapshot('org/model', sys.argv[1:]))"
+    program = "import sys; from nla_utils.lm.weights import snapshot; print(snapshot('org/model', sys.argv[1:]))"
     assert in_a_process(hub, tmp_path, program, "config.json").returncode == 0
     assert "model.safetensors" not in hub.served
     assert in_a_process(hub, tmp_path, program, "*.safetensors").returncode == 0 and "model.safetensors" in hub.served
@@ -174,7 +188,7 @@ def test_files_that_an_earlier_run_did_not_ask_for_are_fetched_at_the_same_commi
 
 
 def test_what_is_still_to_be_fetched_is_known_before(hub, tmp_path):
-    program = "from nla_utils.lm.hub import bytes_to_fetch; print(bytes_to_fetch('org/model', ['*.json', '*.safetensors']))"
+    program = "from nla_utils.lm.weights import bytes_to_fetch; print(bytes_to_fetch('org/model', ['*.json', '*.safetensors']))"
     wanted = sum(len(data) for name, data in hub.files["org/model"].items() if name != "notes.md")
     assert int(in_a_process(hub, tmp_path, program).stdout) == wanted and not hub.served
     assert ask(hub, tmp_path, "org/model")[0] == 0
@@ -197,16 +211,21 @@ def test_no_network_is_said_plainly(hub, tmp_path):
 
 def test_what_is_pushed_is_what_a_download_gives(hub, tmp_path):
     release = tmp_path / "release"
-    contents = {"av/best_av.safetensors": WEIGHTS, "av/config.json": b"{}", "av/eval/centered_eval.json": b"[1]",
-                "targets/targets.safetensors": WEIGHTS[::-1], "targets/README.md": b"---\ntags: []\n---"}  # fmt: skip
+    contents = {
+        "av/best_av.safetensors": WEIGHTS,
+        "av/config.json": b"{}",
+        "av/eval/centered_eval.json": b"[1]",
+        "targets/targets.safetensors": WEIGHTS[::-1],
+        "targets/README.md": b"---\ntags: []\n---",
+    }
     for name, data in contents.items():
         (release / name).parent.mkdir(parents=True, exist_ok=True)
         (release / name).write_bytes(data)
     program = (
-        "import sys, pathlib; from nla_utils.extensions.release.publish import Release, push\n"
+        "import sys, pathlib; from nla_extensions.release.publish import Release, push\n"
         "out = pathlib.Path(sys.argv[1])\n"
         "print(*push(Release(out / 'av', out / 'targets'), 'org/av', 'org/av-targets'), sep='\\n')\n"
-        "from nla_utils.lm.hub import snapshot\n"
+        "from nla_utils.lm.weights import snapshot\n"
         "folder = snapshot('org/av', ['*']); assert (folder / 'eval' / 'centered_eval.json').read_bytes() == b'[1]'"
     )
     done = in_a_process(hub, tmp_path / "cache", program, str(release), HF_TOKEN="hf_test")

@@ -11,19 +11,19 @@ import pytest
 from conftest import CORPUS, tiny_config, with_out
 from safetensors.torch import load_file, save_file
 
-from nla_utils import artefacts, config, protocol
-from nla_utils.artefacts import code_version, read_json, read_record, write_record
+from nla_extensions.cli import BESIDE
+from nla_utils import config, notebooks, protocol, targets, training
+from nla_utils import store as artefacts
 from nla_utils.config import PROFILES, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError
-from nla_utils.lm.registry import settings_hash
 from nla_utils.lm.sampling import SamplingSettings
-from nla_utils.paper.results import find_results, without_variants
+from nla_utils.lm.weights import settings_hash
+from nla_utils.notebooks import STAGES, is_cached, preflight
+from nla_utils.report.results import find_results, without_variants
 from nla_utils.run import open_run
-from nla_utils.runner import notebooks
-from nla_utils.runner.notebooks import STAGES, is_cached, preflight
-from nla_utils.stages import targets, training
-from nla_utils.stages.targets import load_targets, make_targets
-from nla_utils.stages.verbalizer import ActivationVerbalizer, av_hash, export_av
+from nla_utils.store import code_version, read_json, read_record, write_record
+from nla_utils.targets import load_targets, make_targets
+from nla_utils.verbalizer import ActivationVerbalizer, av_hash, export_av
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 NEXT = "choose another --out, or delete"
@@ -44,7 +44,9 @@ def texts(path, first):
 
 @pytest.mark.parametrize("how", ["another file of the name", "the file edited"])
 def test_another_corpus_of_the_name_is_refused_before_work(tiny_folders, tmp_path, how, monkeypatch):
-    given = tiny_config(tiny_folders["tiny-llama"], tmp_path / "runs", corpus=str(texts(tmp_path / "a" / "train.jsonl", 0)))
+    given = tiny_config(
+        tiny_folders["tiny-llama"], tmp_path / "runs", corpus=str(texts(tmp_path / "a" / "train.jsonl", 0))
+    )
     make_targets(open_run(given))
     preflight(given, STAGES)
     other = texts(tmp_path / "b" / "train.jsonl", 7)
@@ -72,7 +74,9 @@ def test_another_av_of_the_name_is_refused(given_av, tmp_path, what):
     run, other = given_av, tmp_path / "two" / "av"
     shutil.copytree(tmp_path / "one" / "av", other)
     if what == "tensors":
-        save_file({k: x + 1 for k, x in load_file(other / "best_av.safetensors").items()}, other / "best_av.safetensors")
+        save_file(
+            {k: x + 1 for k, x in load_file(other / "best_av.safetensors").items()}, other / "best_av.safetensors"
+        )
     else:
         record = read_json(other / "config.json")
         (other / "config.json").write_text(json.dumps(record | {"temperature": 0.5}))
@@ -109,18 +113,21 @@ def test_another_sampling_temperature_is_refused(gemma_run, monkeypatch):
         load_targets(gemma_run[0])
 
 
-@pytest.mark.parametrize("artefact, key, module, name, value", [
-    ("best_av", "batch_size", "nla_utils.stages.trainer", "BATCH_SIZE", 8),
-    ("best_av", "validation", "nla_utils.stages.trainer", "VALIDATION_SHARE", 0.1),
-    ("ceilings", "prompt", "nla_utils.stages.ceilings", "PROMPT", "Say: {text}"),
-    ("ceilings", "tail_lengths", "nla_utils.stages.ceilings", "TAIL_LENGTHS", (1, 2)),
-    ("ceilings", "readings", "nla_utils.stages.ceilings", "PROTOCOLS", (protocol.CORRECTED,)),
-    ("rollouts", "rollout_sampling", "nla_utils.config.AVConfig", "temperature", 0.7),
-    ("probe", "ridges", "nla_utils.stages.probe", "PROBE_RIDGES", (1.0,)),
-    ("source_loss", "n_others", "nla_utils.stages.source_loss", "N_OTHERS", 4),
-    ("reader", "ridges", "nla_utils.extensions.tail_reader.reader", "RIDGES", (1.0,)),
-    ("readings", "search", "nla_utils.extensions.tail_reader.rollouts", "SWAPS", 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "artefact, key, module, name, value",
+    [
+        ("best_av", "batch_size", "nla_utils.training", "BATCH_SIZE", 8),
+        ("best_av", "validation", "nla_utils.training", "VALIDATION_SHARE", 0.1),
+        ("ceilings", "prompt", "nla_utils.baselines", "PROMPT", "Say: {text}"),
+        ("ceilings", "tail_lengths", "nla_utils.baselines", "TAIL_LENGTHS", (1, 2)),
+        ("ceilings", "readings", "nla_utils.baselines", "PROTOCOLS", (protocol.CORRECTED,)),
+        ("rollouts", "rollout_sampling", "nla_utils.config.AVConfig", "temperature", 0.7),
+        ("probe", "ridges", "nla_utils.baselines", "PROBE_RIDGES", (1.0,)),
+        ("source_loss", "n_others", "nla_utils.verbalizer", "N_OTHERS", 4),
+        ("reader", "ridges", "nla_extensions.tail_reader.reader", "RIDGES", (1.0,)),
+        ("readings", "search", "nla_extensions.tail_reader.rollouts", "SWAPS", 4),
+    ],
+)
 def test_a_constant_that_was_edited_is_refused(gemma_run, tmp_path, monkeypatch, artefact, key, module, name, value):
     folder = with_out(gemma_run[0], tmp_path).folder
     folder.save(artefact, {})
@@ -140,7 +147,9 @@ def test_a_child_is_refused_with_its_parent(gemma_run, tmp_path, monkeypatch):
 
 
 def test_every_stage_of_the_runner_says_what_it_depends_on():
-    assert {name for stage in notebooks.ALL_STAGES for name in stage.artefacts} <= set(artefacts.SPECS)
+    assert {name for stage in (*STAGES, *(stage() for stage in BESIDE.values())) for name in stage.artefacts} <= set(
+        artefacts.SPECS
+    )
 
 
 def test_the_runner_compares_results_too(gemma_run, tmp_path, monkeypatch):
@@ -229,8 +238,14 @@ def test_what_varies_is_in_the_records():
     swept = [other(identity=identity | {"layer": 9}), other(identity=identity | {"seed": 2})]
     assert all(r.is_variant and r.family == base.family for r in swept) and not base.is_variant
     sizes = base.data["targets"]["sizes"]
-    others = [other(sizes=sizes | {"K": 3}), other(corpus_sha256="a", corpus="x-seed1"), other(corpus_sha256="b"),
-              other(released_targets="a"), other("training", av_sha256="a"), other("training", av_sha256="b")]  # fmt: skip
+    others = [
+        other(sizes=sizes | {"K": 3}),
+        other(corpus_sha256="a", corpus="x-seed1"),
+        other(corpus_sha256="b"),
+        other(released_targets="a"),
+        other("training", av_sha256="a"),
+        other("training", av_sha256="b"),
+    ]
     assert len({r.family for r in [base, *others]}) == 7 and not any(r.is_variant for r in others)
     assert others[1].size == "640 targets of x-seed1"
 

@@ -5,21 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import comparable, with_out
-from typer.testing import CliRunner
 
+from nla_extensions.cli import app
+from nla_extensions.training_study.iteration import best_rollouts, guided_texts, iterate, train_on
+from nla_utils import rows
 from nla_utils.errors import ConfigError
-from nla_utils.extensions.training_study.iteration import best_rollouts, guided_texts, iterate, train_on
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve
-from nla_utils.paper.findings import ITERATION, iteration_table
-from nla_utils.paper.results import RunResults
-from nla_utils.runner.cli import app
-from nla_utils.scores import rows
-from nla_utils.stages.pairs import make_split
-from nla_utils.stages.source_loss import source_loss
-from nla_utils.stages.trainer import Trainer
-from nla_utils.stages.training import load_av
+from nla_utils.report.claims import ITERATION, iteration_table
+from nla_utils.report.results import RunResults
+from nla_utils.training import Trainer, load_av
+from nla_utils.verbalizer import make_split, source_loss
 
 ROWS = [3, 11, 40]
 
@@ -69,7 +67,9 @@ def test_training_makes_the_teachers_texts_likelier_and_leaves_the_start_alone(a
     teachers = best_rollouts(run, targets, start, ROWS, 2, 1)
     split = make_split(run, targets)
     taught = train_on(run, targets, start, teachers, split.pairs.take(split.validation))
-    nats = [source_loss(run.backbone, av, targets, teachers.pairs, 1).per_target["own"].mean() for av in (start, taught)]
+    nats = [
+        source_loss(run.backbone, av, targets, teachers.pairs, 1).per_target["own"].mean() for av in (start, taught)
+    ]
     assert nats[1] < nats[0]
     for name, tensor in start.trainable().items():
         assert torch.equal(tensor, before[name]) and not torch.equal(tensor, taught.trainable()[name])
@@ -90,10 +90,28 @@ def test_no_teacher_writes_for_a_held_out_target(apart, monkeypatch):
 
 def test_the_command_leaves_a_table(apart):
     run, targets = apart
-    said = CliRunner().invoke(app, [
-        "iterate", "--backbone", run.config.backbone, "--profile", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--out", str(run.config.out), "--n", "4", "--k", "2", "--rounds", "2",
-    ])  # fmt: skip
+    said = CliRunner().invoke(
+        app,
+        [
+            "iterate",
+            "--backbone",
+            run.config.backbone,
+            "--profile",
+            "smoke",
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--out",
+            str(run.config.out),
+            "--n",
+            "4",
+            "--k",
+            "2",
+            "--rounds",
+            "2",
+        ],
+    )
     if not comparable(run, targets):
         assert said.exit_code == 2 and "held-out texts have at" in said.output
         return
@@ -101,8 +119,12 @@ def test_the_command_leaves_a_table(apart):
     path = run.folder.file(f"results/{ITERATION}.json")
     record = json.loads(path.read_text())
     labels = [r["label"] for r in record["rounds"]]
-    assert labels[:4] == ["the run's own AV", "round 1: its own best of 2", "round 2: its own best of 2",
-                          "control: the sources again"]  # fmt: skip
+    assert labels[:4] == [
+        "the run's own AV",
+        "round 1: its own best of 2",
+        "round 2: its own best of 2",
+        "control: the sources again",
+    ]
     first, second = record["rounds"][:2]
     assert "teachers_cen" not in first and 0 < second["teachers_cen"] <= 1
     key = rows.GREEDY_MINUS_OTHERS.cen

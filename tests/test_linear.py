@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nla_utils.extensions.tail_reader.sums import ReaderEquations, sliding_gram, whitening
+from nla_extensions.tail_reader.sums import ReaderEquations, sliding_gram, whitening
 
 
 def test_streamed_least_squares_equals_the_whole_at_once():

@@ -11,9 +11,8 @@ from transformers import Gemma3Config, LlamaConfig, OPTConfig
 
 from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import loading
-from nla_utils.lm.checks import check_backbone
-from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.registry import REGISTRY
+from nla_utils.lm.loading import check_backbone, load_backbone
+from nla_utils.lm.weights import REGISTRY
 
 
 def saved(folder, config, **tokenizer):
@@ -39,13 +38,27 @@ def test_the_text_part_of_gemma_4_is_loaded_as_it_is_in_the_whole(tmp_path, monk
     from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
     from transformers.models.gemma4 import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
-    tokenizer, heads = build_tokenizer("left", False, True), dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+    tokenizer, heads = (
+        build_tokenizer("left", False, True),
+        dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8),
+    )
     text = Gemma4TextConfig(
-        **SHAPE, head_dim=8, global_head_dim=8, sliding_window=64, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
-        vocab_size=len(tokenizer), vocab_size_per_layer_input=len(tokenizer), bos_token_id=2, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        **SHAPE,
+        head_dim=8,
+        global_head_dim=8,
+        sliding_window=64,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        vocab_size=len(tokenizer),
+        vocab_size_per_layer_input=len(tokenizer),
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     vision = Gemma4VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, **heads)
-    whole = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, audio_config=None)).eval()
+    whole = Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    ).eval()
     for saved_part in (whole, tokenizer):
         saved_part.save_pretrained(tmp_path / "model")
     spec = dataclasses.replace(REGISTRY["gemma4-31b"], source=str(tmp_path / "model"), layer=2)
@@ -59,7 +72,9 @@ def test_the_text_part_of_gemma_4_is_loaded_as_it_is_in_the_whole(tmp_path, monk
     torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "nosuch"}', "{}", '{"a": ', '{"model_type": "llama", "hidden_size": "x"}'])
+@pytest.mark.parametrize(
+    "text", ['{"model_type": "nosuch"}', "{}", '{"a": ', '{"model_type": "llama", "hidden_size": "x"}']
+)
 def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(text)

@@ -15,15 +15,16 @@ import pandas as pd
 import papermill
 import psutil
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from nla_utils.artefacts import RunFolder
+from nla_extensions.cli import BESIDE, app
+from nla_extensions.release.publish import dataset_card, make_release, model_card
 from nla_utils.config import ROOT
-from nla_utils.extensions.release.publish import dataset_card, make_release, model_card
-from nla_utils.paper.results import COMMITTED, load_results
-from nla_utils.runner.cli import app
-from nla_utils.runner.notebooks import ALL_STAGES
+from nla_utils.notebooks import STAGES
+from nla_utils.report.results import COMMITTED, load_results
+from nla_utils.store import RunFolder
 
+ALL_STAGES = [*STAGES, *(stage() for stage in BESIDE.values())]
 NOTEBOOKS = [ROOT / "notebooks" / f"{stage.notebook}.ipynb" for stage in ALL_STAGES]
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 
@@ -101,7 +102,9 @@ def test_what_is_shown_by_hand_is_what_the_helpers_give(reproduced):
     assert by_hand["½(1 + cos)"] == pytest.approx(helper["centred"], abs=1e-6)
     assert shown("04_centred_eval", "raw = h @ v")["½(1 + cos)"] == pytest.approx(helper["raw"], abs=1e-6)
     results = json.loads((folder / "results" / "centered_eval.json").read_text())["protocols"]["corrected"]
-    assert shown("04_centred_eval", '"over one"')["over one"] == pytest.approx(results["rho_cen_greedy"], rel=1e-5, abs=1e-5)
+    assert shown("04_centred_eval", '"over one"')["over one"] == pytest.approx(
+        results["rho_cen_greedy"], rel=1e-5, abs=1e-5
+    )
     pair = shown("05_k_curve", "combinations(")
     assert pair["mean over all pairs"] == pytest.approx(pair["closed form"], abs=1e-6)
     curve = json.loads((folder / "results" / "rerank_eval.json").read_text())["protocols"]["corrected"]
@@ -145,7 +148,7 @@ def test_results_hold_both_protocols_in_the_authors_names(reproduced):
     }
     for name, wanted in keys.items():
         protocols = json.loads((folder / f"{name}.json").read_text())["protocols"]
-        for protocol in ("paper", "corrected"):
+        for protocol in ("published", "corrected"):
             column = protocols[protocol]
             assert column["protocol"] == protocol and column["n"] == 8
             assert set(wanted) <= set(column) and wanted[0] in column["ci95"]
@@ -156,13 +159,18 @@ def test_a_release_of_the_run_is_whole(reproduced, tmp_path):
     n = len(folder.load("targets").tensors["v"])
     release = make_release(folder, [f"text {i}" for i in range(n)], tmp_path)
     assert {p.name for p in release.files(release.model)} == {
-        "README.md", "best_av.pt", "best_av.safetensors", "config.json", "centered_eval.json", "oracle_ceiling.json",
+        "README.md",
+        "best_av.pt",
+        "best_av.safetensors",
+        "config.json",
+        "centered_eval.json",
+        "oracle_ceiling.json",
         "rerank_eval.json",
-    }  # fmt: skip
+    }
     frame = pd.read_parquet(release.dataset / "targets.parquet")
     assert list(frame["part"].value_counts()[["in_sample", "held_out", "pool"]]) == [8, 8, 48] and len(frame) == n
     card = (release.model / "README.md").read_text()
-    for word in ("paper protocol", "corrected", "control: unrelated text", "left_pad", "Trainable parameters"):
+    for word in ("published protocol", "corrected", "control: unrelated text", "left_pad", "Trainable parameters"):
         assert word in card
     assert "sha256" in (release.dataset / "README.md").read_text()
     assert "license:" not in card
@@ -180,7 +188,7 @@ def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monke
     path = folder / "targets.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    monkeypatch.setattr("nla_utils.runner.notebooks.run_notebook", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("nla_utils.notebooks.run_notebook", lambda *_: pytest.fail("work began"))
     result = CliRunner().invoke(app, command)
     path.write_bytes(whole)
     assert result.exit_code == 2 and "truncated or altered" in result.output
@@ -189,9 +197,12 @@ def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monke
 def test_a_kernel_that_is_killed_is_one_error(tiny_folders, tmp_path):
     chosen = ["--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *OPTIONS]
     command = subprocess.Popen(
-        [sys.executable, "-m", "nla_utils", "reproduce", *chosen], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "nla_extensions.cli", "reproduce", *chosen],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not (tmp_path / "tiny-llama" / "smoke" / "targets.safetensors").exists():
         assert command.poll() is None, command.communicate()[0]
         time.sleep(0.1)
@@ -220,18 +231,21 @@ def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
     assert before == {p: p.stat().st_mtime_ns for p in folder.parent.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("extra, message", [
-    (["--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
-    (["--profile", "quik"], "did you mean 'quick'"),
-    (["--set", "n_rollouts=0"], "n_rollouts is 0"),
-    (["--set", "rollouts=3"], "did you mean 'n_rollouts'"),
-    (["--set", "pool_size=5000"], "too few"),
-    (["--from", "5", "--until", "2"], "choose 1 to 8"),
-    (["--from", "3"], "lacks what 01_extract_targets makes"),
-    (["--with", "tail_reader"], "did you mean 'tail-reader'"),
-    (["--from", "6"], "has all results of this run; start with --from 01"),
-    (["--layer", "9"], "out of range"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
+        (["--profile", "quik"], "did you mean 'quick'"),
+        (["--set", "n_rollouts=0"], "n_rollouts is 0"),
+        (["--set", "rollouts=3"], "did you mean 'n_rollouts'"),
+        (["--set", "pool_size=5000"], "too few"),
+        (["--from", "5", "--until", "2"], "choose 1 to 8"),
+        (["--from", "3"], "lacks what 01_extract_targets makes"),
+        (["--with", "tail_reader"], "did you mean 'tail-reader'"),
+        (["--from", "6"], "has all results of this run; start with --from 01"),
+        (["--layer", "9"], "out of range"),
+    ],
+)
 def test_bad_input_is_refused_and_writes_nothing(tiny_folders, tmp_path, extra, message):
     command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *OPTIONS, *extra]
     if extra[0] == "--backbone":

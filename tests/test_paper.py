@@ -10,27 +10,28 @@ import time
 import numpy as np
 import pytest
 
-from nla_utils import metrics
-from nla_utils.artefacts import read_record
+from nla_extensions.comparison.page import comparison_page
+from nla_extensions.depth.page import depth_page
+from nla_extensions.release.publish import dataset_card, model_card
+from nla_extensions.tail_reader.page import reader_page
+from nla_utils import metrics, rows
 from nla_utils.config import ROOT
-from nla_utils.extensions.comparison.page import comparison_page
-from nla_utils.extensions.depth.page import depth_page
-from nla_utils.extensions.release.publish import dataset_card, model_card
-from nla_utils.extensions.tail_reader.page import reader_page
-from nla_utils.lm.registry import REGISTRY
-from nla_utils.paper import findings, tables
-from nla_utils.paper.appendix import appendix_page
-from nla_utils.paper.published import BACKBONES, k_curve, published
-from nla_utils.paper.results import COMMITTED, NAMES, RunResults, find_results
-from nla_utils.paper.section import section_page
-from nla_utils.scores import rows
-from nla_utils.stages.corpus import corpus_hash, read_texts
+from nla_utils.lm.weights import REGISTRY
+from nla_utils.report import claims as findings
+from nla_utils.report import tables
+from nla_utils.report.pages import appendix_page, section_page
+from nla_utils.report.results import BACKBONES, COMMITTED, NAMES, RunResults, find_results, k_curve, published
+from nla_utils.store import read_record
+from nla_utils.targets import corpus_hash, read_texts
 
 EVERYTHING = find_results()
 PAGES = {
-    "section11": section_page(), "appendix": appendix_page(), "tail_reader": reader_page(), "depth": depth_page(),
+    "section11": section_page(),
+    "appendix": appendix_page(),
+    "tail_reader": reader_page(),
+    "depth": depth_page(),
     "comparison": comparison_page(),
-}  # fmt: skip
+}
 TEX_ENGINE = next((name for name in ("latexmk", "tectonic") if shutil.which(name)), None)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -120,10 +121,10 @@ def test_published_figures_appear_in_the_table():
 
 def test_pages_are_made_without_torch_in_seconds(tmp_path):
     program = (
-        "import sys, pathlib; from nla_utils.runner import cli; from nla_utils.paper.section import section_page; "
-        "from nla_utils.extensions.tail_reader.page import reader_page; "
-        "from nla_utils.extensions.depth.page import depth_page; from nla_utils.paper.appendix import appendix_page; "
-        "from nla_utils.extensions.comparison.page import comparison_page; "
+        "import sys, pathlib; from nla_utils import cli; from nla_utils.report.pages import section_page; "
+        "from nla_extensions.tail_reader.page import reader_page; "
+        "from nla_extensions.depth.page import depth_page; from nla_utils.report.pages import appendix_page; "
+        "from nla_extensions.comparison.page import comparison_page; "
         f"p = pathlib.Path({str(tmp_path)!r}); "
         "pages = section_page, appendix_page, reader_page, depth_page, comparison_page; "
         "[page().write(p / f'{i}.md', p / 'f') for i, page in enumerate(pages)]; "
@@ -140,7 +141,11 @@ def test_pages_are_made_without_torch_in_seconds(tmp_path):
 def test_the_section_stands_on_published_numbers_alone(tmp_path):
     section_page([tmp_path / "none"]).write(tmp_path / "s.md", tmp_path / "f")
     text = appendix_page([tmp_path / "none"]).text()
-    assert "Gemma-2-2B, published" in text and "Qwen2.5-7B" in (tmp_path / "s.md").read_text(encoding="utf-8") and (tmp_path / "f" / "fig1_k_curves.png").exists()
+    assert (
+        "Gemma-2-2B, published" in text
+        and "Qwen2.5-7B" in (tmp_path / "s.md").read_text(encoding="utf-8")
+        and (tmp_path / "f" / "fig1_k_curves.png").exists()
+    )
 
 
 def test_the_section_is_one_to_print():
@@ -168,10 +173,16 @@ def test_variance_explained_of_the_table_is_that_of_the_arrays():
     expected = 1 - ((unit(h) - unit(v)) ** 2).sum() / ((unit(v) - m) ** 2).sum()
     raw = {rows.GREEDY.raw: metrics.fve(h, v).mean(), rows.FLOOR.raw: metrics.fve_matrix(v, pool).mean()}
     within = (unit(pool) @ unit(pool).T).mean()
-    held = RunResults("", "", {
-        rows.EVALUATION_FILE: {"protocols": {"corrected": raw}}, rows.CEILING_FILE: {"protocols": {"corrected": raw}},
-        "targets": {"unrelated_cosine_raw_mean": within},
-    }, ROOT)  # fmt: skip
+    held = RunResults(
+        "",
+        "",
+        {
+            rows.EVALUATION_FILE: {"protocols": {"corrected": raw}},
+            rows.CEILING_FILE: {"protocols": {"corrected": raw}},
+            "targets": {"unrelated_cosine_raw_mean": within},
+        },
+        ROOT,
+    )
     assert findings.variance_explained(held, rows.GREEDY) == pytest.approx(expected)
 
 
@@ -189,7 +200,11 @@ def test_latex_tables_are_ascii():
 
 def test_committed_figures_exist_in_both_formats():
     stems = {p.stem for p in (ROOT / "figures").glob("*.png")}
-    assert stems == {p.stem for p in (ROOT / "figures").glob("*.pdf")} == {s.stem for p in PAGES.values() for s in p.figures}
+    assert (
+        stems
+        == {p.stem for p in (ROOT / "figures").glob("*.pdf")}
+        == {s.stem for p in PAGES.values() for s in p.figures}
+    )
 
 
 def test_results_are_plain_json():

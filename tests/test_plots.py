@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nla_utils.paper.plots import WIDTH, lengths_and_norms, texts_table
+from nla_utils.report.figures import WIDTH, lengths_and_norms, texts_table
 
 
 class Words:

@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import with_out
 
-from nla_utils.config import PROBE_LENGTHS
-from nla_utils.extensions.depth.layers import extract_layers
-from nla_utils.extensions.tail_reader.ablation import _log_probability, ablate_reader, read_with_language_model
-from nla_utils.extensions.tail_reader.reader import (
+from nla_extensions.depth.layers import extract_layers
+from nla_extensions.tail_reader.ablation import _log_probability, ablate_reader, read_with_language_model
+from nla_extensions.tail_reader.reader import (
     TailReader,
     fit_reader,
     fit_readers,
@@ -20,19 +19,14 @@ from nla_utils.extensions.tail_reader.reader import (
     read_tails,
     solve_reader,
 )
-from nla_utils.extensions.tail_reader.seeds import replicate, training_targets, with_seed
-from nla_utils.extensions.tail_reader.sums import (
-    add_rows,
-    empty_sums,
-    every_position,
-    leading,
-    sums_at_layers,
-)
-from nla_utils.extensions.tail_reader.tables import seeds_table
+from nla_extensions.tail_reader.seeds import replicate, training_targets, with_seed
+from nla_extensions.tail_reader.sums import add_rows, empty_sums, every_position, leading, sums_at_layers
+from nla_extensions.tail_reader.tables import seeds_table
+from nla_utils.baselines import fit_probe, fit_split, make_probe, nearest_tokens, tail_features
+from nla_utils.config import PROBE_LENGTHS
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
-from nla_utils.stages.probe import fit_probe, fit_split, make_probe, nearest_tokens, tail_features
-from nla_utils.stages.targets import load_targets
+from nla_utils.targets import load_targets
 
 
 def test_tail_features_stand_backwards_and_are_padded_by_the_start_token():
@@ -57,9 +51,15 @@ def planted(n=3, d=24, vocabulary=40, noise=0.05, seed=3):
     whiten = torch.eye(d) / noise
     scaled = weights @ whiten.T
     reader = TailReader(
-        scaled, whiten, torch.full((d,), 4.0), mean, torch.zeros(vocabulary),
-        torch.stack([half_norms(table, w, mean) for w in scaled]), torch.zeros(vocabulary, dtype=torch.bool), table,
-    )  # fmt: skip
+        scaled,
+        whiten,
+        torch.full((d,), 4.0),
+        mean,
+        torch.zeros(vocabulary),
+        torch.stack([half_norms(table, w, mean) for w in scaled]),
+        torch.zeros(vocabulary, dtype=torch.bool),
+        table,
+    )
     return reader, v, ids
 
 
@@ -84,7 +84,9 @@ def test_draws_follow_the_posterior():
     ids, scores = reader.candidates(0, reader.first_residual(v[:1]), 50)
     p = torch.softmax(scores[0], 0).double()
     n = 20_000
-    drawn, _ = read_tails(reader, v[:1].expand(n, -1), row_streams(5, "t", range(n)), greedy_M=torch.zeros(n, dtype=torch.bool))
+    drawn, _ = read_tails(
+        reader, v[:1].expand(n, -1), row_streams(5, "t", range(n)), greedy_M=torch.zeros(n, dtype=torch.bool)
+    )
     counts = torch.bincount(drawn[:, 0], minlength=40)[ids[0]].double()
     keep = n * p > 5
     chi2 = (((counts - n * p) ** 2) / (n * p))[keep].sum()
@@ -124,7 +126,9 @@ def test_readers_of_several_layers_are_those_of_each_alone(tiny_run, tmp_path):
     at = [(own, load_targets(own)) for own in map(run.at, (1, 3))]
     alone = []
     for own, targets in at:
-        apart = dataclasses.replace(own, folder=dataclasses.replace(own.folder, path=tmp_path / f"{own.backbone.layer}"))
+        apart = dataclasses.replace(
+            own, folder=dataclasses.replace(own.folder, path=tmp_path / f"{own.backbone.layer}")
+        )
         apart.folder.save("targets", own.folder.load("targets").tensors)
         fit_reader(apart, targets)
         alone.append(apart.folder.load("reader"))
@@ -143,7 +147,7 @@ def test_chunks_of_the_fit_do_not_matter(gemma_run, monkeypatch):
     rows = np.arange(30)
     solved = []
     for size in (16384, 60):
-        monkeypatch.setattr("nla_utils.extensions.tail_reader.sums.FIT_TOKENS", size)
+        monkeypatch.setattr("nla_extensions.tail_reader.sums.FIT_TOKENS", size)
         solved.append(solve_reader(run.backbone, accumulate(run.backbone, targets, rows, 2), 1e-2))
     for name in solved[0]:
         np.testing.assert_allclose(solved[0][name], solved[1][name], rtol=1e-2, atol=1e-2, err_msg=name)
@@ -169,7 +173,9 @@ def test_probe_writes_as_many_tokens_as_the_reader(tiny_run):
 @pytest.mark.parametrize("noise", [0.05, 3.0])
 def test_logp_is_the_mean_over_tokens_of_what_was_drawn(noise):
     reader, v, _ = planted(n=2, noise=noise)
-    ids, logp = read_tails(reader, v, row_streams(1, "t", range(len(v))), greedy_M=torch.zeros(len(v), dtype=torch.bool))
+    ids, logp = read_tails(
+        reader, v, row_streams(1, "t", range(len(v))), greedy_M=torch.zeros(len(v), dtype=torch.bool)
+    )
     residual, total = reader.first_residual(v), torch.zeros(len(v))
     for j in range(2):
         candidates, scores = reader.candidates(j, residual, 50)

@@ -5,19 +5,14 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from nla_utils.extensions.tail_reader import rollouts as reader_rollouts
-from nla_utils.extensions.tail_reader.reader import fit_reader
-from nla_utils.extensions.tail_reader.rollouts import (
-    av_forward_tokens,
-    guided_search,
-    make_reader_rollouts,
-    read_rollouts,
-)
-from nla_utils.extensions.tail_reader.seeds import make_claims
+from nla_extensions.tail_reader import rollouts as reader_rollouts
+from nla_extensions.tail_reader.reader import fit_reader
+from nla_extensions.tail_reader.rollouts import av_forward_tokens, guided_search, make_reader_rollouts, read_rollouts
+from nla_extensions.tail_reader.seeds import make_claims
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.run import open_run
-from nla_utils.stages.targets import make_targets
+from nla_utils.targets import make_targets
 
 
 def test_guided_search_never_loses_and_keeps_to_its_budget(tiny_run):
@@ -26,9 +21,7 @@ def test_guided_search_never_loses_and_keeps_to_its_budget(tiny_run):
     v = targets.v[targets.held_out]
     drawn = read_rollouts(reader, run.backbone, torch.from_numpy(v), 4, row_streams(1, "t", range(len(v)), 5))
     budget = 2000
-    found = guided_search(
-        reader, run.backbone, v, targets.mu, drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], budget
-    )  # fmt: skip
+    found = guided_search(reader, run.backbone, v, targets.mu, drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], budget)
     assert found.spent[-1] <= budget and len(found.spent) == found.curve.shape[1] > 1
     assert (np.diff(found.curve, axis=1) >= 0).all()
     np.testing.assert_allclose(found.curve[:, 0], fve(drawn["h_bos"][:, 1:], v[:, None], targets.mu).max(1))
@@ -65,7 +58,9 @@ def test_a_cut_search_goes_on_where_it_was(fitted, monkeypatch, make):
     made = make(*fitted)
     # 8 held-out targets, three at a time: the first search is kept, the second is done again.
     assert len(calls) == 4 and not list(folder.path.glob("*.chunks"))
-    curve, spent = (folder.load("readings" if make is make_reader_rollouts else "claims").tensors[f"guided_{x}"]
-                    for x in ("curve", "spent"))  # fmt: skip
+    curve, spent = (
+        folder.load("readings" if make is make_reader_rollouts else "claims").tensors[f"guided_{x}"]
+        for x in ("curve", "spent")
+    )
     assert made.sha256 and (np.diff(curve, axis=1) >= 0).all() and len(curve) == 8
     assert spent.shape == curve.shape[1:]

@@ -4,17 +4,15 @@ import re
 import shlex
 
 import pytest
-import typer
 from safetensors import safe_open
 
+from nla_extensions.cli import app
+from nla_utils import rows
 from nla_utils.config import ROOT
 from nla_utils.metrics import chance_of_rank
-from nla_utils.paper import claims
-from nla_utils.paper.findings import QUESTIONS, findings_table
-from nla_utils.paper.published import look_up, published
-from nla_utils.paper.results import find_results
-from nla_utils.runner.cli import app
-from nla_utils.scores import rows
+from nla_utils.report import claims
+from nla_utils.report.claims import QUESTIONS, findings_table
+from nla_utils.report.results import find_results, look_up, published
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = " ".join(TEXT.split())
@@ -30,7 +28,7 @@ ELSEWHERE = {"distribute", "bundle", "publish", "spread"}
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_the_readme_has_the_options_that_it_is_given(line):
     _, name, *options = shlex.split(line)
-    assert typer.main.get_command(app).commands[name].make_context(name, options).info_name == name
+    assert app.commands[name].make_context(name, options).info_name == name
 
 
 @pytest.mark.parametrize("line", TARGETS)
@@ -39,7 +37,7 @@ def test_a_target_of_the_readme_is_in_the_makefile(line):
 
 
 def test_the_readme_shows_every_command():
-    assert {shlex.split(line)[1] for line in COMMANDS} | ELSEWHERE == set(typer.main.get_command(app).commands)
+    assert {shlex.split(line)[1] for line in COMMANDS} | ELSEWHERE == set(app.commands)
 
 
 def test_the_caption_says_whose_texts_beat_retrieval():
@@ -50,14 +48,16 @@ def test_the_caption_says_whose_texts_beat_retrieval():
         assert re.search(rf"\({best:.3f} against {nearest:.3f}\)", PROSE), name
     assert pairs == {"gemma2_2b": False, "qwen25_7b": True, "llama32_3b": True}
     for backbone in ("gemma3-270m", "smollm2-135m"):
-        column = RUNS[backbone, "paper"].column(rows.BEST.file, "corrected")
+        column = RUNS[backbone, "full"].column(rows.BEST.file, "corrected")
         assert column[rows.BEST.cen] < column[rows.RETRIEVAL.cen]
 
 
 def test_what_reading_the_null_behind_bos_moves_is_that_of_the_results():
-    held = RUNS["gemma3-270m", "paper"].data[rows.EVALUATION_FILE]["protocols"]
-    behind, without = (held[p][rows.UNRELATED.cen] for p in ("corrected", "paper_on_held_out"))
-    said = f"{behind - without:.3f} on the same targets ({behind:.3f} behind BOS, {without:.3f} as the paper reads them)"
+    held = RUNS["gemma3-270m", "full"].data[rows.EVALUATION_FILE]["protocols"]
+    behind, without = (held[p][rows.UNRELATED.cen] for p in ("corrected", "published_on_held_out"))
+    said = (
+        f"{behind - without:.3f} on the same targets ({behind:.3f} behind BOS, {without:.3f} as the paper reads them)"
+    )
     assert said in PROSE
 
 
@@ -78,7 +78,7 @@ def test_two_runs_spread_as_far_as_is_said():
 
 
 def test_the_margin_that_the_text_calls_unsettled_is_yes_in_one_table_and_not_decided_in_the_other():
-    run = RUNS["smollm2-135m", "paper"]
+    run = RUNS["smollm2-135m", "full"]
     (asked,) = [q for q in QUESTIONS if q.row is rows.GREEDY_MINUS_OTHERS]
     assert findings_table(list(RUNS.values())).loc[asked.ask, run.label].startswith("yes: +0.019")
     assert claims.verdicts(run)["greedy_beats_other_greedy", "corrected"] == "not decided"

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
+from nla_extensions.cli import app
 from nla_utils import NLA
-from nla_utils.lm.registry import REGISTRY, fetch, weight_hash
-from nla_utils.runner.cli import app
+from nla_utils.lm.weights import REGISTRY, fetch, weight_hash
 
 pytestmark = pytest.mark.real
 
@@ -25,7 +25,7 @@ def results(tmp_path_factory):
 def test_replay(results):
     protocols = results["oracle_ceiling"]["protocols"]
     assert protocols["corrected"]["replay_cen_fve_mean"] >= 0.99
-    assert 0.6 < protocols["paper"]["replay_cen_fve_mean"] < 0.85
+    assert 0.6 < protocols["published"]["replay_cen_fve_mean"] < 0.85
 
 
 def test_v_sits_in_its_tail(results):
@@ -42,7 +42,7 @@ def test_common_direction(results):
 
 def test_gemma_scale_moves_the_papers_log_probabilities(results):
     protocols = results["rerank_eval"]["protocols"]
-    assert protocols["paper"]["mean_logp"] < protocols["corrected"]["mean_logp"] - 3
+    assert protocols["published"]["mean_logp"] < protocols["corrected"]["mean_logp"] - 3
 
 
 def test_the_tail_reader_beats_every_control_even_from_a_few_sequences(results):

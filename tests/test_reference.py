@@ -9,8 +9,8 @@ from scipy.stats import chi2_contingency
 
 from nla_utils.config import ROOT
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
-from nla_utils.stages.trainer import greedy_rollouts, pair_loss
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.training import greedy_rollouts, pair_loss
+from nla_utils.verbalizer import ActivationVerbalizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import reference  # noqa: E402
@@ -46,9 +46,13 @@ def test_greedy_rollouts_are_the_librarys_token_for_token(tiny_run):
     with torch.no_grad():
         prompt_BPd = av(torch.from_numpy(v), backbone.dtype)
         theirs = backbone.model.generate(
-            inputs_embeds=prompt_BPd, attention_mask=torch.ones(prompt_BPd.shape[:2], dtype=torch.long), do_sample=False,
-            max_new_tokens=24, eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
-        )  # fmt: skip
+            inputs_embeds=prompt_BPd,
+            attention_mask=torch.ones(prompt_BPd.shape[:2], dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=list(backbone.eos_ids),
+            pad_token_id=backbone.pad_id,
+        )
     for ours, row in zip(greedy_rollouts(backbone, av, v), theirs.tolist()):
         assert row[: len(ours)] == ours and set(row[len(ours) :]) <= {backbone.pad_id}
 
@@ -61,9 +65,14 @@ def test_samples_come_from_the_librarys_distribution(tiny_run):
     ours = sample(backbone, backbone.embed(start), SamplingSettings(2), row_streams(3, "t", range(n))).ids[:, 1]
     torch.manual_seed(3)
     theirs = backbone.model.generate(
-        start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=2, top_k=50,
-        eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
-    )[:, 2].numpy()  # fmt: skip
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        max_new_tokens=2,
+        top_k=50,
+        eos_token_id=list(backbone.eos_ids),
+        pad_token_id=backbone.pad_id,
+    )[:, 2].numpy()
     common = [t for t in np.union1d(ours, theirs) if (ours == t).sum() + (theirs == t).sum() >= 20]
     counts = np.array([[(x == t).sum() for t in common] for x in (ours, theirs)])
     rest = n - counts.sum(axis=1)
@@ -78,9 +87,16 @@ def test_a_cards_record_has_every_stage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "ROUNDS", 1)
     shape = Gemma2Config(
-        num_hidden_layers=3, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=32, vocab_size=300, initializer_range=0.3, **card.SPECIAL_IDS,
-    )  # fmt: skip
+        num_hidden_layers=3,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        vocab_size=300,
+        initializer_range=0.3,
+        **card.SPECIAL_IDS,
+    )
     record = card.measure_run(shape, tmp_path, n_targets=96, n_eval=8, n_rollouts=4, pool_size=48)
     assert record["whole_run"]["seconds"] == sum(record["stage_seconds"].values()) > 0
     assert {s[:2] for s in record["stage_seconds"]} == {"01", "02", "03", "04"}

@@ -17,17 +17,32 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from nla_utils.config import ROOT, RunConfig
-from nla_utils.lm.registry import REGISTRY
 from nla_utils.lm.sampling import row_streams
+from nla_utils.lm.weights import REGISTRY
 from nla_utils.run import open_run
-from nla_utils.stages.targets import draw_sequences, target_settings
+from nla_utils.targets import draw_sequences, target_settings
 
 N, M, K, POOL, LONGEST = 60, 6, 4, 32, 12
-SIZES = [f"--set={name}={value}" for name, value in
-         (("n_targets", N), ("n_eval", M), ("n_rollouts", K), ("pool_size", POOL))]  # fmt: skip
-FIRST = {"backbone_dtype": "bfloat16", "d_vector": None, "max_new_tokens": 64, "temperature": 1.0, "top_p": 1.0,
-         "pool": "last", "lambda_mag": 0.1, "beta_kl": 0.05, "gamma_entropy": 0.05, "delta_community": 0.2, "h_min": 1.5,
-         "h_max": 3.0, "prefix_mode": "static", "prefix_mlp_hidden": 256, "num_inject_slots": 1}  # fmt: skip
+SIZES = [
+    f"--set={name}={value}" for name, value in (("n_targets", N), ("n_eval", M), ("n_rollouts", K), ("pool_size", POOL))
+]
+FIRST = {
+    "backbone_dtype": "bfloat16",
+    "d_vector": None,
+    "max_new_tokens": 64,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "pool": "last",
+    "lambda_mag": 0.1,
+    "beta_kl": 0.05,
+    "gamma_entropy": 0.05,
+    "delta_community": 0.2,
+    "h_min": 1.5,
+    "h_max": 3.0,
+    "prefix_mode": "static",
+    "prefix_mlp_hidden": 256,
+    "num_inject_slots": 1,
+}
 LATER = {"use_layer_embed": False, "inject_norm": "none", "use_rotor": False}
 
 
@@ -65,20 +80,38 @@ def pack_of(name, spec, run, rows, hidden):
     start, stated = run.backbone.start_id, {"layer": spec.layer, "seed": 1}
     ids = [torch.tensor([start, *row]) for row in rows]
     if name == "gemma2-2b":
-        about = {"backbone_id": spec.source, "extraction_layer": spec.layer, "d": 32, "seed": 1, "temperature": 1.0, "top_p": 1.0}
+        about = {
+            "backbone_id": spec.source,
+            "extraction_layer": spec.layer,
+            "d": 32,
+            "seed": 1,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
         content = {"activations": hidden, "sequences": ids, "meta": about}
     elif name == "llama32-3b":
-        dense, dense_ids = torch.zeros(len(rows), LONGEST + 1, 32), torch.zeros(len(rows), LONGEST + 1, dtype=torch.long)
+        dense, dense_ids = (
+            torch.zeros(len(rows), LONGEST + 1, 32),
+            torch.zeros(len(rows), LONGEST + 1, dtype=torch.long),
+        )
         for i, (h, x) in enumerate(zip(hidden, ids)):
             dense[i, : len(h)], dense_ids[i, : len(x)] = h, x
-        content = {"activations": dense.bfloat16(), "sequences": dense_ids, "d": 32, "bos_token_id": start,
-                   "meta": {"backbone": spec.source, **stated}}  # fmt: skip
+        content = {
+            "activations": dense.bfloat16(),
+            "sequences": dense_ids,
+            "d": 32,
+            "bos_token_id": start,
+            "meta": {"backbone": spec.source, **stated},
+        }
     else:
         texts = [run.backbone.decode_text(row) for row in rows]
         texts[1] += " and more"  # one of the evaluated targets does not give its tokens back
-        content = {"activations": [h.bfloat16() for h in hidden], "texts": texts,
-                   "attn_masks": [torch.ones(len(h), dtype=torch.long) for h in hidden],
-                   "meta": {"backbone": spec.source, **stated}}  # fmt: skip
+        content = {
+            "activations": [h.bfloat16() for h in hidden],
+            "texts": texts,
+            "attn_masks": [torch.ones(len(h), dtype=torch.long) for h in hidden],
+            "meta": {"backbone": spec.source, **stated},
+        }
     files = {spec.targets_file: saved(content), "README.md": b"card"}
     if name == "qwen25-7b":
         files[spec.targets_file.replace(".pt", "_pool.pt")] = saved(torch.stack([h[-1] for h in hidden]).bfloat16())
@@ -87,8 +120,10 @@ def pack_of(name, spec, run, rows, hidden):
 
 def av_of(name, spec):
     made, p = torch.Generator().manual_seed(5), spec.num_prefix_tokens
-    t = {"proj.weight": torch.eye(32) + 0.1 * torch.randn(32, 32, generator=made),
-         "prefix_embeds": 0.1 * torch.randn(p, 32, generator=made)}  # fmt: skip
+    t = {
+        "proj.weight": torch.eye(32) + 0.1 * torch.randn(32, 32, generator=made),
+        "prefix_embeds": 0.1 * torch.randn(p, 32, generator=made),
+    }
     config = {"backbone_id": spec.source, "extraction_layer": spec.layer, "num_prefix_tokens": p, **FIRST}
     if name == "qwen25-7b":
         config |= {**LATER, "temperature": 0.8, "top_p": 0.95}
@@ -129,11 +164,25 @@ def open_as(spec, folder, config):
 
 
 def nla(hub, cache, out, *options, **environment):
-    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-           "NLA_CACHE": str(cache), "HF_HOME": str(cache / "home"), "PYTHONPATH": str(ROOT),
-           "HF_HUB_DOWNLOAD_TIMEOUT": "5", **environment}  # fmt: skip
-    command = ["reproduce", "--profile", "paper", "--out", str(out), *SIZES, "--dtype", "float32", "--device", "cpu"]
-    return subprocess.run([sys.executable, "-m", "nla_utils", *command, *options], env=env, capture_output=True, text=True, cwd=ROOT)
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NLA_CACHE": str(cache),
+        "HF_HOME": str(cache / "home"),
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        **environment,
+    }
+    command = ["reproduce", "--profile", "full", "--out", str(out), *SIZES, "--dtype", "float32", "--device", "cpu"]
+    return subprocess.run(
+        [sys.executable, "-m", "nla_extensions.cli", *command, *options],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def results(folder, name):
@@ -161,7 +210,7 @@ def test_the_released_system_is_evaluated_end_to_end(published, tmp_path, name):
     assert sidecar["released_from"] == published.commit(spec.targets) and sidecar["file"] == spec.targets_file
     av = json.loads((folder / "best_av.safetensors.json").read_text())
     assert av["released_from"] == published.commit(spec.av) and av["steps"] == 4500 and not av["loss"]
-    column = results(folder, "centered_eval")["protocols"]["paper"]
+    column = results(folder, "centered_eval")["protocols"]["published"]
     assert column["n"] == M and np.isfinite(column["adapter_cen_greedy_mean"]) and np.isfinite(column["rho_cen_greedy"])
     replay = results(folder, "oracle_ceiling")["protocols"]["corrected"]
     assert replay["replay_cen_fve_mean"] > 0.99
@@ -174,24 +223,36 @@ def test_the_released_system_is_evaluated_end_to_end(published, tmp_path, name):
 
 
 def test_the_pool_alone_suffices_without_ceilings(published, tmp_path):
-    done = nla(published, tmp_path / "cache", tmp_path / "runs", "--backbone", "qwen25-7b", "--av", "released",
-               "--targets", "pool")  # fmt: skip
+    done = nla(
+        published,
+        tmp_path / "cache",
+        tmp_path / "runs",
+        "--backbone",
+        "qwen25-7b",
+        "--av",
+        "released",
+        "--targets",
+        "pool",
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert REGISTRY["qwen25-7b"].targets_file not in published.served or "_pool.pt" in str(published.served)
     (folder,) = (tmp_path / "runs" / "qwen25-7b").glob("*-targets-pool")
-    column = results(folder, "centered_eval")["protocols"]["paper"]
+    column = results(folder, "centered_eval")["protocols"]["published"]
     assert np.isfinite(column["adapter_cen_bestofK_mean"]) and column["rho_cen_greedy"] is None
-    assert results(folder, "oracle_ceiling")["protocols"]["paper"]["replay_cen_fve_mean"] is None
+    assert results(folder, "oracle_ceiling")["protocols"]["published"]["replay_cen_fve_mean"] is None
     curve = results(folder, "rerank_eval")["protocols"]["corrected"]
     assert np.isfinite(curve["kcurve_oracle_top1_cen"][str(K)])
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--backbone", "llama32-3b", "--targets", "hub:RiverRider/srt-nla-targets-gemma2-2b-v1"), "its backbone is"),
-    (("--backbone", "llama32-3b", "--av", "hub:RiverRider/srt-nla-av-gemma2-2b-v1"), "the AV reads layer 19"),
-    (("--backbone", "gemma2-2b", "--targets", "pool"), "has no file targets_L19_seq64_30k_seed1_pool.pt"),
-    (("--backbone", "gpt-oss-20b", "--targets", "released"), "none are known for gpt-oss-20b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--backbone", "llama32-3b", "--targets", "hub:RiverRider/srt-nla-targets-gemma2-2b-v1"), "its backbone is"),
+        (("--backbone", "llama32-3b", "--av", "hub:RiverRider/srt-nla-av-gemma2-2b-v1"), "the AV reads layer 19"),
+        (("--backbone", "gemma2-2b", "--targets", "pool"), "has no file targets_L19_seq64_30k_seed1_pool.pt"),
+        (("--backbone", "gpt-oss-20b", "--targets", "released"), "none are known for gpt-oss-20b"),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_any_notebook_runs(published, tmp_path, options, message):
     done = nla(published, tmp_path / "cache", tmp_path / "runs", *options)
     assert done.returncode == 2 and message in done.stderr, done.stdout[-2000:] + done.stderr[-3000:]

@@ -15,16 +15,13 @@ from hub_server import Hub
 from test_hub import in_a_process
 
 from nla_utils.config import ROOT
+from nla_utils.encoding import re_encode
 from nla_utils.errors import ArtefactError, CollapsedTargetsError, SourceError
-from nla_utils.lm.registry import REGISTRY
-from nla_utils.lm.releases import fetch_targets
+from nla_utils.lm.weights import REGISTRY, fetch_targets
 from nla_utils.protocol import CORRECTED
-from nla_utils.stages.encoding import re_encode
-from nla_utils.stages.packs import SAMPLES_PER_OPENING
-from nla_utils.stages.pairs import paper_pairs
-from nla_utils.stages.released import read_released
-from nla_utils.stages.targets import Targets, make_targets
-from nla_utils.stages.training import describe, train_av
+from nla_utils.targets import SAMPLES_PER_OPENING, Targets, make_targets, read_released
+from nla_utils.training import describe, train_av
+from nla_utils.verbalizer import published_pairs
 
 N, LONGEST = 40, 12
 
@@ -97,27 +94,45 @@ def noise(*shape):
 # How each is published (or written by the authors' sampler), and how it is padded where it is.
 LAYOUTS = {
     "gemma, by its card": lambda run, rows, h: {
-        "activations": h, "sequences": [torch.tensor(s) for s in behind_start(run, rows)], "meta": meta(run)},
+        "activations": h,
+        "sequences": [torch.tensor(s) for s in behind_start(run, rows)],
+        "meta": meta(run),
+    },
     "gemma, by its sampler": lambda run, rows, h: {
-        "activations": h, "sequences": texts_of(run, rows), "meta": meta(run)},
+        "activations": h,
+        "sequences": texts_of(run, rows),
+        "meta": meta(run),
+    },
     "llama": lambda run, rows, h: {
         "activations": padded(h, noise).bfloat16(),
         "sequences": padded([torch.tensor(s) for s in behind_start(run, rows)], lambda *s: torch.full(s, 7)),
-        "d": 32, "bos_token_id": run.backbone.start_id,
-        "meta": {"backbone": "x", "layer": run.backbone.layer, "seed": 1}},
+        "d": 32,
+        "bos_token_id": run.backbone.start_id,
+        "meta": {"backbone": "x", "layer": run.backbone.layer, "seed": 1},
+    },
     "qwen": lambda run, rows, h: {
-        "activations": [x.bfloat16() for x in h], "texts": texts_of(run, rows),
-        "attn_masks": [torch.ones(len(x)) for x in h], "meta": meta(run)},
+        "activations": [x.bfloat16() for x in h],
+        "texts": texts_of(run, rows),
+        "attn_masks": [torch.ones(len(x)) for x in h],
+        "meta": meta(run),
+    },
     "qwen, padded": lambda run, rows, h: {
-        "activations": [x.bfloat16() for x in padded(h, noise, LONGEST + 4)], "texts": texts_of(run, rows),
-        "attn_masks": masks(rows, LONGEST + 4)},
+        "activations": [x.bfloat16() for x in padded(h, noise, LONGEST + 4)],
+        "texts": texts_of(run, rows),
+        "attn_masks": masks(rows, LONGEST + 4),
+    },
     "qwen, padded on the left": lambda run, rows, h: {
-        "activations": left_padded(h), "texts": texts_of(run, rows),
-        "attn_masks": [m.flip(0) for m in masks(rows, LONGEST + 1)]},
+        "activations": left_padded(h),
+        "texts": texts_of(run, rows),
+        "attn_masks": [m.flip(0) for m in masks(rows, LONGEST + 1)],
+    },
     "the sampler's today": lambda run, rows, h: {
-        "activations": [x + 9 for x in h], "sequences": texts_of(run, rows), "token_ids": behind_start(run, rows),
-        "activations_by_layer": {run.backbone.layer - 1: [x + 5 for x in h], run.backbone.layer: h}},
-}  # fmt: skip
+        "activations": [x + 9 for x in h],
+        "sequences": texts_of(run, rows),
+        "token_ids": behind_start(run, rows),
+        "activations_by_layer": {run.backbone.layer - 1: [x + 5 for x in h], run.backbone.layer: h},
+    },
+}
 
 
 STORED_IN_BFLOAT16 = ("llama", "qwen", "qwen, padded")
@@ -159,7 +174,7 @@ def test_a_text_that_does_not_give_its_tokens_back_is_counted_and_kept_as_a_vect
     assert "2 of 40 texts, tokenized again" in capsys.readouterr().out
     np.testing.assert_array_equal(got["v"], v)
     targets = Targets(got["ids"], got["lengths"], got["v"], 4, 8, "")
-    assert {3, 5}.isdisjoint(paper_pairs(run.backbone, targets, np.arange(N)).rows)
+    assert {3, 5}.isdisjoint(published_pairs(run.backbone, targets, np.arange(N)).rows)
     replay = re_encode(run.backbone, targets.sequences(np.arange(N)), CORRECTED)
     assert np.flatnonzero(np.isnan(replay).any(axis=1)).tolist() == [3, 5]
     np.testing.assert_allclose(replay[6], v[6], rtol=1e-3, atol=1e-3)
@@ -187,7 +202,10 @@ def causes(run, rows, h):
     other = dataclasses.replace(run.backbone, layer=run.backbone.layer - 1)
     elsewhere = SimpleNamespace(backbone=other)
     return {
-        "another layer": ([every_position(elsewhere, ids) for ids in rows], f"those of layer {other.layer}: add --layer"),
+        "another layer": (
+            [every_position(elsewhere, ids) for ids in rows],
+            f"those of layer {other.layer}: add --layer",
+        ),
         "other weights": ([x @ turned for x in h], "of other weights"),
         "padding": ([torch.cat([x, torch.randn(2, 32)]) for x in h], "the last one is padding"),
     }
@@ -219,10 +237,16 @@ def test_texts_of_another_tokenizer_are_refused(pack, tmp_path):
         read_released(saved(tmp_path, content), run.backbone, N)
 
 
-@pytest.mark.parametrize("stated, message", [
-    ({"extraction_layer": 9}, "its layer is 9"), ({"layer": "2"}, "its layer is '2'"), ({"d": 64}, "its d is 64"),
-    ({"bos_token_id": 300}, "its start token is 300"), ({"backbone_id": "google/gemma-2-2b"}, "backbone is 'google"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stated, message",
+    [
+        ({"extraction_layer": 9}, "its layer is 9"),
+        ({"layer": "2"}, "its layer is '2'"),
+        ({"d": 64}, "its d is 64"),
+        ({"bos_token_id": 300}, "its start token is 300"),
+        ({"backbone_id": "google/gemma-2-2b"}, "backbone is 'google"),
+    ],
+)
 def test_what_a_pack_says_of_itself_is_compared_with_the_run(gemma_run, tmp_path, stated, message):
     backbone = gemma_run[0].backbone
     backbone = dataclasses.replace(backbone, spec=dataclasses.replace(backbone.spec, source="org/other@main"))
@@ -231,16 +255,20 @@ def test_what_a_pack_says_of_itself_is_compared_with_the_run(gemma_run, tmp_path
         read_released(saved(tmp_path, content), backbone, 4)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"hidden": torch.zeros(4, 5, 32), "ids": [[2]]}, r"holds \['hidden', 'ids'\], no released targets"),
-    ({"activations": torch.zeros(4, 5, 32), "texts": ["a"] * 4}, "it needs 'attn_masks'"),
-    ({"activations": [torch.zeros(2, 32)] * 4, "token_ids": [[7, 8]] * 4}, "begin with the start token"),
-    ({"activations": [torch.zeros(1, 32)] * 4, "token_ids": [[2, 8]] * 4}, "each valid one has an activation"),
-    ({"activations": [torch.zeros(2, 32)] * 4, "token_ids": [[2, 8]] * 3}, "of 4 samples and ids of 3"),
-    ({"activations_by_layer": {1: [torch.zeros(2, 32)] * 4}}, r"holds layers \[1\], this run reads layer 3"),
-    ({"activations": [torch.zeros(2, 64)] * 4, "token_ids": [[2, 8]] * 4}, "width 64, the backbone has 32"),
-    (torch.zeros(3), "holds a Tensor"), ({"activations": []}, "no released targets"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"hidden": torch.zeros(4, 5, 32), "ids": [[2]]}, r"holds \['hidden', 'ids'\], no released targets"),
+        ({"activations": torch.zeros(4, 5, 32), "texts": ["a"] * 4}, "it needs 'attn_masks'"),
+        ({"activations": [torch.zeros(2, 32)] * 4, "token_ids": [[7, 8]] * 4}, "begin with the start token"),
+        ({"activations": [torch.zeros(1, 32)] * 4, "token_ids": [[2, 8]] * 4}, "each valid one has an activation"),
+        ({"activations": [torch.zeros(2, 32)] * 4, "token_ids": [[2, 8]] * 3}, "of 4 samples and ids of 3"),
+        ({"activations_by_layer": {1: [torch.zeros(2, 32)] * 4}}, r"holds layers \[1\], this run reads layer 3"),
+        ({"activations": [torch.zeros(2, 64)] * 4, "token_ids": [[2, 8]] * 4}, "width 64, the backbone has 32"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({"activations": []}, "no released targets"),
+    ],
+)
 def test_what_is_no_pack_is_named(gemma_run, tmp_path, content, message):
     with pytest.raises(ArtefactError, match=message) as refused:
         read_released(saved(tmp_path, content), gemma_run[0].backbone, 4)
@@ -303,8 +331,8 @@ def test_a_pack_of_20_gigabytes_is_read_in_less_than_two(tmp_path):
         torch.save({"activations": activations, "sequences": [[0] + [7] * 64] * n}, path)
     assert path.stat().st_size > 20e9 and path.stat().st_blocks * 512 < 1e9
     program = (
-        "import sys, re, pathlib, types; import nla_utils.stages.released as r\n"
-        "from nla_utils.lm.registry import REGISTRY\n"
+        "import sys, re, pathlib, types; import nla_utils.targets as r\n"
+        "from nla_utils.lm.weights import REGISTRY\n"
         f"b = types.SimpleNamespace(spec=REGISTRY['gemma2-2b'], layer=19, d={d}, start_id=0, eos_ids=(1,), pad_id=0)\n"
         "r._check = lambda *a: None\n"
         f"got, _ = r.read_released(pathlib.Path(sys.argv[1]), b, {n})\n"
@@ -325,7 +353,7 @@ def test_released_targets_come_from_a_dataset_of_the_hub(tmp_path):
     hub.files["org/targets"] = {"targets.pt": b"x" * 5000, "notes.md": b"n"}
     hub.endpoint = hub.start()
     program = (
-        "import json, sys; from nla_utils.lm.releases import fetch_targets; from nla_utils.lm.registry import REGISTRY\n"
+        "import json, sys; from nla_utils.lm.weights import fetch_targets; from nla_utils.lm.weights import REGISTRY\n"
         "path = fetch_targets('hub:org/targets', REGISTRY['gemma2-2b']); print(json.dumps([path.name, path.parent.name]))"
     )
     done = in_a_process(hub, tmp_path, program)

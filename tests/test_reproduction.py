@@ -8,15 +8,15 @@ import sys
 
 import golden
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from nla_utils.artefacts import read_record, write_record
+from nla_extensions.cli import app
+from nla_utils import rows
 from nla_utils.config import ROOT
-from nla_utils.paper import reproduction
-from nla_utils.paper.reproduction import ALLOWED, columns, compare, verdict, write_reproduction, write_spread
-from nla_utils.paper.results import COMMITTED, load_results
-from nla_utils.runner.cli import app
-from nla_utils.scores import rows
+from nla_utils.report import pages as reproduction
+from nla_utils.report.pages import ALLOWED, columns, compare, verdict, write_reproduction, write_spread
+from nla_utils.report.results import COMMITTED, load_results
+from nla_utils.store import read_record, write_record
 
 QUICK = COMMITTED / "gemma3-270m" / "quick"
 GREEDY = rows.GREEDY.cen
@@ -41,8 +41,10 @@ def shift(by):
 def even_spread(folder, path, deviation):
     """A file of the same deviation for every row of the run in ``folder``."""
     kept = load_results(folder)
-    deviations = {p: {key: deviation for of, key in columns(kept) if of == p} for p in ("paper", "corrected")}
-    write_record(path, {"backbone": kept.backbone, "profile": kept.profile, "seeds": [{}] * 5, "deviations": deviations})
+    deviations = {p: {key: deviation for of, key in columns(kept) if of == p} for p in ("published", "corrected")}
+    write_record(
+        path, {"backbone": kept.backbone, "profile": kept.profile, "seeds": [{}] * 5, "deviations": deviations}
+    )
 
 
 @pytest.fixture
@@ -57,8 +59,18 @@ def run(tmp_path, monkeypatch):
 
 def test_every_row_of_the_sections_tables_is_compared():
     keys = {key for _, key in columns(load_results(QUICK))}
-    tables = (*rows.CEILINGS, *rows.EVALUATION, *rows.DIFFERENCES, *rows.NATS, *rows.NATS_GAINED, rows.LOGP_RERANK,
-              rows.ANCHOR_RERANK, rows.ANCHOR, rows.SPEARMAN, rows.SLOPE)  # fmt: skip
+    tables = (
+        *rows.CEILINGS,
+        *rows.EVALUATION,
+        *rows.DIFFERENCES,
+        *rows.NATS,
+        *rows.NATS_GAINED,
+        rows.LOGP_RERANK,
+        rows.ANCHOR_RERANK,
+        rows.ANCHOR,
+        rows.SPEARMAN,
+        rows.SLOPE,
+    )
     assert keys >= {row.cen for row in tables}
     labels = [label for label, _ in columns(load_results(QUICK)).values()]
     assert len(labels) == len(set(labels))
@@ -102,7 +114,7 @@ def test_what_is_alike_for_every_seed_may_differ_by_less_than_is_shown(run, by, 
 
 def test_two_that_differ_are_counted_as_two(run):
     alter(run / "results", "centered_eval", shift(1))
-    alter(run / "results", "oracle_ceiling", lambda r: r["protocols"]["paper"].update({rows.REPLAY.cen: 0.1}))
+    alter(run / "results", "oracle_ceiling", lambda r: r["protocols"]["published"].update({rows.REPLAY.cen: 0.1}))
     n = len(columns(load_results(QUICK)))
     found = f"{n - 2} of {n} rows agree; 2 differ: ceilings: replay (paper), evaluation: greedy (corrected).\n"
     assert write_reproduction(run).endswith(found)
@@ -166,12 +178,14 @@ def test_the_spread_is_the_standard_deviation_over_seeds(seeds, tmp_path):
     record = read_record(write_spread([load_results(f) for f in seeds], tmp_path / "spread.json"))
     found = record["deviations"]
     assert found["corrected"][GREEDY] == pytest.approx(statistics.stdev([0.001, 0.004, 0.009, 0.016, 0.025]))
-    assert found["paper"][GREEDY] == 0 and (record["backbone"], record["profile"]) == ("gemma3-270m", "quick")
+    assert found["published"][GREEDY] == 0 and (record["backbone"], record["profile"]) == ("gemma3-270m", "quick")
     assert [s["identity"]["seed"] for s in record["seeds"]] == [1, 2, 3, 4, 5]
     assert all(len(s["code"]["git_commit"]) == 40 and len(s["sha256"]["centered_eval"]) == 64 for s in record["seeds"])
 
 
-@pytest.mark.parametrize("chosen", [[0, 1], [0, 1, 1], [0, 1, 2, 5], [0, 1, 6]], ids=["two", "twice", "dtype", "unfinished"])
+@pytest.mark.parametrize(
+    "chosen", [[0, 1], [0, 1, 1], [0, 1, 2, 5], [0, 1, 6]], ids=["two", "twice", "dtype", "unfinished"]
+)
 def test_runs_that_make_no_spread_are_refused(seeds, chosen, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduction, "SPREAD", tmp_path / "spread.json")
     float32, unfinished = tmp_path / "float32", tmp_path / "unfinished"
@@ -204,9 +218,20 @@ def test_a_run_leaves_the_checkout_clean_and_ends_in_the_verdict(reproduced_tiny
     git(clone, "add", "--all")
     git(clone, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message", "all")
     done = subprocess.run(
-        [sys.executable, "-m", "nla_utils", "reproduce", "--backbone", str(tiny_folders["tiny-gemma2"]), *golden.OPTIONS],
-        env={**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(clone)}, cwd=clone, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "nla_extensions.cli",
+            "reproduce",
+            "--backbone",
+            str(tiny_folders["tiny-gemma2"]),
+            *golden.OPTIONS,
+        ],
+        env={**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(clone)},
+        cwd=clone,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert git(clone, "status", "--porcelain") == ""
     ignored = {line[3:] for line in git(clone, "status", "--porcelain", "--ignored").splitlines()}

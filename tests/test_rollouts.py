@@ -5,15 +5,15 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from nla_utils import rollouts as rollouts_module
+from nla_utils.baselines import make_ceilings
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
-from nla_utils.stages import rollouts as rollouts_module
-from nla_utils.stages.ceilings import make_ceilings
-from nla_utils.stages.rollouts import make_rollouts
-from nla_utils.stages.targets import make_targets
-from nla_utils.stages.training import load_av, train_av
+from nla_utils.targets import make_targets
+from nla_utils.training import load_av, train_av
 
 
 def test_column_zero_is_greedy_and_the_others_are_not(scored_run):

@@ -10,8 +10,7 @@ from scipy.stats import chi2_contingency, chisquare
 
 from nla_utils.lm import sampling
 from nla_utils.lm.sampling import SamplingSettings, draw, pad, row_streams, sample, uniforms
-from nla_utils.progress import MIRROR_VARIABLE, Progress
-
+from nla_utils.store import MIRROR_VARIABLE, Progress
 
 # From numpy 2.4's Philox, key 1.
 FIRST = [0.3035680651664734, 0.8487088084220886, 0.15613478422164917]
@@ -30,15 +29,19 @@ def test_greedy_equals_the_librarys_generate(tiny_run):
     prompt = torch.tensor([[backbone.start_id, 7, 9]])
     ours = sample(backbone, backbone.embed(prompt), SamplingSettings(16, temperature=0.0), None)
     theirs = backbone.model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
-        eos_token_id=list(backbone.eos_ids), pad_token_id=backbone.pad_id,
-    )[0, 3:]  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=list(backbone.eos_ids),
+        pad_token_id=backbone.pad_id,
+    )[0, 3:]
     assert ours.sequence(0) == theirs.tolist()
 
 
-@pytest.mark.parametrize("settings", [
-    SamplingSettings(1, 1.0, 10, 1.0), SamplingSettings(1, 0.7, 30, 0.8), SamplingSettings(1, 1.0, 0, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [SamplingSettings(1, 1.0, 10, 1.0), SamplingSettings(1, 0.7, 30, 0.8), SamplingSettings(1, 1.0, 0, 1.0)]
+)
 def test_draws_follow_the_truncated_distribution(settings):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 2
     n = 20_000
@@ -129,7 +132,9 @@ def test_dropping_finished_rows_changes_nothing(tiny_run, monkeypatch):
     np.testing.assert_array_equal(found[0].ids, found[1].ids)
     np.testing.assert_allclose(found[0].logprobs, found[1].logprobs, atol=2e-3)
     for i in range(0, 60, 7):
-        alone = sample(backbone, backbone.embed(torch.tensor([prompts[i]])), SamplingSettings(24), streams(60)[i : i + 1])
+        alone = sample(
+            backbone, backbone.embed(torch.tensor([prompts[i]])), SamplingSettings(24), streams(60)[i : i + 1]
+        )
         assert alone.sequence(0) == found[0].sequence(i)
 
 
@@ -154,7 +159,9 @@ def test_numbers_are_uniform_and_independent_over_positions_and_rows():
     cell = np.minimum((uniform * cells).astype(int), cells - 1)
     p_positions = [chisquare(np.bincount(cell[:, t], minlength=cells)).pvalue for t in range(steps)]
     by_row = uniforms(np.arange(64), 1024).numpy()
-    p_rows = [chisquare(np.bincount(np.minimum((row * cells).astype(int), 7), minlength=cells)).pvalue for row in by_row]
+    p_rows = [
+        chisquare(np.bincount(np.minimum((row * cells).astype(int), 7), minlength=cells)).pvalue for row in by_row
+    ]
     p_next = [independent(cell[:, t], cell[:, t + 1]) for t in range(steps - 1)]
     p_beside = [independent(cell[:-1, t], cell[1:, t]) for t in range(steps)]
     for p in (p_positions, p_rows, p_next, p_beside):

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nla_utils.config import AVConfig
-from nla_utils.lm.cross_entropy import head_cross_entropy, head_logprobs
+from nla_utils.lm.backbone import head_cross_entropy, head_logprobs
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import Decoder, SamplingSettings, draw
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.verbalizer import ActivationVerbalizer
 
 ELSEWHERE = torch.device("meta")
 

@@ -5,20 +5,20 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import with_out
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
-from nla_utils.artefacts import RunFolder
+from nla_extensions.cli import app
+from nla_extensions.depth import layers
+from nla_extensions.depth.layers import committed_sequences, extract_layers, read_sequences, write_sequences
+from nla_extensions.depth.measure import reach_of_text
+from nla_utils import notebooks
 from nla_utils.config import RunConfig
 from nla_utils.errors import ArtefactError
-from nla_utils.extensions.depth import layers
-from nla_utils.extensions.depth.layers import committed_sequences, extract_layers, read_sequences, write_sequences
-from nla_utils.extensions.depth.measure import reach_of_text
 from nla_utils.run import Run
-from nla_utils.runner import notebooks
-from nla_utils.runner.cli import app
-from nla_utils.stages.targets import sequences_hash
+from nla_utils.store import RunFolder
+from nla_utils.targets import sequences_hash
 
 
 @pytest.fixture
@@ -70,9 +70,13 @@ def test_ids_and_lengths_both_count(gemma_run):
 
 @pytest.mark.parametrize(
     "change, named",
-    [({"seed": 2}, "seed = 1, this run has seed = 2"), ({"n_targets": 97}, "holds 96 .* needs 97"),
-     ({"profile": "quick"}, "max_new_tokens"), ({"dtype": "bfloat16"}, "dtype = 'float32'")],
-)  # fmt: skip
+    [
+        ({"seed": 2}, "seed = 1, this run has seed = 2"),
+        ({"n_targets": 97}, "holds 96 .* needs 97"),
+        ({"profile": "quick"}, "max_new_tokens"),
+        ({"dtype": "bfloat16"}, "dtype = 'float32'"),
+    ],
+)
 def test_sequences_of_another_run_are_refused(kept, change, named):
     run, _, path, other = kept
     own = {key: value for key, value in change.items() if key in run.folder.identity}

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from nla_utils.scores import rows
-from nla_utils.scores.source_loss import score_source_loss
-from nla_utils.stages.pairs import TextPairs, paper_pairs
-from nla_utils.stages.source_loss import CONDITIONS, make_source_loss, source_loss
-from nla_utils.stages.trainer import pair_loss
-from nla_utils.stages.training import load_av
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils import rows
+from nla_utils.scores import score_source_loss
+from nla_utils.training import load_av, pair_loss
+from nla_utils.verbalizer import (
+    CONDITIONS,
+    ActivationVerbalizer,
+    TextPairs,
+    make_source_loss,
+    published_pairs,
+    source_loss,
+)
 
 
 def slow_nats(backbone, inputs_1Sd, ids):
@@ -42,7 +46,7 @@ def test_each_condition_equals_an_independent_slow_computation(tiny_run):
 def test_own_loss_is_what_training_minimises(tiny_run):
     run, targets = tiny_run
     av = ActivationVerbalizer.fresh(run.backbone)
-    pairs = paper_pairs(run.backbone, targets, np.arange(6), 64)
+    pairs = published_pairs(run.backbone, targets, np.arange(6), 64)
     own_MT = source_loss(run.backbone, av, targets, pairs, n_others=1).nats["own"]
     trained = pair_loss(run.backbone, av, torch.from_numpy(targets.v[pairs.rows]), pairs.ids)
     assert np.nanmean(own_MT) == pytest.approx(trained.item(), rel=1e-4)
@@ -52,7 +56,7 @@ def test_a_verbalizer_that_cannot_see_v_saves_nothing(tiny_run):
     run, targets = tiny_run
     av = ActivationVerbalizer.fresh(run.backbone)
     torch.nn.init.zeros_(av.proj.weight)
-    pairs = paper_pairs(run.backbone, targets, targets.held_out, 64)
+    pairs = published_pairs(run.backbone, targets, targets.held_out, 64)
     column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others=3).nats)
     for row in rows.NATS_GAINED[:2]:
         assert column.values[row.key] == pytest.approx(0, abs=1e-5)

@@ -11,12 +11,11 @@ from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
 from nla_utils.errors import BackboneError
-from nla_utils.lm.checks import check_backbone
-from nla_utils.lm.loading import load_backbone
+from nla_utils.lm.loading import check_backbone, load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
-from nla_utils.stages.rollouts import roll_out
-from nla_utils.stages.trainer import pair_loss
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.rollouts import roll_out
+from nla_utils.training import pair_loss
+from nla_utils.verbalizer import ActivationVerbalizer
 
 ARCHITECTURES = ("tiny-gemma2", "tiny-llama", "tiny-qwen2")
 
@@ -27,9 +26,13 @@ def offloaded(backbone, folder):
     blocks = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(backbone.n_layers)}
     rest = {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
     dispatch_model(
-        model, {**blocks, **rest, "lm_head": "cpu"}, main_device="cpu", offload_dir=folder,
-        skip_keys=model._skip_keys_device_placement, force_hooks=True,
-    )  # fmt: skip
+        model,
+        {**blocks, **rest, "lm_head": "cpu"},
+        main_device="cpu",
+        offload_dir=folder,
+        skip_keys=model._skip_keys_device_placement,
+        force_hooks=True,
+    )
     assert any(p.device.type == "meta" for p in model.parameters())
     return backbone
 
@@ -47,7 +50,9 @@ def test_blocks_that_lie_elsewhere_change_nothing(tiny_folders, tmp_path, name):
         av = ActivationVerbalizer.fresh(backbone)
         loss = pair_loss(backbone, av, v_Md, texts[:2])
         loss.backward()
-        rolled = roll_out(backbone, av, v_Md, SamplingSettings(max_new_tokens=6), 3, row_streams(1, "t", range(len(v_Md)), 4))
+        rolled = roll_out(
+            backbone, av, v_Md, SamplingSettings(max_new_tokens=6), 3, row_streams(1, "t", range(len(v_Md)), 4)
+        )
         found.append({"loss": loss.detach(), "slope": av.proj.weight.grad, **rolled})
     for key, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][key], err_msg=key)

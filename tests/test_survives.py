@@ -16,18 +16,16 @@ import pytest
 import torch
 from conftest import tiny_config, with_out
 
-from nla_utils import artefacts
-from nla_utils.artefacts import arrays_hash, json_hash
-from nla_utils.chunks import ChunkStore
+from nla_extensions.release import bundle as bundles
+from nla_utils import store as artefacts
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, NLAError
-from nla_utils.extensions.release import bundle as bundles
+from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
-from nla_utils.stages.released import read_released
-from nla_utils.stages.rollouts import make_rollouts
-from nla_utils.stages.targets import make_targets
-from nla_utils.stages.training import train_av
-from nla_utils.stages.verbalizer import import_av
+from nla_utils.store import ChunkStore, arrays_hash, json_hash
+from nla_utils.targets import make_targets, read_released
+from nla_utils.training import train_av
+from nla_utils.verbalizer import import_av
 
 # Kills while each of the six notebooks runs.
 KILLS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2}
@@ -44,13 +42,23 @@ def left(folder):
 
 def test_a_run_that_is_killed_twenty_times_ends_as_if_it_never_was(reproduced_tiny, tiny_folders, tmp_path):
     undisturbed = left(reproduced_tiny("tiny-llama")[2])
-    command = [sys.executable, "-m", "nla_utils", *golden.reproduce_command(tiny_folders["tiny-llama"], tmp_path)[:-2]]
+    command = [
+        sys.executable,
+        "-m",
+        "nla_extensions.cli",
+        *golden.reproduce_command(tiny_folders["tiny-llama"], tmp_path)[:-2],
+    ]
     environment = {**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     folder, rng = tmp_path / "tiny-llama" / "smoke", random.Random(7)
     for number in (n for n, times in KILLS.items() for _ in range(times)):
         run = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            command,
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         before = f"0{number - 1}_"
         while number > 1 and not any(p.name.startswith(before) for p in folder.glob("executed/*.ipynb")):
             assert run.poll() is None, run.stderr.read().decode()[-2000:]
@@ -70,7 +78,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_never_was(reproduced_ti
 def limited(size, backbone, out):
     """The heavy part of notebooks 01-04 where no file may grow beyond ``size`` bytes."""
     given = ["--backbone", str(backbone), "--out", str(out), *golden.OPTIONS]
-    command = [sys.executable, "-m", "nla_utils", "distribute", *given]
+    command = [sys.executable, "-m", "nla_extensions.cli", "distribute", *given]
     environment = {**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
 
     def limit():
@@ -149,7 +157,7 @@ def readers(tiny_folders, tmp_path_factory):
     train_av(run, targets)
     make_rollouts(run, targets)
     run.write_results("targets", {"values": {str(k): k / 7 for k in range(40)}}, {"targets": targets.sha256})
-    from nla_utils.extensions.tail_reader.reader import fit_reader
+    from nla_extensions.tail_reader.reader import fit_reader
 
     fit_reader(run, targets)
     bundles.write_bundle(run, root / "bundles" / run.backbone.name)
@@ -180,7 +188,9 @@ def readers(tiny_folders, tmp_path_factory):
             found = bundles.load_bundle(run.backbone, None)
         finally:
             bundles.BUNDLES = before
-        return arrays_hash({"mu": found.mu, "pool": found.pool_v}) + str(found.av.config) + str(found.av.proj.weight.sum())
+        return (
+            arrays_hash({"mu": found.mu, "pool": found.pool_v}) + str(found.av.config) + str(found.av.proj.weight.sum())
+        )
 
     def chunk():
         return arrays_hash(chunks.get(0) or {"x": targets.v[:20]})
@@ -195,23 +205,42 @@ def readers(tiny_folders, tmp_path_factory):
     folder, every = run.folder.path, tuple(BY_KIND)
     # Files from outside carry no hash: that a bit was flipped in them cannot be known.
     unhashed = ("truncated", "emptied", "directory")
-    rows = [(folder / f"{n}.safetensors{end}", folder / f"best_av.safetensors{end}", load(n), every)
-            for n in ("targets", "rollouts") for end in ("", ".json")]  # fmt: skip
-    rows += [(folder / f"best_av.safetensors{end}", folder / f"targets.safetensors{end}", load("best_av"), every)
-             for end in ("", ".json")]  # fmt: skip
+    rows = [
+        (folder / f"{n}.safetensors{end}", folder / f"best_av.safetensors{end}", load(n), every)
+        for n in ("targets", "rollouts")
+        for end in ("", ".json")
+    ]
     rows += [
-        (folder / "results" / "targets.json", folder / "targets.safetensors.json",
-         lambda keys=tuple(run.read_results("targets")): same_keys(run.read_results("targets"), keys), every),
+        (folder / f"best_av.safetensors{end}", folder / f"targets.safetensors{end}", load("best_av"), every)
+        for end in ("", ".json")
+    ]
+    rows += [
+        (
+            folder / "results" / "targets.json",
+            folder / "targets.safetensors.json",
+            lambda keys=tuple(run.read_results("targets")): same_keys(run.read_results("targets"), keys),
+            every,
+        ),
         (chunks._file(0), chunks._file(1), chunk, ("truncated", "flipped", "emptied", "directory")),
         (weights / "model.safetensors", folder / "targets.safetensors", weights_read, every),
         (root / "released" / "t.pt", folder / "targets.safetensors", released, (*unhashed, "swapped")),
-        (folder / "av" / "best_av.safetensors", folder / "targets.safetensors",
-         lambda: str(import_av(folder / "av", run.backbone).proj.weight.sum()), (*unhashed, "swapped")),
-        (folder / "av" / "config.json", folder / "av" / "best_av.pt",
-         lambda: str(import_av(folder / "av", run.backbone).config), (*unhashed, "swapped")),
-    ]  # fmt: skip
-    return rows + [(root / "bundles" / run.backbone.name / name, folder / "best_av.safetensors", bundle, every)
-                   for name in (*bundles.FILES, "bundle.json")]  # fmt: skip
+        (
+            folder / "av" / "best_av.safetensors",
+            folder / "targets.safetensors",
+            lambda: str(import_av(folder / "av", run.backbone).proj.weight.sum()),
+            (*unhashed, "swapped"),
+        ),
+        (
+            folder / "av" / "config.json",
+            folder / "av" / "best_av.pt",
+            lambda: str(import_av(folder / "av", run.backbone).config),
+            (*unhashed, "swapped"),
+        ),
+    ]
+    return rows + [
+        (root / "bundles" / run.backbone.name / name, folder / "best_av.safetensors", bundle, every)
+        for name in (*bundles.FILES, "bundle.json")
+    ]
 
 
 def test_altered_files_are_refused_by_name_or_read_as_they_were(readers):
@@ -226,7 +255,11 @@ def test_altered_files_are_refused_by_name_or_read_as_they_were(readers):
                     assert read() == expected, f"{path.name}, {kind}: another result, and not a word about it"
                 except NLAError as error:
                     said = str(error)
-                    assert path.name in said or path.parent.name in said or "weight_hash" in said, (path.name, kind, said)
+                    assert path.name in said or path.parent.name in said or "weight_hash" in said, (
+                        path.name,
+                        kind,
+                        said,
+                    )
                     tried["refused"] += 1
                 tried[kind] += 1
                 put(path, data)
@@ -237,7 +270,7 @@ def test_altered_files_are_refused_by_name_or_read_as_they_were(readers):
 def test_a_partial_state_of_training_that_was_altered_is_refused(tiny_folders, tmp_path, monkeypatch):
     run = open_run(tiny_config(tiny_folders["tiny-llama"], tmp_path))
     targets = make_targets(run)
-    monkeypatch.setattr("nla_utils.stages.training.export_av", lambda *_: pytest.fail("not to be reached"))
+    monkeypatch.setattr("nla_utils.training.export_av", lambda *_: pytest.fail("not to be reached"))
     with pytest.raises(pytest.fail.Exception):
         train_av(run, targets)
     path = run.folder.file("training.partial.safetensors")

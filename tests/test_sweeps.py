@@ -6,24 +6,24 @@ import dataclasses
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import with_out
-from typer.testing import CliRunner
 
-from nla_utils.artefacts import RunFolder
+from nla_extensions.cli import app
+from nla_extensions.depth import layers, tables
+from nla_extensions.depth.layers import extract_layers, parse_layers
+from nla_extensions.depth.page import figure_7
+from nla_utils import baselines as ceilings
+from nla_utils import notebooks
 from nla_utils.config import RunConfig, parse_seeds
 from nla_utils.errors import ConfigError
-from nla_utils.extensions.depth import layers, tables
-from nla_utils.extensions.depth.layers import extract_layers, parse_layers
-from nla_utils.extensions.depth.page import figure_7
 from nla_utils.lm.backbone import Backbone
-from nla_utils.paper import appendix
-from nla_utils.paper.results import RunResults, find_results, without_variants
-from nla_utils.paper.tables import seed_groups, seeds_table
-from nla_utils.runner import notebooks
-from nla_utils.runner.cli import app
-from nla_utils.runner.notebooks import STAGES
-from nla_utils.stages import ceilings
-from nla_utils.stages.targets import make_targets
+from nla_utils.notebooks import STAGES
+from nla_utils.report import pages as appendix
+from nla_utils.report.results import RunResults, find_results, without_variants
+from nla_utils.report.tables import seed_groups, seeds_table
+from nla_utils.store import RunFolder
+from nla_utils.targets import make_targets
 
 
 def test_one_pass_gives_what_each_layer_alone_gives(tiny_run):
@@ -90,7 +90,7 @@ def test_another_layer_takes_the_paraphrases_that_are_there(gemma_run, tmp_path,
         own = run.at(layer)
         made.append(ceilings.make_ceilings(own, make_targets(own)).texts)
         monkeypatch.setattr(ceilings, "continue_prompts", None)
-    for name in ("paper", "corrected"):
+    for name in ("published", "corrected"):
         np.testing.assert_array_equal(made[0][name].drawn.ids, made[1][name].drawn.ids)
     assert not np.array_equal(made[0]["corrected"].paraphrase, made[1]["corrected"].paraphrase)
 
@@ -132,7 +132,9 @@ def swept():
 def no_record(monkeypatch):
     """As if nothing were known of text alone."""
     found = RunResults.optional
-    monkeypatch.setattr(RunResults, "optional", lambda self, name: None if name == tables.RESULTS else found(self, name))
+    monkeypatch.setattr(
+        RunResults, "optional", lambda self, name: None if name == tables.RESULTS else found(self, name)
+    )
 
 
 def test_variants_stand_in_the_tables_of_sweeps_alone(swept, monkeypatch):
@@ -186,7 +188,7 @@ def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tm
 
 def test_each_run_is_finished_before_the_next_one_begins(tmp_path, monkeypatch):
     said = []
-    
+
     def preflight(config, _):
         said.append(f"checked {config.seed}")
         return RunFolder(tmp_path / str(config.seed))

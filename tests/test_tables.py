@@ -6,12 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from nla_utils import metrics
-from nla_utils.paper import tables
-from nla_utils.paper.audit import audit_of_all, audit_table
-from nla_utils.paper.published import later_nulls, null_at, published_null
-from nla_utils.paper.results import RunResults, find_results, largest
-from nla_utils.scores import rows
+from nla_utils import metrics, rows
+from nla_utils.report import tables
+from nla_utils.report.results import RunResults, find_results, largest, later_nulls, null_at, published_null
+from nla_utils.report.tables import audit_of_all, audit_table
 
 EVERYTHING = find_results()
 RUNS = largest(EVERYTHING)
@@ -54,10 +52,10 @@ def test_the_null_of_the_later_ports_is_a_lower_bound_on_one_that_bends_down():
 def test_gemmas_margin_over_its_null_is_within_what_reading_the_null_costs():
     null, best = published_null("gemma2_2b", 64)
     # Read off the same points as the published one.
-    same = [r for r in RUNS if r.profile == "paper"]
+    same = [r for r in RUNS if r.profile == "full"]
     assert len(same) == 2 and all(0 < best - null < tables.null_mismatch(r) for r in same)
     for r in same:
-        scale, column = (r.column(name, "paper") for name in (rows.CEILING_FILE, rows.EVALUATION_FILE))
+        scale, column = (r.column(name, "published") for name in (rows.CEILING_FILE, rows.EVALUATION_FILE))
         a, b = scale[rows.NN_IN_POOL.cen], column[rows.RETRIEVAL.cen]
         slope = (b - a) / math.log2(2000 / 199)
         naive = a - slope * math.log2(199 / 64) - column[rows.UNRELATED.cen]
@@ -82,7 +80,9 @@ def test_the_audit_of_all_shows_the_floor_at_every_size():
     table = audit_of_all(RUNS, EVERYTHING)
     for r in RUNS:
         sizes = {o.size for o in EVERYTHING if o.backbone == r.backbone and " of " not in o.size}
-        assert len(sizes) >= (3 if r.profile == "paper" else 1) and all(f"at {size}:" in table.loc["floor_kind", r.label] for size in sizes)
+        assert len(sizes) >= (3 if r.profile == "full" else 1) and all(
+            f"at {size}:" in table.loc["floor_kind", r.label] for size in sizes
+        )
         column = r.column(rows.EVALUATION_FILE, "corrected")
         low, high = column["ci95"][rows.IN_SAMPLE_GREEDY.key]
         assert ("not decided" in table.loc["in_sample", r.label]) == (low <= 0 <= high)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from nla_utils import targets as targets_module
 from nla_utils.errors import ArtefactError, BackboneError, CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.run import open_run
-from nla_utils.stages import targets as targets_module
-from nla_utils.stages.pairs import paper_pairs
-from nla_utils.stages.targets import check_health, describe, load_targets, make_targets
+from nla_utils.targets import check_health, describe, load_targets, make_targets
+from nla_utils.verbalizer import published_pairs
 
 
 def test_v_is_the_last_token_of_the_whole_sequence(tiny_run):
@@ -43,9 +43,9 @@ def test_collapsed_and_broken_pools_are_refused():
         check_health(broken)
 
 
-def test_paper_pairs_skip_what_grew_too_long(tiny_run):
+def test_published_pairs_skip_what_grew_too_long(tiny_run):
     run, targets = tiny_run
-    pairs = paper_pairs(run.backbone, targets, np.arange(30), 10)
+    pairs = published_pairs(run.backbone, targets, np.arange(30), 10)
     assert all(0 < len(ids) <= 10 for ids in pairs.ids)
     assert pairs.skipped == 30 - len(pairs.rows) > 0
 

@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config, with_out
 
-from nla_utils.artefacts import atomic_write
 from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError, SourceError
-from nla_utils.lm.cross_entropy import head_cross_entropy, head_logprobs
+from nla_utils.lm.backbone import head_cross_entropy, head_logprobs
 from nla_utils.run import open_run
-from nla_utils.stages.graphed_step import padded_loss
-from nla_utils.stages.pairs import make_split
-from nla_utils.stages.targets import make_targets
-from nla_utils.stages.trainer import Recipe, Trainer, pair_loss
-from nla_utils.stages.training import describe, load_av, train_av
-from nla_utils.stages.verbalizer import ActivationVerbalizer, export_av, import_av
+from nla_utils.store import atomic_write
+from nla_utils.targets import make_targets
+from nla_utils.training import Recipe, Trainer, describe, load_av, padded_loss, pair_loss, train_av
+from nla_utils.verbalizer import ActivationVerbalizer, export_av, import_av, make_split
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
@@ -105,7 +102,9 @@ def test_a_recipe_says_how_many_pairs_steps_and_at_what_norm(gemma_run, tmp_path
     trainer = Trainer(run, targets, Recipe(pairs=20, steps=3, inject_norm=2.0))
     trainer.train()
     assert (len(trainer.split.train), trainer.step) == (20, 3)
-    slot_Bd = ActivationVerbalizer.fresh(run.backbone, inject_norm=2.0)(torch.from_numpy(targets.v[:3]), torch.float32)[:, 0]
+    slot_Bd = ActivationVerbalizer.fresh(run.backbone, inject_norm=2.0)(torch.from_numpy(targets.v[:3]), torch.float32)[
+        :, 0
+    ]
     torch.testing.assert_close(slot_Bd.norm(dim=-1), torch.full((3,), 2.0))
     with pytest.raises(ArtefactError, match="made with recipe = .*, this run has recipe = .*to train anew"):
         Trainer(run, targets)
@@ -230,10 +229,14 @@ def test_a_released_av_is_taken_as_it_is(scored_run, tmp_path, kept):
     assert describe(sidecar, targets)["in_sample_trained_on"] == 0
 
 
-@pytest.mark.parametrize("av, message", [
-    ("hub:no-slash", "write it as hub:org/name"), ("/absent/folder", "neither a folder"),
-    (".", "an AV is config.json with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "av, message",
+    [
+        ("hub:no-slash", "write it as hub:org/name"),
+        ("/absent/folder", "neither a folder"),
+        (".", "an AV is config.json with"),
+    ],
+)
 def test_what_is_no_av_is_refused(tiny_run, tmp_path, av, message):
     run, targets = tiny_run
     with pytest.raises(SourceError, match=message):

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 from conftest import comparable, with_out
 
+from nla_extensions.training_study.study import measure, run_itself, shortened, study, study_of
+from nla_extensions.training_study.variants import variants
+from nla_utils import rows
 from nla_utils.errors import ConfigError
-from nla_utils.extensions.training_study.study import measure, run_itself, shortened, study, study_of
-from nla_utils.extensions.training_study.variants import variants
 from nla_utils.metrics import fve
-from nla_utils.scores import rows
-from nla_utils.stages.pairs import tail_pairs
-from nla_utils.stages.trainer import Recipe, Trainer, greedy_rollouts
-from nla_utils.stages.verbalizer import ActivationVerbalizer
+from nla_utils.training import Recipe, Trainer, greedy_rollouts
+from nla_utils.verbalizer import ActivationVerbalizer, tail_pairs
 
 
 def test_a_recipe_of_one_factor_differs_in_that_factor_alone():
     planned = variants(800, 80, 2.5)
     plain = Recipe(steps=10)
     for variant in (v for v in planned if v.part == "one factor"):
-        differing = [f.name for f in dataclasses.fields(Recipe) if getattr(variant.recipe, f.name) != getattr(plain, f.name)]
+        differing = [
+            f.name for f in dataclasses.fields(Recipe) if getattr(variant.recipe, f.name) != getattr(plain, f.name)
+        ]
         assert len(differing) == 1
     assert len({v.label for v in planned}) == len(planned)
 

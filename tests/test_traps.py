@@ -1,4 +1,4 @@
-"""Each slip of PROTOCOL.md §7: `paper` falls into it on purpose, `corrected` does not."""
+"""Each slip of PROTOCOL.md §7: `published` falls into it on purpose, `corrected` does not."""
 
 import dataclasses
 
@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from nla_utils.artefacts import RunFolder
+from nla_utils import baselines as ceilings_module
+from nla_utils.baselines import PROMPT, prompt_ids
 from nla_utils.config import TAIL_LENGTHS
+from nla_utils.encoding import re_encode
+from nla_utils.evidence import part_of
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.metrics import fve, fve_matrix
-from nla_utils.protocol import CORRECTED, PAPER, PROTOCOLS
-from nla_utils.scores.ceilings import score_ceilings
-from nla_utils.scores.evidence import part_of
-from nla_utils.scores.k_curve import score_k_curve
-from nla_utils.scores.rollouts import score_rollouts
-from nla_utils.stages import ceilings as ceilings_module
-from nla_utils.stages.ceilings import PROMPT, prompt_ids
-from nla_utils.stages.encoding import re_encode
-from nla_utils.stages.pairs import make_split, paper_pairs
-from nla_utils.stages.trainer import History
-from nla_utils.stages.training import load_av
+from nla_utils.protocol import CORRECTED, PROTOCOLS, PUBLISHED
+from nla_utils.scores import score_ceilings, score_k_curve, score_rollouts
+from nla_utils.store import RunFolder
+from nla_utils.training import History, load_av
+from nla_utils.verbalizer import make_split, published_pairs
 
 BY_NAME = {p.name: p for p in PROTOCOLS}
 
@@ -37,14 +34,14 @@ def columns(evidence):
 def test_bos(scored_run):
     run, targets, ceilings, rollouts = scored_run
     model, layer = run.backbone.model, run.backbone.layer
-    for protocol, head in ((PAPER, []), (CORRECTED, [run.backbone.start_id])):
+    for protocol, head in ((PUBLISHED, []), (CORRECTED, [run.backbone.start_id])):
         chosen = rollouts.at(targets.eval_rows(protocol))
         for m, k in ((0, 0), (1, 2), (7, 4)):
             expected = naive.hidden(model, layer, head + chosen.sequence(m, k))
             np.testing.assert_allclose(chosen.h(protocol)[m, k], expected, rtol=1e-3, atol=1e-3)
     same = fve(ceilings.texts["corrected"].replay, targets.v[targets.held_out], targets.mu)
     np.testing.assert_allclose(same, 1, atol=1e-5)
-    assert fve(ceilings.ladder["same_ids_no_bos"], targets.v[targets.in_sample], targets.mu).mean() < 0.999
+    assert fve(ceilings.ladder["left_pad+eos_text"], targets.v[targets.in_sample], targets.mu).mean() < 0.999
 
 
 def test_left_pad(tiny_run):
@@ -52,7 +49,7 @@ def test_left_pad(tiny_run):
     backbone = run.backbone
     texts = ["a text", "a much longer text that makes the first one padded", "b"]
     rows = [backbone.tokenize_text(t) for t in texts]
-    ours = re_encode(backbone, rows, PAPER)
+    ours = re_encode(backbone, rows, PUBLISHED)
     last = np.array([naive.hidden(backbone.model, backbone.layer, r) for r in rows])
     if backbone.padding_side == "right":
         np.testing.assert_allclose(ours, last, rtol=1e-3, atol=1e-3)
@@ -67,7 +64,7 @@ def test_in_sample(scored_run):
     run, targets, *_ = scored_run
     split = make_split(run, targets)
     trained = {split.pairs.rows[i] for i in split.train}
-    paired = set(split.pairs.rows) & set(targets.eval_rows(PAPER))
+    paired = set(split.pairs.rows) & set(targets.eval_rows(PUBLISHED))
     assert len(trained & paired) > len(paired) / 2 > 0
     assert not trained & set(targets.eval_rows(CORRECTED))
 
@@ -88,19 +85,19 @@ def test_null_texts_are_encoded_as_the_rollouts_are(scored_run):
     model, layer, start = run.backbone.model, run.backbone.layer, run.backbone.start_id
     without = naive.hidden(model, layer, targets.sequence(i))
     behind = naive.hidden(model, layer, [start, *targets.sequence(i)])
-    np.testing.assert_allclose(ceilings.texts["paper"].pool_h[3], without, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ceilings.texts["published"].pool_h[3], without, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(ceilings.texts["corrected"].pool_h[3], behind, rtol=1e-3, atol=1e-3)
 
 
 def test_self_mu(scored_run, columns):
     _, targets, ceilings, _ = scored_run
-    for p in ("paper", "corrected"):
+    for p in ("published", "corrected"):
         v = [list(map(float, x)) for x in targets.v[targets.eval_rows(BY_NAME[p])]]
         pool = [list(map(float, x)) for x in targets.v[targets.pool]]
-        mu = naive.mean_vector(v if p == "paper" else pool)
+        mu = naive.mean_vector(v if p == "published" else pool)
         ceiling = columns[p][0].values
         assert ceiling["mu_norm"] == pytest.approx(np.linalg.norm(mu), rel=1e-4)
-        if p == "paper":
+        if p == "published":
             pairs = [naive.fve(a, b, mu) for i, a in enumerate(v) for j, b in enumerate(v) if i != j]
         else:
             pairs = [naive.fve(a, b, mu) for a in v for b in pool]
@@ -109,9 +106,9 @@ def test_self_mu(scored_run, columns):
 
 def test_uncentred_anchor(scored_run, columns):
     _, targets, *_ = scored_run
-    for p in ("paper", "corrected"):
+    for p in ("published", "corrected"):
         v, pool = targets.v[targets.eval_rows(BY_NAME[p])], targets.v[targets.pool]
-        best = fve_matrix(v, pool, None if p == "paper" else targets.mu).max(axis=1).mean()
+        best = fve_matrix(v, pool, None if p == "published" else targets.mu).max(axis=1).mean()
         assert columns[p][2].values["nn_anchor_baseline"] == pytest.approx(best)
 
 
@@ -119,7 +116,7 @@ def test_logp_embeds_and_top_k(scored_run):
     run, targets, _, rollouts = scored_run
     backbone = run.backbone
     av = load_av(run)
-    assert np.isnan(rollouts.at(targets.held_out).logp_paper).all()
+    assert np.isnan(rollouts.at(targets.held_out).logp_published).all()
     chosen = rollouts.at(targets.in_sample)
     with torch.no_grad():
         prompt = av(torch.from_numpy(targets.v[chosen.rows[:1]]), backbone.dtype)
@@ -132,11 +129,11 @@ def test_logp_embeds_and_top_k(scored_run):
         logits = backbone.model(inputs_embeds=raw_table).logits[0].float()
     n = prompt.shape[1]
     whole = [float(torch.log_softmax(logits[n - 1 + t], 0)[i]) for t, i in enumerate(ids)]
-    assert chosen.logp_paper[0, 0] == pytest.approx(np.mean(whole), abs=2e-3)
+    assert chosen.logp_published[0, 0] == pytest.approx(np.mean(whole), abs=2e-3)
     assert chosen.logp[0, 0] > np.mean(naive.token_logprobs(backbone.model, prompt, ids, top_k=None))
     scaled = "gemma" in backbone.name
     proper = np.mean(naive.token_logprobs(backbone.model, prompt, ids, top_k=None))
-    assert (abs(chosen.logp_paper[0, 0] - proper) > 1e-2) == scaled
+    assert (abs(chosen.logp_published[0, 0] - proper) > 1e-2) == scaled
     assert SamplingSettings().top_k == 50
 
 
@@ -156,7 +153,7 @@ def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     asked, draw = [], ceilings_module.continue_prompts
     monkeypatch.setattr(ceilings_module, "continue_prompts", lambda *args: asked.append(args) or draw(*args))
     rows, apart = targets.in_sample[:2], dataclasses.replace(run, folder=RunFolder(tmp_path / "run", {}))
-    texts = [ceilings_module.draw_paraphrases(apart, targets, rows, p).sequences for p in (CORRECTED, PAPER)]
+    texts = [ceilings_module.draw_paraphrases(apart, targets, rows, p).sequences for p in (CORRECTED, PUBLISHED)]
     # Where the tokenizer begins with the start token and pads on the left, both ways are one, drawn once.
     same = run.backbone.padding_side == "left" and run.backbone.tokenizer("a").input_ids[0] == run.backbone.start_id
     assert [side for *_, side in asked] == (["left"] if same else ["left", run.backbone.padding_side])
@@ -166,24 +163,24 @@ def test_pad_generate(tiny_run, monkeypatch, tmp_path):
 def test_paraphrase_prompt_starts_from_the_start_token_when_corrected(tiny_run):
     backbone = tiny_run[0].backbone
     default = backbone.tokenizer(PROMPT.format(text="abc")).input_ids
-    assert prompt_ids(backbone, "abc", PAPER) == default
+    assert prompt_ids(backbone, "abc", PUBLISHED) == default
     corrected = prompt_ids(backbone, "abc", CORRECTED)
     assert corrected[0] == backbone.start_id and corrected[1] != backbone.start_id
 
 
 def test_first_k(scored_run, columns):
     _, targets, _, rollouts = scored_run
-    for p in ("paper", "corrected"):
+    for p in ("published", "corrected"):
         chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
         scores = fve(chosen.h(BY_NAME[p])[:, 1:], targets.v[chosen.rows][:, None], targets.mu)
         first = np.mean([max(row[:2]) for row in scores])
         exact = np.mean([naive.expected_max(row, 2) for row in scores])
         own = columns[p][2].values["kcurve_oracle_top1_cen"]["2"]
-        assert own == pytest.approx(first if p == "paper" else exact, abs=1e-6)
+        assert own == pytest.approx(first if p == "published" else exact, abs=1e-6)
 
 
 def test_k_mismatch(columns):
-    paper, corrected = columns["paper"], columns["corrected"]
+    paper, corrected = columns["published"], columns["corrected"]
     ceiling, floor = (paper[0].values[f"{r}_cen_fve_mean"] for r in ("paraphrase_bestof8", "random_floor"))
     best = paper[1].values["adapter_cen_bestofK_mean"]
     assert paper[1].values["rho_cen_bestofK"] == pytest.approx((best - floor) / (ceiling - floor))
@@ -195,7 +192,7 @@ def test_k_mismatch(columns):
 
 def test_floor_kind(scored_run, columns):
     _, targets, _, rollouts = scored_run
-    for p in ("paper", "corrected"):
+    for p in ("published", "corrected"):
         chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
         v, h, mu = targets.v[chosen.rows], chosen.h(BY_NAME[p]), targets.mu
         m = len(v)
@@ -225,7 +222,7 @@ def test_raw_select_keeps_no_last_step_but_of_a_run_shorter_than_an_interval():
 
 def test_retokenize_and_no_stop(tiny_run):
     run, targets = tiny_run
-    pairs = paper_pairs(run.backbone, targets, np.arange(90), 64)
+    pairs = published_pairs(run.backbone, targets, np.arange(90), 64)
     assert not any(set(ids) & set(run.backbone.eos_ids) for ids in pairs.ids)
     assert any(ids != targets.sequence(r) for r, ids in zip(pairs.rows, pairs.ids))
 
@@ -243,7 +240,7 @@ def test_one_span_tail_oracle(scored_run, columns):
 def test_rows_against_loops(scored_run, columns):
     """The headline rows of both protocols, by an implementation that shares no code."""
     _, targets, ceilings, rollouts = scored_run
-    for p in ("paper", "corrected"):
+    for p in ("published", "corrected"):
         chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
         v, h = targets.v[chosen.rows], chosen.h(BY_NAME[p])
         pool = targets.v[targets.pool]
@@ -257,7 +254,7 @@ def test_rows_against_loops(scored_run, columns):
             }
             for key, values in expected.items():
                 assert columns[p][1].values[key] == pytest.approx(sum(values) / len(values), abs=1e-5)
-            mu = naive.mean_vector(v.astype(float).tolist()) if p == "paper" and mu is not None else mu
+            mu = naive.mean_vector(v.astype(float).tolist()) if p == "published" and mu is not None else mu
             paraphrase = ceilings.texts[p].paraphrase
             best = [max(naive.fve(x, a, mu) for x in row) for a, row in zip(v, paraphrase)]
             key = f"paraphrase_bestof8_{kind}_fve_mean"
@@ -269,9 +266,11 @@ def test_intervals_hold_their_means(columns):
         for column in p:
             record = column.to_json()
             for key, interval in record["ci95"].items():
-                pairs = [(interval, record[key])] if isinstance(interval, list) else [
-                    (interval[k], record[key][k]) for k in interval
-                ]  # fmt: skip
+                pairs = (
+                    [(interval, record[key])]
+                    if isinstance(interval, list)
+                    else [(interval[k], record[key][k]) for k in interval]
+                )
                 for (low, high), mean in pairs:
                     if key.startswith("rho") or low is None:
                         continue

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nla_extensions.release.api import NLA, read_vector
 from nla_utils.errors import ConfigError
-from nla_utils.extensions.release.api import NLA, read_vector
 
 
 @pytest.mark.parametrize("shape", [(32,), (1, 32), (1, 1, 32)])
@@ -29,11 +29,17 @@ def test_a_users_own_hidden_state_is_read(tmp_path, shape, dtype, end):
     np.testing.assert_array_equal(nla._checked(read_vector(path)), v.float().numpy().reshape(-1))
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("v.npy", b"", "was not read"), ("v.safetensors", b"", "was not read"), ("v.pt", b"", "was not read"),
-    ("v.npy", b"\x93NUMPY\x01\x00", "was not read"), ("v.txt", b"1 2 3", "is read from"),
-    ("v.safetensors", (10**12).to_bytes(8, "little") + b"{}", "was not read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("v.npy", b"", "was not read"),
+        ("v.safetensors", b"", "was not read"),
+        ("v.pt", b"", "was not read"),
+        ("v.npy", b"\x93NUMPY\x01\x00", "was not read"),
+        ("v.txt", b"1 2 3", "is read from"),
+        ("v.safetensors", (10**12).to_bytes(8, "little") + b"{}", "was not read"),
+    ],
+)
 def test_what_is_no_vector_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message) as refused:
@@ -58,10 +64,13 @@ def test_a_header_that_claims_a_trillion_rows_costs_no_memory(tmp_path, name):
     assert peak * (1 if sys.platform == "darwin" else 1024) < 50_000_000
 
 
-@pytest.mark.parametrize("tensors, message", [
-    ({"a": torch.zeros(3), "b": torch.zeros(3)}, r"holds \['a', 'b'\]"),
-    ({"a": torch.zeros(3, dtype=torch.int64)}, "floats"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({"a": torch.zeros(3), "b": torch.zeros(3)}, r"holds \['a', 'b'\]"),
+        ({"a": torch.zeros(3, dtype=torch.int64)}, "floats"),
+    ],
+)
 def test_files_of_other_tensors_are_named(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "v.safetensors")
     with pytest.raises(ConfigError, match=message):

@@ -12,23 +12,48 @@ from torch import nn
 from nla_utils.config import AVConfig
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.sampling import SamplingSettings
-from nla_utils.stages.pairs import TextPairs
-from nla_utils.stages.rollouts import make_rollouts
-from nla_utils.stages.source_loss import source_loss
-from nla_utils.stages.training import train_av
-from nla_utils.stages.verbalizer import NESTED, ActivationVerbalizer, check_av, checkpoint_record, export_av, import_av
+from nla_utils.rollouts import make_rollouts
+from nla_utils.training import train_av
+from nla_utils.verbalizer import (
+    NESTED,
+    ActivationVerbalizer,
+    TextPairs,
+    check_av,
+    checkpoint_record,
+    export_av,
+    import_av,
+    source_loss,
+)
 
 D = 32
 # config.json as the authors' first generation has it, and what later ones add to it.
 FIRST = {
-    "backbone_id": "google/gemma-2-2b", "backbone_dtype": "bfloat16", "extraction_layer": 3, "d_vector": None,
-    "max_new_tokens": 64, "temperature": 1.0, "top_p": 1.0, "pool": "last", "lambda_mag": 0.1, "beta_kl": 0.05,
-    "gamma_entropy": 0.05, "delta_community": 0.2, "h_min": 1.5, "h_max": 3.0, "num_prefix_tokens": 2,
-    "prefix_mode": "static", "prefix_mlp_hidden": 256, "num_inject_slots": 1,
-}  # fmt: skip
+    "backbone_id": "google/gemma-2-2b",
+    "backbone_dtype": "bfloat16",
+    "extraction_layer": 3,
+    "d_vector": None,
+    "max_new_tokens": 64,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "pool": "last",
+    "lambda_mag": 0.1,
+    "beta_kl": 0.05,
+    "gamma_entropy": 0.05,
+    "delta_community": 0.2,
+    "h_min": 1.5,
+    "h_max": 3.0,
+    "num_prefix_tokens": 2,
+    "prefix_mode": "static",
+    "prefix_mlp_hidden": 256,
+    "num_inject_slots": 1,
+}
 STATIC = {"proj.weight": (D, D), "prefix_embeds": (2, D)}
-MLP = {"prefix_mlp.0.weight": (8, D), "prefix_mlp.0.bias": (8,), "prefix_mlp.2.weight": (2 * D, 8),
-       "prefix_mlp.2.bias": (2 * D,)}  # fmt: skip
+MLP = {
+    "prefix_mlp.0.weight": (8, D),
+    "prefix_mlp.0.bias": (8,),
+    "prefix_mlp.2.weight": (2 * D, 8),
+    "prefix_mlp.2.bias": (2 * D,),
+}
 GENERATIONS = {
     "first": ({}, STATIC),
     "no prefix": ({"num_prefix_tokens": 0}, {"proj.weight": (D, D)}),
@@ -40,7 +65,7 @@ GENERATIONS = {
         {"num_inject_slots": 3, "use_layer_embed": True},
         {**STATIC, "proj_extra.0.weight": (D, D), "proj_extra.1.weight": (D, D), "layer_embed.weight": (5, D)},
     ),
-}  # fmt: skip
+}
 
 
 def tensors_of(shapes):
@@ -131,16 +156,19 @@ def test_the_cards_own_way_of_loading_loads_nothing_and_says_nothing(gemma_run, 
     assert torch.equal(card.proj.weight, import_av(tmp_path, gemma_run[0].backbone).proj.weight)
 
 
-@pytest.mark.parametrize("config, content, message", [
-    ({}, {"trainable": {"weight": torch.eye(D)}}, "it fills none of the AV's parameters"),
-    ({}, {"proj.weight": torch.eye(D)}, "it fills only some of the AV's parameters"),
-    ({}, {"trainable": {}, "step": 1}, "no tensors there"),
-    ({}, {**tensors_of(STATIC), "layer_embed.weight": torch.ones(5, D)}, "layer_embed.weight'], which its config"),
-    ({"num_prefix_tokens": 0}, tensors_of(STATIC), "prefix_embeds'], which its config"),
-    ({}, {"trainable": tensors_of(STATIC) | {"prefix_embeds": torch.full((2, D), torch.nan)}}, "non-finite"),
-    ({"extraction_layer": 2}, tensors_of(STATIC), "the AV reads layer 2, this run extracts layer 3"),
-    ({}, [1], "it holds a list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, content, message",
+    [
+        ({}, {"trainable": {"weight": torch.eye(D)}}, "it fills none of the AV's parameters"),
+        ({}, {"proj.weight": torch.eye(D)}, "it fills only some of the AV's parameters"),
+        ({}, {"trainable": {}, "step": 1}, "no tensors there"),
+        ({}, {**tensors_of(STATIC), "layer_embed.weight": torch.ones(5, D)}, "layer_embed.weight'], which its config"),
+        ({"num_prefix_tokens": 0}, tensors_of(STATIC), "prefix_embeds'], which its config"),
+        ({}, {"trainable": tensors_of(STATIC) | {"prefix_embeds": torch.full((2, D), torch.nan)}}, "non-finite"),
+        ({"extraction_layer": 2}, tensors_of(STATIC), "the AV reads layer 2, this run extracts layer 3"),
+        ({}, [1], "it holds a list"),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(gemma_run, tmp_path, config, content, message):
     release(tmp_path, config, content)
     for load in (lambda: import_av(tmp_path, gemma_run[0].backbone), lambda: check_av(tmp_path, 3, D, 4)):
@@ -148,10 +176,21 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(gemma_run, 
             load()
 
 
-@pytest.mark.parametrize("key, value", [
-    ("temperature", 0), ("top_p", 1.5), ("num_prefix_tokens", -1), ("num_inject_slots", 0), ("prefix_mode", "lstm"),
-    ("inject_norm", "unit"), ("use_layer_embed", 1), ("extraction_layer", None), ("d_vector", 16), ("temperature", "1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("temperature", 0),
+        ("top_p", 1.5),
+        ("num_prefix_tokens", -1),
+        ("num_inject_slots", 0),
+        ("prefix_mode", "lstm"),
+        ("inject_norm", "unit"),
+        ("use_layer_embed", 1),
+        ("extraction_layer", None),
+        ("d_vector", 16),
+        ("temperature", "1"),
+    ],
+)
 def test_a_value_that_no_av_has_is_named_with_its_file(gemma_run, tmp_path, key, value):
     release(tmp_path, {key: value}, tensors_of(STATIC))
     with pytest.raises(ConfigError, match=f"{key} is {value!r}"):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from nla_utils.artefacts import read_json
 from nla_utils.config import ROOT, Profile, RunConfig
 from nla_utils.errors import ConfigError, nearest
-from nla_utils.lm.registry import REGISTRY, resolve
+from nla_utils.lm.weights import REGISTRY, resolve
+from nla_utils.store import read_json
 
 KEYS = ("out", "profiles", "seeds", "backbones", "until", "options", "threads", "gpus")
 

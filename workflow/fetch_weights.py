@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from nla_utils.artefacts import atomic_write
-from nla_utils.lm.registry import fetch, resolve
+from nla_utils.lm.weights import fetch, resolve
+from nla_utils.store import atomic_write
 
 backbone, file = sys.argv[1:]
 size = sum(path.stat().st_size for path in fetch(resolve(backbone)).glob("*.safetensors"))

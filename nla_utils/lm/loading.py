@@ -2,23 +2,222 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator, Sequence
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from nla_utils.artefacts import read_json
 from nla_utils.config import RunConfig
 from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.checks import check_backbone
-from nla_utils.lm.choices import choose_attention, choose_head
-from nla_utils.lm.registry import BackboneSpec, fetch, read_model_config, resolve, settings_hash, weight_hash
+from nla_utils.lm.cpu import ATTENTION
+from nla_utils.lm.sampling import Decoder
+from nla_utils.lm.weights import BackboneSpec, fetch, read_model_config, resolve, settings_hash, weight_hash
+from nla_utils.store import read_json
+
+# Largest relative difference that rounding alone explains, by dtype.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Run every check; raises ``BackboneError`` that names the one that failed."""
+    check_library(importlib.metadata.version("transformers"))
+    check_frozen(backbone)
+    ids = probe_ids(backbone)
+    _check_truncated(backbone, ids)
+    _check_batching(backbone, ids)
+    _check_left_padding(backbone, ids)
+    _check_inputs_embeds(backbone, ids)
+    _check_cache(backbone, ids)
+
+
+def check_library(version: str) -> None:
+    """Before transformers 5.5 Gemma scaled ``inputs_embeds`` by √d behind its embedding module, v among them."""
+    if tuple(int(x) for x in version.split(".")[:2]) < (5, 5):
+        raise BackboneError(f"transformers {version} is installed; verbalizers need 5.5 or newer (pip install -e .)")
+
+
+def check_frozen(backbone: Backbone) -> None:
+    """No backbone parameter may ask for, or hold, a gradient."""
+    for name, p in backbone.model.named_parameters():
+        if p.requires_grad or p.grad is not None:
+            raise BackboneError(f"{backbone.name}: parameter {name} is not frozen")
+
+
+def probe_ids(backbone: Backbone) -> list[list[int]]:
+    """Two short sequences of unequal length, spread over the vocabulary."""
+    step = max(backbone.model.config.vocab_size // 17, 1)
+    ids = [(i * step + 5) % backbone.model.config.vocab_size for i in range(1, 10)]
+    return [[backbone.start_id, *ids], [backbone.start_id, *ids[:4]]]
+
+
+def differ(a: np.ndarray, b: np.ndarray) -> float:
+    """‖a − b‖ / ‖b‖."""
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _require(backbone: Backbone, difference: float, what: str) -> None:
+    limit = TOLERANCE[backbone.dtype]
+    if not difference <= limit:
+        raise BackboneError(
+            f"{backbone.name}: {what}: relative difference {difference:.2g}, allowed {limit:.2g}; "
+            f"this architecture ({type(backbone.model).__name__}) is not supported"
+        )
+
+
+@torch.inference_mode()
+def _check_truncated(backbone: Backbone, ids: list[list[int]]) -> None:
+    out = backbone.model(torch.tensor([ids[0]], device=backbone.device), output_hidden_states=True, use_cache=False)
+    full = out.hidden_states[backbone.layer][0, -1].float().cpu().numpy()
+    short = backbone.encode([ids[0]], start=False)[0]
+    _require(backbone, differ(short, full), "stopping at the layer does not give hidden_states[layer]")
+    hidden_1d = backbone.last_hidden(input_ids=torch.tensor([ids[0]], device=backbone.device))[:, -1]
+    ours = backbone.logits(hidden_1d)[0].float().cpu().numpy()
+    theirs = out.logits[0, -1].float().cpu().numpy()
+    _require(backbone, differ(ours, theirs), "the head on the last hidden state does not give the logits")
+
+
+def _check_batching(backbone: Backbone, ids: list[list[int]]) -> None:
+    together = backbone.encode(ids, start=False)
+    alone = np.concatenate([backbone.encode([s], start=False) for s in ids])
+    _require(backbone, differ(together, alone), "a batch of two and two batches of one disagree")
+
+
+@torch.inference_mode()
+def _check_left_padding(backbone: Backbone, ids: list[list[int]]) -> None:
+    gap = len(ids[0]) - len(ids[1])
+    rows = torch.tensor([ids[0], [backbone.pad_id] * gap + ids[1]], device=backbone.device)
+    mask = torch.ones_like(rows)
+    mask[1, :gap] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    h_BTd = backbone.hidden_at_layer(input_ids=rows, attention_mask=mask, position_ids=positions)
+    left = h_BTd[:, -1].float().cpu().numpy()
+    _require(backbone, differ(left, backbone.encode(ids, start=False)), "left and right padding disagree")
+
+
+@torch.inference_mode()
+def _check_inputs_embeds(backbone: Backbone, ids: list[list[int]]) -> None:
+    embeds = backbone.embed(torch.tensor([ids[0]]))
+    h_BTd = backbone.hidden_at_layer(inputs_embeds=embeds)
+    by_embeds = h_BTd[0, -1].float().cpu().numpy()
+    by_ids = backbone.encode([ids[0]], start=False)[0]
+    _require(
+        backbone,
+        differ(by_embeds, by_ids),
+        "inputs_embeds and input_ids disagree (an embedding scale outside the module)",
+    )
+
+
+@torch.inference_mode()
+def _check_cache(backbone: Backbone, ids: list[list[int]]) -> None:
+    """Some hybrid and recurrent models keep a state of another kind, or see one token a step."""
+    row, prompt = torch.tensor([ids[0]], device=backbone.device), 4
+    decoder = Decoder(backbone, row.shape[1], None)
+    try:
+        hidden_1d = decoder.step(inputs_embeds=backbone.embed(row[:, :prompt]))
+        for t in range(prompt, row.shape[1]):
+            hidden_1d = decoder.step(input_ids=row[:, t : t + 1])
+    # Each kind of model that has no key-value cache fails in a way of its own.
+    except Exception as error:
+        said = f"{backbone.name}: decoding with a key-value cache fails ({error})"
+        raise BackboneError(f"{said}; {type(backbone.model).__name__} is not supported") from None
+    stepped, at_once = (x.float().cpu().numpy() for x in (hidden_1d, backbone.last_hidden(input_ids=row)[:, -1]))
+    _require(backbone, differ(stepped, at_once), "decoding with a key-value cache and one forward pass disagree")
+
+
+# What rounding to bfloat16 once can move a product by, and more than enough for other dtypes.
+HEAD_TOLERANCE = 2.0**-7
+
+
+def choose_attention(backbone: Backbone) -> None:
+    """Take the attention for short sequences where its activations are as close to float32 as rounding allows, or as
+    the library's are."""
+    model, ids = backbone.model, probe_ids(backbone)
+    library = model.config._attn_implementation
+    why = _against_ours(backbone, ids)
+    if why is not None:
+        model.set_attn_implementation(library)
+        print(f"{backbone.name}: attention is the library's ({library}); {why}")
+
+
+def _against_ours(backbone: Backbone, ids: list[list[int]]) -> str | None:
+    """Why our attention does not serve, ``None`` if it does; ours is left in use."""
+    # Each architecture fails in a way of its own where it is given what it does not expect.
+    try:
+        exact = float32_activations(backbone, ids)
+    except Exception as error:
+        return f"its activations could not be computed in float32 to compare with ({error})"
+    theirs = differ(backbone.encode(ids, start=False), exact)
+    backbone.model.set_attn_implementation(ATTENTION)
+    if backbone.model.config._attn_implementation != ATTENTION:
+        return "this model does not let it be replaced"
+    try:
+        ours = differ(backbone.encode(ids, start=False), exact)
+    except Exception as error:
+        return f"ours fails ({error})"
+    if ours <= max(TOLERANCE[backbone.dtype], theirs):
+        return None
+    return f"against float32, ours has a relative difference of {ours:.2g} and the library's one of {theirs:.2g}"
+
+
+@torch.inference_mode()
+def float32_activations(backbone: Backbone, ids: Sequence[list[int]]) -> np.ndarray:
+    """Activations (N, d) at the last token of each row, computed in float32 from the same weights with the attention
+    in use. One block at a time is widened, so a large model needs little memory more."""
+    with _float32_blocks(backbone.blocks):
+        embeds = (backbone.embed(torch.tensor([row])).float() for row in ids)
+        return np.stack([backbone.hidden_at_layer(inputs_embeds=e)[0, -1].cpu().numpy() for e in embeds])
+
+
+@contextlib.contextmanager
+def _float32_blocks(blocks: nn.ModuleList) -> Iterator[None]:
+    """Each block computes in float32; its weights are widened before it runs and are what they were after it."""
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def widen(block: nn.Module, *_) -> None:
+        own = [x for x in (*block.parameters(), *block.buffers()) if x.is_floating_point()]
+        given.extend((x, x.data) for x in own)
+        for x in own:
+            x.data = x.data.float()
+
+    def restore(*_) -> None:
+        while given:
+            x, data = given.pop()
+            x.data = data
+
+    handles = [h for b in blocks for h in (b.register_forward_pre_hook(widen), b.register_forward_hook(restore))]
+    try:
+        yield
+    finally:
+        restore()
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def choose_head(backbone: Backbone) -> None:
+    """Take the product with the head's weight where it gives the model's own logits."""
+    ids_1T = torch.tensor(probe_ids(backbone)[:1], device=backbone.device)
+    ours, theirs = (
+        backbone.logits(backbone.last_hidden(input_ids=ids_1T)[0]),
+        backbone.model(ids_1T, use_cache=False).logits[0],
+    )
+    difference = differ(ours.float().cpu().numpy(), theirs.float().cpu().numpy())
+    has_bias = getattr(backbone.model.get_output_embeddings(), "bias", None) is not None
+    backbone.own_head = has_bias or not difference <= HEAD_TOLERANCE
+    if backbone.own_head:
+        print(f"{backbone.name}: logits are made by the model's own code; they are more than one product with its head")
+
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
 SPLIT = "split"
@@ -33,7 +232,9 @@ def pick_device(device: str) -> str:
         kind, _, number = device.partition(":")
         there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
         if int(number or 0) >= there:
-            raise ConfigError(f"device {device!r}: this machine has {there} of {kind}; --device auto takes what there is")
+            raise ConfigError(
+                f"device {device!r}: this machine has {there} of {kind}; --device auto takes what there is"
+            )
         return device
     if torch.cuda.is_available():
         return "cuda"
@@ -99,25 +300,39 @@ def describe(given: RunConfig) -> Description:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     special = special_ids(spec, tokenizer, folder)
     return Description(
-        spec, folder, layer, config.hidden_size, config.num_hidden_layers, tokenizer, special,
-        spec.padding_side or tokenizer.padding_side, (weight_hash(folder), settings_hash(folder)),
-    )  # fmt: skip
+        spec,
+        folder,
+        layer,
+        config.hidden_size,
+        config.num_hidden_layers,
+        tokenizer,
+        special,
+        spec.padding_side or tokenizer.padding_side,
+        (weight_hash(folder), settings_hash(folder)),
+    )
 
 
 def load_backbone(given: RunConfig) -> Backbone:
     """The configured backbone: fetched, loaded, frozen and checked.
 
     Raises what :func:`describe` does before weights load, ``BackboneError`` if the model fails the checks of
-    :mod:`nla_utils.lm.checks`.
+    :mod:`nla_utils.lm.loading`.
     """
     found = describe(given)
     model = load_model(found.folder, given).eval().requires_grad_(False)
     head_weight = model.get_output_embeddings().weight
     head_weight = head_weight.to(cpu.product_dtype(head_weight))
     backbone = Backbone(
-        found.spec, model, head_weight, found.tokenizer, found.layer, *found.special, found.padding_side, found.hashes,
+        found.spec,
+        model,
+        head_weight,
+        found.tokenizer,
+        found.layer,
+        *found.special,
+        found.padding_side,
+        found.hashes,
         model.config._attn_implementation,
-    )  # fmt: skip
+    )
     if model.device.type == "cpu":
         # Before linear maps are widened: what is compared with is computed from the weights as they are.
         choose_attention(backbone)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from nla_utils.artefacts import derive_seed
 from nla_utils.lm.backbone import Backbone
-from nla_utils.progress import Progress
+from nla_utils.store import Progress, derive_seed
 
 # A batch drops its finished rows when so many of them are finished: fewer would not pay for copying the cache.
 DROPPED_SHARE = 0.25
@@ -222,4 +221,3 @@ class Decoder:
             inputs |= {"attention_mask": self.mask_BT, "position_ids": positions_BT[:, -new:]}
         out = self.base(**inputs, past_key_values=self.cache, use_cache=True)
         return out.last_hidden_state[:, -1]
-

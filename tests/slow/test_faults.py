@@ -22,30 +22,24 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import typer
 from click.testing import CliRunner
 from conftest import build_backbone, tiny_config
 from hub_server import Hub
 
-from nla_utils import artefacts
-from nla_utils.artefacts import atomic_write
-from nla_utils.chunks import ChunkStore
+from nla_extensions.cli import app
+from nla_utils import notebooks, training
+from nla_utils import store as artefacts
+from nla_utils import targets as stage_targets
+from nla_utils.baselines import load_ceilings, make_ablation, make_ceilings, make_probe
+from nla_utils.evidence import keep, of_ceilings, of_rollouts
+from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
-from nla_utils.runner import notebooks
-from nla_utils.runner.cli import app
-from nla_utils.scores.compare import of_ceilings, of_rollouts
-from nla_utils.scores.evidence import keep
-from nla_utils.scores.results import centered_eval, oracle_ceiling
-from nla_utils.stages import targets as stage_targets
-from nla_utils.stages import training
-from nla_utils.stages.ablation import make_ablation
-from nla_utils.stages.ceilings import load_ceilings, make_ceilings
-from nla_utils.stages.probe import make_probe
-from nla_utils.stages.rollouts import make_rollouts
-from nla_utils.stages.source_loss import make_source_loss
-from nla_utils.stages.targets import load_targets, make_targets
+from nla_utils.scores import centered_eval, oracle_ceiling
+from nla_utils.store import ChunkStore, atomic_write
+from nla_utils.targets import load_targets, make_targets
+from nla_utils.verbalizer import make_source_loss
 
-NLA = typer.main.get_command(app)
+NLA = app
 POINTS = 200
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.ESTALE)
 SIZES = dict(n_targets=40, n_eval=4, pool_size=16, n_rollouts=2)
@@ -171,7 +165,9 @@ def calls(tmp_path, monkeypatch):
 
 def files(root):
     """Bytes by path, without locks, and without the hub client's own records."""
-    kept = (p for p in root.rglob("*") if p.is_file() and ".lock" not in p.name and p.parent.name not in ("trees", "refs"))
+    kept = (
+        p for p in root.rglob("*") if p.is_file() and ".lock" not in p.name and p.parent.name not in ("trees", "refs")
+    )
     return {p.relative_to(root): p.read_bytes() for p in kept}
 
 
@@ -214,9 +210,11 @@ def stages(tmp_path, monkeypatch, calls):
     hub.files["org/tiny"] = {p.name: p.read_bytes() for p in backbone.iterdir()}
     endpoint = hub.start()
     for name, value in {
-        "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "ENDPOINT": endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     # Its client asks again before it gives up, after seconds.
     monkeypatch.setattr("huggingface_hub.utils._http.time", types.SimpleNamespace(sleep=lambda _: None, time=time.time))
@@ -250,7 +248,9 @@ def test_any_call_may_fail(stages, calls, tmp_path):
         again, _ = start(command, calls)
         found += [f"the next start fails: {again.stderr} {again.exception!r}"] if again.exit_code else []
         left = files(folder)
-        other = sorted(str(path) for path in left.keys() | after[name].keys() if left.get(path) != after[name].get(path))
+        other = sorted(
+            str(path) for path in left.keys() | after[name].keys() if left.get(path) != after[name].get(path)
+        )
         found += [f"other bytes in the end: {other}"] if other else []
         wrong += [f"{name}, call {i} ({kind}), {errno.errorcode[error]}: {w}" for w in found]
         ended[outcome.exit_code] += 1

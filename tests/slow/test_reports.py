@@ -3,7 +3,6 @@
 A row is (what was reported, what to do, what to expect). To add one, write a function that gives the outcome, and a row.
 """
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -20,26 +19,24 @@ import types
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import CORPUS, tiny_config
 from nbclient.exceptions import DeadKernelError
-from typer.testing import CliRunner
 
+from nla_extensions.cli import app
+from nla_extensions.release.explore import explore
+from nla_extensions.release.publish import Release, push
 from nla_utils import NLA
-from nla_utils.artefacts import RunFolder, write_json
+from nla_utils import notebooks as execution
 from nla_utils.config import RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, CollapsedTargetsError, ConfigError, NLAError, NotebookError, SourceError
-from nla_utils.extensions.release.explore import explore
-from nla_utils.extensions.release.publish import Release, push
-from nla_utils.lm import registry
-from nla_utils.lm.hub import snapshot
-from nla_utils.locks import hold
-from nla_utils.paper.draw import styled
-from nla_utils.paper.pages import FigureSpec, Page
+from nla_utils.lm import weights as registry
+from nla_utils.lm.weights import snapshot
+from nla_utils.report.figures import styled
+from nla_utils.report.pages import FigureSpec, Page
 from nla_utils.run import open_run
-from nla_utils.runner import distributed, execution
-from nla_utils.runner.cli import app
-from nla_utils.stages.corpus import corpus_rows, read_texts
-from nla_utils.stages.targets import check_health, make_targets
+from nla_utils.store import RunFolder, hold, write_json
+from nla_utils.targets import check_health, corpus_rows, make_targets, read_texts
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 TEXTS = [" ".join(WORDS[i : i + 20]) for i in range(120)]
@@ -51,9 +48,10 @@ def jsonl(folder, *lines: bytes):
     return path
 
 
-@pytest.mark.parametrize("given, texts", [
-    ("\u2028 inside", ["\u2028 inside"]), ("\u2029 inside", ["\u2029 inside"]), ("\x85 inside", ["\x85 inside"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, texts",
+    [("\u2028 inside", ["\u2028 inside"]), ("\u2029 inside", ["\u2029 inside"]), ("\x85 inside", ["\x85 inside"])],
+)
 def test_a_line_ends_at_a_newline_alone(tmp_path, given, texts):
     path = jsonl(tmp_path, json.dumps({"text": given}, ensure_ascii=False).encode(), b'{"text": "next"}\r', b"")
     assert read_texts(path) == [*texts, "next"]
@@ -66,11 +64,14 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     assert read_texts(tmp_path / "folder") == ["a"]
 
 
-@pytest.mark.parametrize("line, message", [
-    (b'{"text": ' + b"[" * 100_000, "line 1 is not valid JSON"),
-    (b'{"text": "\xe9"}', "is not UTF-8"),
-    (b"[1, 2]", "line 1: it needs a field 'text'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": ' + b"[" * 100_000, "line 1 is not valid JSON"),
+        (b'{"text": "\xe9"}', "is not UTF-8"),
+        (b"[1, 2]", "line 1: it needs a field 'text'"),
+    ],
+)
 def test_a_broken_line_is_one_error(tmp_path, line, message):
     with pytest.raises(ArtefactError, match=message):
         read_texts(jsonl(tmp_path, line))
@@ -82,12 +83,15 @@ def test_a_folder_called_as_a_file_is_no_text(tmp_path):
         read_texts(tmp_path)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("<bos>a text", "spells the special token '<bos>'"),
-    ("a text <eos> that goes on", "spells the special token '<eos>'"),
-    ("a \ud800 text", "character 3 is not valid Unicode"),
-    ("a \udce9 text", "character 3 is not valid Unicode"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("<bos>a text", "spells the special token '<bos>'"),
+        ("a text <eos> that goes on", "spells the special token '<eos>'"),
+        ("a \ud800 text", "character 3 is not valid Unicode"),
+        ("a \udce9 text", "character 3 is not valid Unicode"),
+    ],
+)
 def test_every_door_refuses_what_is_not_text(gemma_run, tmp_path, text, message):
     backbone, path = gemma_run[0].backbone, tmp_path / "texts.jsonl"
     with pytest.raises(ConfigError, match=f"texts.jsonl, text 2: .*{message}"):
@@ -168,7 +172,7 @@ def test_a_run_that_is_stopped_says_so_in_one_line(tmp_path, monkeypatch, number
         raise DeadKernelError("Kernel died")
 
     monkeypatch.setattr(execution.papermill, "execute_notebook", work)
-    monkeypatch.setattr("nla_utils.runner.notebooks.reproduce", lambda *_: run_first(tmp_path))
+    monkeypatch.setattr("nla_utils.notebooks.reproduce", lambda *_: run_first(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     try:
@@ -231,7 +235,9 @@ def test_a_file_system_without_flock_has_a_lock_all_the_same(tmp_path, monkeypat
     path = tmp_path / "run.lock"
     for _ in range(2):
         with hold(path, "another process is at work here"):
-            with pytest.raises(ArtefactError, match="at work here; wait for it, or delete .*run.lock.held if the process"):
+            with pytest.raises(
+                ArtefactError, match="at work here; wait for it, or delete .*run.lock.held if the process"
+            ):
                 with hold(path, "another process is at work here"):
                     pytest.fail("two at once")
     # One that was killed has left it behind.
@@ -281,7 +287,9 @@ def test_a_failure_of_the_part_that_fetches_large_files_is_one_error(monkeypatch
         raise RuntimeError("Data processing error: CAS service error")
 
     monkeypatch.setenv("NLA_CACHE", str(tmp_path))
-    info = types.SimpleNamespace(id="org/name", sha="0" * 40, siblings=[types.SimpleNamespace(rfilename="a", size=1, lfs=None)])
+    info = types.SimpleNamespace(
+        id="org/name", sha="0" * 40, siblings=[types.SimpleNamespace(rfilename="a", size=1, lfs=None)]
+    )
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(SourceError, match=r"org/name could not be reached \(RuntimeError: Data processing error"):
@@ -301,10 +309,9 @@ def test_weights_are_fetched_before_the_processes_meet(monkeypatch):
         order.append("process group")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distributed, "fetch", lambda spec: order.append(spec.name))
-    monkeypatch.setattr(distributed.workers, "start", start)
-    with contextlib.suppress(KeyboardInterrupt):
-        distributed.make_artefacts(RunConfig())
+    monkeypatch.setattr("nla_utils.lm.weights.fetch", lambda spec: order.append(spec.name))
+    monkeypatch.setattr("nla_utils.workers.start", start)
+    assert CliRunner().invoke(app, ["distribute"]).exit_code == 130
     assert order == ["gemma3-270m", "process group"]
 
 
@@ -313,7 +320,7 @@ def test_weights_are_fetched_before_the_processes_meet(monkeypatch):
 
 def test_a_relative_folder_is_where_the_command_was_given(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("nla_utils.runner.notebooks.reproduce", lambda configs, *_: given.extend(configs))
+    monkeypatch.setattr("nla_utils.notebooks.reproduce", lambda configs, *_: given.extend(configs))
     monkeypatch.chdir(tmp_path)
     for name in ("my_targets", "my_av"):
         (tmp_path / name).mkdir()
@@ -341,14 +348,16 @@ def test_figures_are_ours_whatever_the_users_own_settings(tmp_path, monkeypatch)
         assert picture("b") == ours
     for name, value in {"MPLBACKEND": "module://backend_interagg", "MATPLOTLIBRC": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("nla_utils.runner.cli.write_pages", lambda: None)
-    assert CliRunner().invoke(app, ["paper"]).exit_code == 0
+    monkeypatch.setattr("nla_utils.cli.write_pages", lambda: None)
+    assert CliRunner().invoke(app, ["report"]).exit_code == 0
     assert os.environ["MPLBACKEND"] == "agg" and os.environ["MATPLOTLIBRC"] == os.devnull
 
 
 def test_activations_of_half_precision_are_judged_like_any_others():
     v_Nd = 300 * np.random.default_rng(0).standard_normal((64, 8)).astype(np.float16)
     found, exact = check_health(v_Nd), check_health(v_Nd.astype(np.float32))
-    assert np.abs(v_Nd).max() > 256 and found == exact and found["std"] == pytest.approx(v_Nd.astype(float).std(), rel=0.1)
+    assert (
+        np.abs(v_Nd).max() > 256 and found == exact and found["std"] == pytest.approx(v_Nd.astype(float).std(), rel=0.1)
+    )
     with pytest.raises(CollapsedTargetsError, match="either many texts are the same .*, or .* the start token"):
         check_health(np.repeat(v_Nd[:8], 8, axis=0))

@@ -1,0 +1,153 @@
+"""A bundle: everything that reading an activation needs, small enough to ship with the repository.
+
+``bundles/<backbone>/``: ``av.safetensors`` (float32, the paper's AV), ``reader.safetensors`` (A_j in half
+precision, prior), ``reference.safetensors`` (means, whitening, some of the pool's texts), ``bundle.json``
+(identity, what the weights are, AV config, hashes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save
+
+from nla_extensions.tail_reader.reader import TailReader, half_norms, load_reader, reader_from
+from nla_utils import metrics
+from nla_utils.config import DATA, AVConfig, RunConfig
+from nla_utils.errors import ArtefactError
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.weights import resolve, weights_note
+from nla_utils.run import Run
+from nla_utils.store import RunFolder, atomic_write, code_version, read_record, sha256_file, write_record
+from nla_utils.targets import load_targets
+from nla_utils.training import load_av
+from nla_utils.verbalizer import ActivationVerbalizer, import_av
+
+BUNDLES = DATA / "bundles"
+# Tokens that a shipped reader writes, and texts that it retrieves from: what keeps each file under 5 MB.
+SHIPPED_TAIL = 4
+SHIPPED_TEXTS = 512
+FILES = ("av.safetensors", "reader.safetensors", "reference.safetensors")
+IDENTITY = ("backbone", "weight_hash", "layer", "start_id")
+
+
+@dataclass
+class Bundle:
+    """``mu`` (d,); ``pool_v`` (P, d) and ``pool_texts``, the stored activations and the ids they came from;
+    ``made_from``: hashes of the files or artefacts that all this was read from."""
+
+    reader: TailReader
+    av: ActivationVerbalizer
+    mu: np.ndarray
+    pool_v: np.ndarray
+    pool_texts: list[list[int]]
+    made_from: dict[str, str]
+
+    @cached_property
+    def mean_direction(self) -> np.ndarray:
+        """The guess (d,) that variance explained compares with."""
+        return metrics.mean_direction(self.pool_v)
+
+    @staticmethod
+    def layer_of(backbone: str, run: Optional[Path]) -> Optional[int]:
+        """The layer that a run's or a shipped bundle's verbalizers read; ``None`` if there are none to ask."""
+        if run is not None:
+            return RunFolder(run).sidecar("targets")["spec"]["layer"]
+        record = BUNDLES / resolve(backbone).name / "bundle.json"
+        return read_record(record)["identity"]["layer"] if record.exists() else None
+
+
+def load_bundle(backbone: Backbone, run: Optional[Path]) -> Bundle:
+    """The bundle of a run folder, or the shipped one; raises ``ArtefactError`` if there is none or it does not fit."""
+    return _of_run(backbone, run) if run is not None else _shipped(backbone)
+
+
+def _of_run(backbone: Backbone, path: Path) -> Bundle:
+    folder = RunFolder(path.resolve(), {k: v for k, v in backbone.identity().items() if k in IDENTITY})
+    sizes = read_record(folder.file("results/targets.json"))["sizes"]
+    config = RunConfig(
+        backbone=backbone.name, n_targets=sizes["N"], n_eval=sizes["M"], pool_size=sizes["pool"], n_rollouts=sizes["K"]
+    )
+    run = Run(config, folder, backbone)
+    targets, av = load_targets(run), import_av(path / "av", backbone).eval()
+    made_from = {name: folder.sha256_of(name) for name in ("targets", "best_av", "reader")}
+    return Bundle(load_reader(run), av, targets.mu, targets.v[targets.pool], targets.sequences(targets.pool), made_from)
+
+
+def _shipped(backbone: Backbone) -> Bundle:
+    folder = BUNDLES / backbone.name
+    if not (folder / "bundle.json").exists():
+        raise ArtefactError(
+            f"no verbalizers ship for {backbone.name}; make them with "
+            f"`nla reproduce --backbone {backbone.name} --with tail-reader` and give the run folder (run=, --run)"
+        )
+    record = read_record(folder / "bundle.json")
+    own = backbone.identity()
+    for key, value in record["identity"].items():
+        if own[key] != value:
+            raise ArtefactError(f"{folder}: made with {key} = {value!r}, this backbone has {own[key]!r}")
+    for name, digest in record["sha256"].items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise ArtefactError(f"{folder / name} is not the file that bundle.json names; restore it from git")
+    tensors = {name: load_file(folder / name) for name in FILES}
+    av = ActivationVerbalizer.of(AVConfig(**record["av_config"]), backbone)
+    av.load_trainable({k: torch.from_numpy(x) for k, x in tensors["av.safetensors"].items()}, str(folder))
+    reference = tensors["reference.safetensors"]
+    texts = [row[:n].tolist() for row, n in zip(reference["ids"], reference["lengths"])]
+    return Bundle(
+        _unpack_reader({**tensors["reader.safetensors"], **reference}, backbone),
+        av.eval(),
+        reference["mu"],
+        backbone.encode(texts, start=True),
+        texts,
+        record["sha256"],
+    )
+
+
+def _unpack_reader(packed: dict[str, np.ndarray], backbone: Backbone) -> TailReader:
+    """Half precision back to float32; what follows from the embedding table is made again."""
+    names = ("weights", "whiten", "mean", "embedding_mean", "log_prior")
+    tensors = {k: packed[k].astype(np.float32) for k in names}
+    weights = torch.from_numpy(tensors["weights"]).to(backbone.device)
+    mean = torch.from_numpy(tensors["embedding_mean"]).to(backbone.device)
+    table_Vd = backbone.embedding_table()
+    tensors["half_norm"] = torch.stack([half_norms(table_Vd, w, mean) for w in weights]).cpu().numpy()
+    return reader_from(tensors, backbone)
+
+
+def write_bundle(run: Run, out: Path) -> list[Path]:
+    """Pack a run's verbalizers into ``out``; returns the files."""
+    folder, targets, av = run.folder, load_targets(run), load_av(run)
+    reader, shown = folder.load("reader").tensors, targets.pool[:SHIPPED_TEXTS]
+    reference = {"ids": targets.ids[shown], "lengths": targets.lengths[shown], "mu": targets.mu}
+    reference |= {k: reader[k] for k in ("whiten", "mean", "embedding_mean")}
+    contents = ({k: v.numpy() for k, v in av.trainable().items()}, pack_reader(reader), reference)
+    for name, tensors in zip(FILES, contents):
+        atomic_write(out / name, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+    record = {
+        "identity": {k: v for k, v in folder.identity.items() if k in IDENTITY},
+        "weights": weights_note([folder.identity["backbone"]]),
+        "av_config": asdict(av.config),
+        "sha256": {name: sha256_file(out / name) for name in FILES},
+        "made_from": {name: folder.sha256_of(name) for name in ("targets", "best_av", "reader")},
+        "profile": run.config.folder_name,
+        "code": code_version(),
+    }
+    write_record(out / "bundle.json", record)
+    return [out / name for name in (*FILES, "bundle.json")]
+
+
+def pack_reader(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The last :data:`SHIPPED_TAIL` tokens' A_j and the prior in half precision; half norms follow from them.
+
+    A reader of n tokens holds the ones of fewer tokens: positions farther back only explain more of v.
+    """
+    return {
+        "weights": tensors["weights"][:SHIPPED_TAIL].astype(np.float16),
+        "log_prior": np.maximum(tensors["log_prior"], -1e4).astype(np.float16),
+    }

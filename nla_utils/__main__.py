@@ -1,5 +1,0 @@
-"""``python -m nla_utils``: the ``nla`` command."""
-
-from nla_utils.runner.cli import app
-
-app()

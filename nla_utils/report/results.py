@@ -1,0 +1,262 @@
+"""Results files: the numbers of runs as JSON, in the authors' key names, with what they were made from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping, Optional
+
+from nla_utils import metrics
+from nla_utils.config import DATA, PROFILES, ROOT, RunConfig
+from nla_utils.lm import weights
+from nla_utils.store import read_json, read_record, sha256_file
+
+COMMITTED = ROOT / "paper" / "results"
+# Results from before the corpus's name was recorded have it in the run's name alone.
+CORPUS = re.compile(r"-corpus-(.+)$")
+# The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
+NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The results files of one run: ``data`` by name, all of them in ``folder``."""
+
+    backbone: str
+    profile: str
+    data: dict[str, dict]
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.backbone} · {self.profile}"
+
+    @property
+    def spec(self) -> weights.BackboneSpec:
+        """The registry's entry of the backbone, or one that knows its name alone."""
+        return weights.REGISTRY.get(self.backbone.partition("@")[0]) or weights.BackboneSpec(
+            self.backbone, self.backbone
+        )
+
+    @property
+    def name(self) -> str:
+        """The backbone as its makers write it."""
+        return self.spec.title or self.backbone
+
+    @property
+    def size(self) -> str:
+        """How many targets, and of which corpus if it has one: ``30,000 targets``."""
+        return f"{self.data['targets']['sizes']['N']:,} targets" + (f" of {self.corpus}" if self.corpus else "")
+
+    @property
+    def corpus(self) -> Optional[str]:
+        """The name of the corpus that the targets are from; ``None`` for the model's own samples."""
+        facts = self.data["targets"]
+        older = CORPUS.search(self.profile) if "corpus_sha256" in facts else None
+        return facts.get("corpus", older and older[1])
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call the run: ``Gemma-3-270M (base, 4-bit), 30,000 targets``."""
+        return f"{self.spec.shown}, {self.size}"
+
+    @property
+    def stem(self) -> str:
+        """The title as the beginning of file names."""
+        return f"{self.backbone}-{self.profile}"
+
+    @property
+    def layer(self) -> int:
+        return self.data["targets"]["identity"]["layer"]
+
+    @property
+    def seed(self) -> int:
+        return self.data["targets"]["identity"]["seed"]
+
+    @property
+    def family(self) -> str:
+        """Runs of one family differ in layer and seed alone: their sizes are the same, and what they were given."""
+        facts, training = self.data["targets"], self.data["training"]
+        given = [facts.get("corpus_sha256"), facts.get("released_targets"), training.get("av_sha256")]
+        return json.dumps([facts["sizes"], given])
+
+    @property
+    def undertrained(self) -> bool:
+        """Whether the run's AV was trained on fewer targets than the paper's."""
+        return self.data["targets"]["sizes"]["N"] < PROFILES["full"].n_targets
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether the run is one of a sweep, of another layer than the backbone's own or another seed than 1, and not to be
+        shown on its own."""
+        depth = self.data["targets"].get("num_layers")
+        own = self.spec.layer or (round(0.73 * depth) if depth else self.layer)
+        return (self.layer, self.seed) != (own, 1)
+
+    def column(self, name: str, protocol: str) -> dict:
+        """One protocol's numbers in a results file."""
+        return self.data[name]["protocols"][protocol]
+
+    @property
+    def source_loss(self) -> Optional[dict]:
+        """What v is worth to the AV in nats of the sources; ``None`` in results from before it was measured."""
+        return self.data["centered_eval"].get("source_loss")
+
+    def optional(self, name: str) -> Optional[dict]:
+        """A results file that not every run has; ``None`` without it."""
+        path = self.folder / f"{name}.json"
+        return read_record(path) if path.exists() else None
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.folder / f"{name}.json")
+
+
+def load_results(folder: Path) -> Optional[RunResults]:
+    """Results in ``folder`` (``…/<backbone>/<profile>``, files there or under ``results/``); ``None`` if
+    not all files of §11 exist yet."""
+    inner = folder / "results" if (folder / "results").is_dir() else folder
+    if not all((inner / f"{n}.json").exists() for n in NAMES):
+        return None
+    data = {n: read_record(inner / f"{n}.json") for n in NAMES}
+    return RunResults(data["targets"]["identity"]["backbone"], data["targets"]["profile"], data, inner)
+
+
+def find_results(roots: Iterable[Path] = (COMMITTED,)) -> list[RunResults]:
+    """Results of complete runs below the roots, sorted by backbone and profile; a later root wins over an earlier."""
+    found: dict[tuple[str, str], RunResults] = {}
+    for root in roots:
+        for folder in sorted(p for p in Path(root).glob("*/*") if p.is_dir()):
+            results = load_results(folder)
+            if results is not None:
+                found[results.backbone, results.profile] = results
+    return [found[k] for k in sorted(found)]
+
+
+def device_of(record: dict) -> str:
+    """The device that a results file was computed on; older ones have it in their identity."""
+    return record.get("device") or record["identity"]["device"]
+
+
+def weights_note(everything: Iterable[RunResults]) -> str:
+    """What the weights of the runs' backbones are, one sentence each, as the registry has it."""
+    return weights.weights_note(r.backbone for r in everything)
+
+
+def without_variants(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> list[RunResults]:
+    """The results to show on their own: no variants of a sweep, but always ``own`` (backbone, profile)."""
+    return [r for r in everything if not r.is_variant or (r.backbone, r.profile) == own]
+
+
+def largest(everything: Iterable[RunResults]) -> list[RunResults]:
+    """The results with the most targets of each backbone, the largest first."""
+    best: dict[str, RunResults] = {}
+    for results in everything:
+        size = results.data["targets"]["sizes"]["N"]
+        if results.backbone not in best or size > best[results.backbone].data["targets"]["sizes"]["N"]:
+            best[results.backbone] = results
+    return sorted(best.values(), key=lambda r: -r.data["targets"]["sizes"]["N"])
+
+
+def foremost(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> Optional[RunResults]:
+    """The run that a section is about: ``own``, else the largest one of the default backbone, else of the first."""
+    shown = list(everything)
+    for results in shown:
+        if (results.backbone, results.profile) == own:
+            return results
+    return max(largest(shown), key=lambda r: r.backbone == RunConfig.backbone, default=None)
+
+
+def group(everything: Iterable[RunResults], alike, varied, least: int) -> list[dict[int, RunResults]]:
+    """Results that agree in ``alike`` by what ``varied`` gives of them, where there are at least ``least`` of them."""
+    groups: dict[tuple, dict[int, RunResults]] = {}
+    for results in everything:
+        groups.setdefault(alike(results), {})[varied(results)] = results
+    return [dict(sorted(g.items())) for _, g in sorted(groups.items()) if len(g) >= least]
+
+
+BACKBONES = ("qwen25_7b", "llama32_3b", "gemma2_2b")
+TITLES = {
+    "qwen25_7b": "Qwen2.5-7B",
+    "llama32_3b": "Llama-3.2-3B",
+    "gemma2_2b": "Gemma-2-2B",
+    "gpt_oss_20b": "gpt-oss-20b",
+}
+# Targets and pool of the published evaluations: NN-in-pool and NN-retrieval are the best of as many unrelated texts.
+TARGETS, POOL = 200, 2000
+# The backbone of §11, whose tables the section regenerates.
+SECTION_11 = "gemma2_2b"
+
+
+def published(name: str) -> dict:
+    """The published figures of one backbone; raises ``ArtefactError`` if the file is missing."""
+    return read_json(DATA / "paper" / "published" / f"{name}.json")
+
+
+def look_up(record: dict, path: str) -> Optional[Any]:
+    """Value at a dotted path, ``None`` where the paper does not give one."""
+    for key in path.split("."):
+        if not isinstance(record, dict) or key not in record:
+            return None
+        record = record[key]
+    return record
+
+
+def k_curve(name: str, kind: str = "cen") -> dict[int, float]:
+    """Published K-curve; where the paper averages two runs, so does this."""
+    record = published(name)["k_curve"]
+    if f"runs_{kind}" in record:
+        runs = record[f"runs_{kind}"]
+        return {int(k): sum(r[k] for r in runs) / len(runs) for k in runs[0]}
+    return {int(k): v for k, v in record[kind].items()}
+
+
+def ceiling(name: str) -> tuple[float, float]:
+    """(floor, ceiling), centred, as ρ uses them."""
+    record = published(name)
+    rows = record["ceilings"]
+    return rows["random_floor"]["cen"], rows[record["ceiling_used"]]["cen"]
+
+
+def card() -> dict:
+    """§11's model card: its tables and statements as text, digit for digit."""
+    return published(f"{SECTION_11}_card")
+
+
+def null_at(points: Mapping[int, float], k: int) -> float:
+    """The best of k unrelated texts, centred: read off the straight line against log K through ``points``,
+    ``{number of texts: their best}``."""
+    slope, intercept, _ = metrics.slope_per_doubling(list(points), list(points.values()))
+    return slope * math.log2(k) + intercept
+
+
+def published_null(name: str, k: int) -> tuple[float, float]:
+    """(best of k unrelated texts, best of k rollouts), centred, from what the paper itself prints.
+
+    NN-in-pool among 200 and NN-retrieval from 2,000 are the best of 199 and of 2,000 unrelated texts: two
+    points of a line against log K, read off at k. Unlike the rollouts those texts are encoded behind BOS,
+    and the first point uses the 200 targets' own mean.
+    """
+    record = published(name)
+    points = {
+        TARGETS - 1: look_up(record, "ceilings.nn_in_pool.cen"),
+        POOL: look_up(record, "centred_eval.nn_retrieval.cen"),
+    }
+    return null_at(points, k), look_up(record, "centred_eval.best_of_k.cen")
+
+
+def later_nulls() -> Iterator[tuple[str, int, float, float]]:
+    """(backbone, k, best of k unrelated texts, best of k rollouts), centred, of the paper's later ports.
+
+    They print no NN-in-pool, so the line runs from one text (the floor) to NN-retrieval from the pool. A null curve
+    bends down against log K, so it lies above that line between its ends, and the difference is an upper bound.
+    """
+    gpt_oss, gemma_4 = published("gpt_oss_20b"), published("gemma4_31b")
+    parts = ((TITLES["gpt_oss_20b"], gpt_oss), ("gemma-4-31B-it", gemma_4["it"]), ("gemma-4-31B", gemma_4["base"]))
+    for title, record in parts:
+        anchors, curve = record["ceilings"], record["k_curve"]["cen"]
+        k = max(map(int, curve))
+        points = {1: anchors["random_floor"]["cen"], anchors["pool"]: anchors["nn_retrieval"]["cen"]}
+        yield title, k, null_at(points, k), curve[str(k)]

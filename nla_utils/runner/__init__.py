@@ -1,1 +1,0 @@
-"""Running the notebooks: the ``nla`` command, papermill, several processes, the static site."""

@@ -1,1 +1,0 @@
-"""What the notebooks of §11 run with the model: targets, verbalizer, rollouts, ceilings, controls."""

@@ -1,0 +1,421 @@
+"""The AV of a run: trained, or taken as released; its record (PROTOCOL.md §2)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nla_utils import workers
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
+from nla_utils.encoding import text_hidden
+from nla_utils.errors import ArtefactError
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.loading import check_frozen
+from nla_utils.lm.sampling import SamplingSettings, pad, sample
+from nla_utils.lm.weights import fetch_av, resolve
+from nla_utils.metrics import fve
+from nla_utils.run import Run
+from nla_utils.store import SPECS, Progress, arrays_hash, atomic_write, derive_seed, require_same
+from nla_utils.targets import Targets
+from nla_utils.verbalizer import (
+    BEST_AV,
+    ActivationVerbalizer,
+    Split,
+    TextPairs,
+    av_hash,
+    checkpoint_record,
+    export_av,
+    import_av,
+    make_split,
+    source_loss,
+)
+
+WARM_UP = 3
+
+
+def padded_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, ids_BT: Tensor, share_BT: Tensor) -> Tensor:
+    """Teacher-forced cross-entropy of padded texts, each token times its share; the same as ``pair_loss`` where the
+    share is 1/n of the n valid tokens and 0 elsewhere."""
+    hidden_BTd = text_hidden(backbone, av(v_Bd, backbone.dtype), backbone.embed(ids_BT))
+    return backbone.cross_entropy(hidden_BTd.flatten(0, 1), ids_BT.flatten(), share_BT.flatten())
+
+
+class GraphedStep:
+    """The loss of a batch of at most 16 texts of at most ``width`` tokens, and its gradient added to the AV's.
+
+    A parameter's gradient must stay where it is in memory, since the graph writes there.
+    """
+
+    def __init__(self, backbone: Backbone, av: ActivationVerbalizer, width: int):
+        device, self.backbone, self.av = backbone.device, backbone, av
+        self.v_Bd = torch.ones(BATCH_SIZE, backbone.d, device=device)
+        self.ids_BT = torch.full((BATCH_SIZE, width), backbone.pad_id, device=device)
+        self.share_BT = torch.zeros(BATCH_SIZE, width, device=device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._forward_and_backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._forward_and_backward()
+
+    def _forward_and_backward(self) -> Tensor:
+        loss = padded_loss(self.backbone, self.av, self.v_Bd, self.ids_BT, self.share_BT)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, v_Bd: Tensor, texts: list[list[int]]) -> Tensor:
+        """Mean loss over the tokens of these texts; their gradient is added to the AV's."""
+        ids_BT, mask_BT = pad(texts, self.backbone.pad_id, "right")
+        rows, width = ids_BT.shape
+        self.share_BT.zero_()
+        self.share_BT[:rows, :width] = (mask_BT / mask_BT.sum()).to(self.share_BT.device)
+        self.v_Bd[:rows] = v_Bd.to(self.v_Bd.device)
+        self.ids_BT[:rows, :width] = ids_BT.to(self.ids_BT.device)
+        self.graph.replay()
+        return self.loss
+
+
+# Validation pairs whose cross-entropies are taken.
+N_LOSSES = 64
+
+
+@dataclass
+class History:
+    """What training saw: the loss of every step, and each validation."""
+
+    loss: list[float] = field(default_factory=list)
+    validation: list[dict] = field(default_factory=list)
+
+    def best(self, key: str, every: int) -> dict:
+        """The validation that is best by a score, of those at multiples of ``every`` steps, as the authors save
+        checkpoints; of all of them where training is shorter than that."""
+        saved = [r for r in self.validation if r["step"] % every == 0]
+        return max(saved or self.validation, key=lambda r: r[key])
+
+
+def batches_of_epoch(run: Run, split: Split, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch, the same whenever asked: training resumes at a step, not a shuffle."""
+    rng = np.random.default_rng(derive_seed(run.seed, "epoch", epoch))
+    order = rng.permutation(split.train)
+    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+
+
+def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts: list[list[int]]) -> Tensor:
+    """Teacher-forced token cross-entropy of texts given ``[proj(v), prefix]``, mean over valid tokens."""
+    ids_BT, valid_BT = (x.to(backbone.device) for x in pad(texts, backbone.pad_id, "right"))
+    prefix_BPd, valid_BT = av(v_Bd.to(backbone.device), backbone.dtype), valid_BT.bool()
+    hidden_nd = text_hidden(backbone, prefix_BPd, backbone.embed(ids_BT))[valid_BT]
+    return backbone.cross_entropy(hidden_nd, ids_BT[valid_BT])
+
+
+@torch.inference_mode()
+def greedy_rollouts(backbone: Backbone, av: ActivationVerbalizer, v_Nd: np.ndarray) -> list[list[int]]:
+    """Token ids of the AV's greedy text for each v."""
+    greedy, ids = SamplingSettings(max_new_tokens=av.config.max_new_tokens, temperature=0.0), []
+    for first in range(0, len(v_Nd), backbone.sample_batch):
+        v_Bd = torch.from_numpy(v_Nd[first : first + backbone.sample_batch]).to(backbone.device)
+        samples = sample(backbone, av(v_Bd, backbone.dtype), greedy, None)
+        ids += [samples.sequence(i) for i in range(len(v_Bd))]
+    return ids
+
+
+def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: TextPairs) -> dict:
+    """Scores of the AV's greedy texts of validation pairs, re-encoded, and what their v are worth to it.
+
+    Returns ``fve_nrm`` (raw, no BOS: the paper's criterion, §2), ``fve_nrm_cen`` (centred, with BOS), and of the
+    first pairs ``nats_own``, ``nats_other`` (one other target), ``nats_mean`` and ``nats_none`` a token (§9).
+    """
+    v = targets.v[pairs.rows]
+    ids = greedy_rollouts(backbone, av, v)
+    loss = source_loss(backbone, av, targets, pairs.take(range(min(N_LOSSES, len(v)))), n_others=1)
+    return {
+        "fve_nrm": float(fve(backbone.encode(ids, start=False), v).mean()),
+        "fve_nrm_cen": float(fve(backbone.encode(ids, start=True), v, targets.mu).mean()),
+        **{f"nats_{name}": float(nats_M.mean()) for name, nats_M in loss.per_target.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an AV is trained; the paper's way where nothing is given.
+
+    ``pairs`` and ``steps``: of how many, ``None`` for all of the run's. ``inject_norm``: v is rescaled to this norm.
+    ``span``: the AV is to write the source's last n tokens, not all of it.
+    """
+
+    pairs: Optional[int] = None
+    steps: Optional[int] = None
+    learning_rate: float = LEARNING_RATE
+    inject_norm: Optional[float] = None
+    span: Optional[int] = None
+
+
+def training_spec(config: RunConfig, recipe: Recipe = Recipe()) -> dict:
+    """What a trained AV depends on beside the run's identity and its targets."""
+    s = config.sizes
+    return {
+        "recipe": asdict(recipe),
+        "batch_size": BATCH_SIZE,
+        "grad_clip": GRAD_CLIP,
+        "epochs": s.epochs,
+        "train_rows": s.n_train_rows,
+        "longest_text": s.max_new_tokens,
+        "prefix": resolve(config.backbone).num_prefix_tokens,
+        "validation": [VALIDATION_SHARE, s.n_validate, s.validate_every, N_LOSSES],
+        # μ of the pool centres one of the scores that validation keeps.
+        "pool": [s.n_eval, s.pool_size],
+    }
+
+
+class Trainer:
+    """Training of one AV; its complete state is in one file, replaced atomically at every validation.
+
+    ``split``: what is trained and validated on, the run's own pairs if not given. ``start``: the AV to go on from, which
+    is left as it is; a fresh one if not given.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        targets: Targets,
+        recipe: Recipe = Recipe(),
+        split: Optional[Split] = None,
+        start: Optional[ActivationVerbalizer] = None,
+    ):
+        self.run, self.backbone, self.targets, self.recipe = run, run.backbone, targets, recipe
+        split = split or make_split(run, targets, recipe.span)
+        if not len(split.train):
+            raise ArtefactError("no text of the targets is known, so no AV can be trained on them; give one with --av")
+        self.split = replace(split, train=split.train[: recipe.pairs])
+        self.av = ActivationVerbalizer.fresh(run.backbone, run.sizes.max_new_tokens, recipe.span, recipe.inject_norm)
+        if start is not None:
+            self.av.load_trainable(start.trainable(), "the AV to go on from")
+        self.params = [self.av.proj.weight, self.av.prefix_embeds]
+        self.optimizer = torch.optim.AdamW(self.params, lr=recipe.learning_rate, weight_decay=0.0)
+        self.history = History()
+        self.best = self.av.trainable()
+        self.steps_per_epoch = len(batches_of_epoch(run, self.split, 0))
+        self.total_steps = recipe.steps or self.steps_per_epoch * run.sizes.epochs
+        self.graphed: Optional[GraphedStep] = None
+        self.state_file: Path = run.folder.file("training.partial.safetensors")
+        if self.state_file.exists():
+            self._resume()
+
+    @property
+    def step(self) -> int:
+        return len(self.history.loss)
+
+    def train(self) -> None:
+        """Run to the end, validating every ``validate_every`` steps and after the last one."""
+        every = self.run.sizes.validate_every
+        with Progress(total=self.total_steps, initial=self.step, desc="training the AV", unit="step") as bar:
+            while self.step < self.total_steps:
+                self.history.loss.append(self._train_step())
+                bar.update()
+                if self.step % every == 0 or self.step == self.total_steps:
+                    self._validate()
+                    self._save_state()
+        check_frozen(self.backbone)
+
+    def _train_step(self) -> float:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        batch = batches_of_epoch(self.run, self.split, epoch)[position]
+        for p in self.params:
+            # In place after the first step: a replayed graph knows the gradient by its address.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        loss = self._share_of_loss(batch)
+        workers.add_up([loss, *(p.grad for p in self.params)])
+        torch.nn.utils.clip_grad_norm_(self.params, GRAD_CLIP)
+        self.optimizer.step()
+        return loss.item()
+
+    def _share_of_loss(self, batch: np.ndarray) -> Tensor:
+        """This process's part of the batch's mean loss over tokens, its gradient added to the parameters'."""
+        own = batch[workers.rank() :: workers.size()]
+        if len(own) == 0:
+            return torch.zeros((), device=self.backbone.device)
+        texts = [self.split.pairs.ids[i] for i in own]
+        v_Bd = torch.from_numpy(self.targets.v[[self.split.pairs.rows[i] for i in own]])
+        n_tokens = sum(len(self.split.pairs.ids[i]) for i in batch)
+        if self.backbone.device.type == "cuda" and workers.size() == 1:
+            self.graphed = self.graphed or GraphedStep(self.backbone, self.av, max(map(len, self.split.pairs.ids)))
+            return self.graphed(v_Bd, texts)
+        loss = pair_loss(self.backbone, self.av, v_Bd, texts) * (sum(map(len, texts)) / n_tokens)
+        loss.backward()
+        return loss.detach()
+
+    def _validate(self) -> None:
+        pairs = self.split.pairs.take(self.split.validation[: self.run.sizes.n_validate])
+        record = validate(self.backbone, self.av, self.targets, pairs)
+        self.history.validation.append({"step": self.step, **record})
+        if self.history.best("fve_nrm", self.run.sizes.validate_every)["step"] == self.step:
+            self.best = self.av.trainable()
+
+    def _save_state(self) -> None:
+        tensors = {f"best.{k}": v for k, v in self.best.items()}
+        tensors |= self.av.trainable()
+        for i, p in enumerate(self.params):
+            state = self.optimizer.state[p]
+            tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
+        record = {"plan": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
+        record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
+        if workers.leads():
+            atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
+
+    def _plan(self) -> dict:
+        plan = {**self.run.folder.conditions, "targets": self.targets.sha256}
+        return plan | training_spec(self.run.config, self.recipe)
+
+    def _resume(self) -> None:
+        try:
+            with safe_open(self.state_file, "pt") as f:
+                record = json.loads(f.metadata()["record"])
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            record, tensors = {}, {}
+        if record.get("sha256") != arrays_hash({k: x.numpy() for k, x in tensors.items()}):
+            raise ArtefactError(f"{self.state_file} is truncated or altered; delete it and rerun")
+        remedy = f"go back to that, or delete {self.state_file} to train anew"
+        require_same(self.state_file, record["plan"], self._plan(), remedy)
+        self.history = History(record["loss"], record["validation"])
+        self.best = {k: tensors[f"best.{k}"] for k in self.best}
+        self.av.load_trainable({k: tensors[k] for k in self.best}, str(self.state_file))
+        for i, p in enumerate(self.params):
+            self.optimizer.state[p] = {
+                k: tensors[f"adam.{i}.{k}"].to("cpu" if k == "step" else p.device)
+                for k in ("exp_avg", "exp_avg_sq", "step")
+            }
+
+
+def spec(config: RunConfig) -> dict:
+    """What the AV depends on beside the run's identity and its targets: how it is trained, or whose it is."""
+    if config.av is None:
+        return {"av_sha256": None, **training_spec(config)}
+    return {"av_sha256": av_hash(fetch_av(config.av, resolve(config.backbone)))}
+
+
+SPECS[BEST_AV] = spec
+
+
+def train_av(run: Run, targets: Targets) -> dict:
+    """Train the AV, or do nothing if a finished one is on disk; returns its sidecar.
+
+    The checkpoint kept is the best by the paper's rule: raw fve_nrm of the validation pairs, at multiples of the
+    validation interval. The last step is validated too, to say what it would give; it is kept only by a run that is shorter
+    than one interval.
+    """
+    if run.folder.has(BEST_AV):
+        return run.folder.load(BEST_AV).sidecar
+    if run.config.av is not None:
+        return take_released(run, targets)
+    trainer = Trainer(run, targets)
+    trainer.train()
+    history, split = trainer.history, trainer.split
+    every = run.sizes.validate_every
+    best = history.best("fve_nrm", every)
+    trainer.av.load_trainable(trainer.best, "best checkpoint")
+    # Before the artefact, whose sidecar says that all is finished.
+    export_av(trainer.av, run.folder.file("av"), best["fve_nrm"], best["step"])
+    artefact = run.folder.save(
+        BEST_AV,
+        {k: v.numpy() for k, v in trainer.best.items()},
+        made_from={"targets": targets.sha256},
+        seed=run.seed,
+        pairs=len(split.pairs.rows),
+        skipped_pairs=split.pairs.skipped,
+        changed_pairs=split.pairs.changed,
+        train_pairs=len(split.train),
+        train_rows=sorted(split.pairs.rows[i] for i in split.train),
+        validation_rows=[split.pairs.rows[i] for i in split.validation],
+        trainable_params=sum(p.numel() for p in trainer.params),
+        steps=trainer.step,
+        best_step=best["step"],
+        best_val_fve_nrm=best["fve_nrm"],
+        best_step_by_centred=history.best("fve_nrm_cen", every)["step"],
+        loss=history.loss,
+        validation=history.validation,
+    )
+    trainer.state_file.unlink(missing_ok=True)
+    return artefact.sidecar
+
+
+def take_released(run: Run, targets: Targets) -> dict:
+    """A released AV as this run's: nothing is trained, so there is no loss and no row was trained on.
+
+    Raises ``SourceError`` if it cannot be fetched, ``ArtefactError`` if it does not fit the backbone and layer.
+    """
+    source = fetch_av(run.config.av, run.backbone.spec)
+    av, record = import_av(source, run.backbone), checkpoint_record(source)
+    unknown = ("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")
+    export_av(av, run.folder.file("av"), record["val_fve_nrm"], record["step"])
+    artefact = run.folder.save(
+        BEST_AV,
+        {k: v.numpy() for k, v in av.trainable().items()},
+        made_from={"targets": targets.sha256},
+        seed=run.seed,
+        released=run.config.av,
+        released_from=source.name,
+        sampling=av.sampling(run.sizes.max_new_tokens).record(),
+        **dict.fromkeys(unknown),
+        # It never saw targets drawn here; which of the released ones it was trained on is not published.
+        train_rows=[] if run.config.released_targets is None else None,
+        validation_rows=[],
+        trainable_params=sum(p.numel() for p in av.parameters()),
+        steps=record["step"],
+        best_step=record["step"],
+        best_val_fve_nrm=record["val_fve_nrm"],
+        loss=[],
+        validation=[],
+    )
+    return artefact.sidecar
+
+
+def load_av(run: Run) -> ActivationVerbalizer:
+    """The trained AV of this run; raises ``ArtefactError`` if notebook 02 has not made it."""
+    artefact = run.folder.load(BEST_AV)
+    if run.config.av is not None:
+        return import_av(run.folder.file("av"), run.backbone).eval()
+    av = ActivationVerbalizer.fresh(run.backbone, run.sizes.max_new_tokens)
+    tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
+    return av.load_trainable(tensors, str(artefact.path)).eval()
+
+
+def describe(sidecar: dict, targets: Targets) -> dict:
+    """The figures of notebook 02: pairs, steps, curves, which step each criterion chose, and how many of each
+    evaluation set were trained on."""
+    keys = (
+        "pairs",
+        "skipped_pairs",
+        "changed_pairs",
+        "train_pairs",
+        "trainable_params",
+        "steps",
+        "best_step",
+        "best_val_fve_nrm",
+        "best_step_by_centred",
+        "loss",
+        "validation",
+    )
+    return {
+        **{k: sidecar[k] for k in keys},
+        **{k: sidecar[k] for k in ("released", "released_from") if k in sidecar},
+        **{k: v for k, v in sidecar["spec"].items() if k == "av_sha256" and v},
+        "in_sample_trained_on": _trained_on(sidecar, targets.in_sample),
+        "held_out_trained_on": _trained_on(sidecar, targets.held_out),
+    }
+
+
+def _trained_on(sidecar: dict, rows: np.ndarray) -> Optional[int]:
+    """How many of the rows the AV was trained on; ``None`` where its release does not say."""
+    return None if sidecar["train_rows"] is None else int(np.isin(rows, sidecar["train_rows"]).sum())

@@ -1,0 +1,425 @@
+"""The activation verbalizer (AV): a linear map and P prefix vectors in front of a frozen backbone."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Callable, Iterable, Optional, Sequence
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from nla_utils import workers
+from nla_utils.config import VALIDATION_SHARE, AVConfig
+from nla_utils.encoding import text_logprobs
+from nla_utils.errors import ArtefactError, ConfigError
+from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.sampling import SamplingSettings, pad
+from nla_utils.run import Run
+from nla_utils.store import SPECS, Artefact, Progress, arrays_hash, atomic_write, derive_seed, json_hash, write_json
+from nla_utils.targets import Targets
+
+BEST_AV = "best_av"
+# What the authors' verbalizers are made of, and under which keys their scripts look for the tensors.
+PARTS = ("proj", "proj_extra", "layer_embed", "prefix_embeds", "prefix_mlp")
+NESTED = ("trainable", "av", "av_state_dict", "model", "state_dict")
+# Where a release keeps its files: in its folder, or (gpt-oss-20b) in one of this name inside.
+PLACES = ("", "best_av")
+
+
+class ActivationVerbalizer(nn.Module):
+    """Slots made of v, and P prefix vectors, in front of a frozen backbone (PROTOCOL.md §2).
+
+    ``proj`` (d×d, no bias, identity at first) makes the first slot, ``proj_extra`` the further ones that some releases
+    have; ``layer_embed`` adds the row of the AV's layer to each of them. ``prefix_embeds`` (P, d) is the BOS embedding at
+    first; where ``prefix_mode`` is ``mlp``, ``prefix_mlp`` makes the P vectors of v. Names are the authors'. All are
+    float32 and cast to the backbone's dtype where they enter it.
+
+    Args:
+        start_embedding_d: embedding of the start token.
+        n_layers: L of the backbone, for ``layer_embed`` (L + 1, d).
+        embed_norm: mean norm of the rows of the raw embedding table, for ``inject_norm`` ``embed``.
+    """
+
+    def __init__(
+        self, config: AVConfig, d: int, start_embedding_d: Tensor, n_layers: int = 0, embed_norm: Optional[float] = None
+    ):
+        super().__init__()
+        if config.d_vector not in (None, d):
+            raise ConfigError(f"d_vector is {config.d_vector}, the backbone's hidden size is {d}")
+        self.config, p = config, config.num_prefix_tokens
+        self.norm = {None: None, "none": None, "embed": embed_norm}.get(config.inject_norm, config.inject_norm)
+        self.proj = _identity(d)
+        if config.num_inject_slots > 1:
+            self.proj_extra = nn.ModuleList(_identity(d) for _ in range(config.num_inject_slots - 1))
+        if config.use_layer_embed:
+            self.layer_embed = nn.Embedding.from_pretrained(torch.zeros(n_layers + 1, d), freeze=False)
+        self.prefix_embeds = self.prefix_mlp = None
+        if p and config.prefix_mode == "mlp":
+            hidden = config.prefix_mlp_hidden
+            self.prefix_mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU(), nn.Linear(hidden, p * d))
+        elif p:
+            self.prefix_embeds = nn.Parameter(start_embedding_d.detach().float().cpu().repeat(p, 1))
+
+    @classmethod
+    def fresh(
+        cls,
+        backbone: Backbone,
+        max_new_tokens: int = 64,
+        span: Optional[int] = None,
+        inject_norm: Optional[float] = None,
+    ) -> "ActivationVerbalizer":
+        """An untrained AV for a backbone, on its device; ``span``: it is to write the last n tokens alone;
+        ``inject_norm``: v is rescaled to this norm."""
+        config = AVConfig(
+            backbone_id=backbone.spec.name,
+            backbone_dtype=str(backbone.dtype).removeprefix("torch."),
+            extraction_layer=backbone.layer,
+            num_prefix_tokens=backbone.spec.num_prefix_tokens,
+            max_new_tokens=min(max_new_tokens, span or max_new_tokens),
+            target_span=f"last:{span}" if span else "full",
+            inject_norm=inject_norm,
+        )
+        return cls.of(config, backbone)
+
+    @classmethod
+    def of(cls, config: AVConfig, backbone: Backbone) -> "ActivationVerbalizer":
+        """An untrained AV of a configuration, on the backbone's device."""
+        with torch.no_grad():
+            start = backbone.embed(torch.tensor([backbone.start_id]))[0]
+            embed_norm = None
+            if config.inject_norm == "embed":
+                # The raw table, as the authors take it: without the scale that Gemma's module applies.
+                table_Vd = backbone.model.get_input_embeddings().weight
+                embed_norm = float(torch.cat([t.float().norm(dim=1) for t in table_Vd.split(16384)]).mean())
+        return cls(config, backbone.d, start, backbone.n_layers, embed_norm).to(backbone.device)
+
+    def forward(self, v_Bd: Tensor, dtype: torch.dtype) -> Tensor:
+        """Input embeddings ``[slots, prefix]`` (B, slots + P, d) in the backbone's dtype."""
+        v_Bd = v_Bd.float()
+        if self.norm is not None:
+            v_Bd = nn.functional.normalize(v_Bd, dim=-1) * self.norm
+        slots_BSd = torch.stack([proj(v_Bd) for proj in (self.proj, *getattr(self, "proj_extra", ()))], dim=1)
+        if self.config.use_layer_embed:
+            slots_BSd = slots_BSd + self.layer_embed.weight[self.config.extraction_layer]
+        parts = [slots_BSd.to(dtype)]
+        if self.prefix_mlp is not None:
+            parts.append(self.prefix_mlp(v_Bd).unflatten(1, (self.config.num_prefix_tokens, -1)).to(dtype))
+        elif self.prefix_embeds is not None:
+            parts.append(self.prefix_embeds.to(dtype).expand(len(v_Bd), -1, -1))
+        return torch.cat(parts, dim=1)
+
+    def sampling(self, max_new_tokens: int) -> SamplingSettings:
+        """How the AV's rollouts are sampled: at its configuration's temperature and top_p."""
+        return SamplingSettings(max_new_tokens, temperature=self.config.temperature, top_p=self.config.top_p)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The authors' names for the parameters, on the CPU in float32."""
+        own = dict(self.named_parameters())
+        # The authors' order: the map first.
+        return {n: own[n].detach().float().cpu().clone() for n in sorted(own, key=lambda n: n != "proj.weight")}
+
+    def load_trainable(self, tensors: dict[str, Tensor], source: str) -> "ActivationVerbalizer":
+        """Take parameters; other tensors that no AV has are named in a warning.
+
+        Raises ``ArtefactError`` that names ``source`` where a parameter is missing, of another shape or not finite, or
+        where there are parameters of an AV with another configuration.
+        """
+        own = dict(self.named_parameters())
+        # Some write the prefix of an AV that has none.
+        given = {k: t for k, t in tensors.items() if t.numel()}
+        missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+        if missing:
+            filled = "only some of" if set(own) & set(given) else "none of"
+            raise ArtefactError(
+                f"{source} holds {sorted(tensors)}: it fills {filled} the AV's parameters {sorted(own)}, which its "
+                f"config.json calls for"
+            )
+        extra = [k for k in unknown if k.split(".")[0] in PARTS]
+        if extra:
+            raise ArtefactError(f"{source} holds {extra}, which its config.json does not call for: the two do not fit")
+        if unknown:
+            print(f"warning: {source}: tensors that are not used: {unknown}")
+        for name, p in own.items():
+            if tuple(given[name].shape) != tuple(p.shape):
+                raise ArtefactError(
+                    f"{source}: {name} is {tuple(given[name].shape)}, this backbone's AV has "
+                    f"{tuple(p.shape)}; it was trained on another backbone or prefix length"
+                )
+            if not given[name].is_floating_point() or not torch.isfinite(given[name]).all():
+                raise ArtefactError(f"{source}: {name} contains non-finite values")
+            p.data.copy_(given[name])
+        return self
+
+
+def _identity(d: int) -> nn.Linear:
+    proj = nn.Linear(d, d, bias=False)
+    nn.init.eye_(proj.weight)
+    return proj
+
+
+def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: int) -> None:
+    """Write ``best_av.safetensors``, the authors' ``best_av.pt`` and ``config.json`` into ``folder``."""
+    if not workers.leads():
+        return workers.wait()
+    trainable = av.trainable()
+    atomic_write(folder / "best_av.safetensors", save(trainable))
+    buffer = io.BytesIO()
+    torch.save({"trainable": trainable, "val_fve_nrm": val_fve_nrm, "step": step}, buffer)
+    atomic_write(folder / "best_av.pt", buffer.getvalue())
+    write_json(folder / "config.json", asdict(av.config))
+    workers.wait()
+
+
+def checkpoint_record(folder: Path) -> dict:
+    """``val_fve_nrm`` and ``step`` of a checkpoint folder, ``None`` where the file does not say.
+
+    The authors' ``val_fve_nrm`` is a plain cosine, not ½(1 + cos).
+    """
+    path = find_file(folder, "best_av.pt")
+    state = {} if path is None else _read(path, _load_pt)
+    return {k: state[k] if isinstance(state.get(k), (int, float)) else None for k in ("val_fve_nrm", "step")}
+
+
+def import_av(folder: Path, backbone: Backbone) -> ActivationVerbalizer:
+    """Load an AV from a folder with ``config.json`` and either checkpoint format; see :func:`check_av`."""
+    config, tensors, source = _read_av(folder, backbone.layer)
+    return ActivationVerbalizer.of(config, backbone).load_trainable(tensors, source)
+
+
+def check_av(folder: Path, layer: int, d: int, n_layers: int) -> AVConfig:
+    """The configuration of a folder's AV, if it fits a backbone of this layer and shape; no weights are needed.
+
+    A ``.pt`` is read with ``weights_only=True``, its tensors nested under one of :data:`NESTED` or flat. Raises
+    ``ConfigError`` or ``ArtefactError`` that names the file if it does not fit.
+    """
+    config, tensors, source = _read_av(folder, layer)
+    ActivationVerbalizer(config, d, torch.zeros(d), n_layers, 1.0).load_trainable(tensors, source)
+    return config
+
+
+def av_hash(folder: Path) -> str:
+    """Hash of an AV's configuration and tensors, whatever format its folder keeps them in."""
+    config, tensors, _ = _read_av(folder)
+    arrays = {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
+    return json_hash([asdict(config), arrays_hash(arrays)])[:16]
+
+
+def find_file(folder: Path, name: str) -> Optional[Path]:
+    """A release's file, in its folder or in ``best_av`` inside."""
+    return next((path for place in PLACES if (path := folder / place / name).exists()), None)
+
+
+def _read_av(folder: Path, layer: Optional[int] = None) -> tuple[AVConfig, dict[str, Tensor], str]:
+    config = AVConfig.from_json(find_file(folder, "config.json") or folder / "config.json")
+    if layer not in (None, config.extraction_layer):
+        raise ArtefactError(f"{folder}: the AV reads layer {config.extraction_layer}, this run extracts layer {layer}")
+    path = find_file(folder, "best_av.safetensors")
+    if path is not None:
+        return config, _read(path, load_file), str(path)
+    path = find_file(folder, "best_av.pt") or folder / "best_av.pt"
+    return config, _unwrapped(_read(path, _load_pt), path), str(path)
+
+
+def _load_pt(path: Path) -> dict:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__}, not a dictionary")
+    return state
+
+
+def _unwrapped(state: dict, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever the authors' scripts keep them."""
+    inner = next((state[key] for key in NESTED if isinstance(state.get(key), dict)), state)
+    tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ArtefactError(f"{path} holds {sorted(map(str, state))}: no tensors there, nor under {', '.join(NESTED)}")
+    return tensors
+
+
+def _read(path: Path, read: Callable[[Path], dict]) -> dict:
+    try:
+        return read(path)
+    # Each format has errors of its own for a file that is empty, cut, altered or unsafe.
+    except Exception as error:
+        raise ArtefactError(f"{path} was not read ({error or type(error).__name__}); fetch it again") from None
+
+
+@dataclass
+class TextPairs:
+    """Training pairs (row of the target, token ids of its text), how many were skipped for their length,
+    and how many came back from the text as other ids than were sampled (special tokens aside)."""
+
+    rows: list[int]
+    ids: list[list[int]]
+    skipped: int
+    changed: int
+
+    def take(self, indices: Iterable[int]) -> "TextPairs":
+        """Some of the pairs, in the order asked for."""
+        indices = list(indices)
+        return replace(self, rows=[self.rows[i] for i in indices], ids=[self.ids[i] for i in indices])
+
+
+def published_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: float = math.inf) -> TextPairs:
+    """The paper's training texts: decoded without special tokens, tokenized again, long ones skipped."""
+    kept_rows, kept_ids, changed = [], [], 0
+    special = set(backbone.tokenizer.all_special_ids)
+    for i in rows:
+        sampled = targets.sequence(i)
+        ids = backbone.tokenize_text(backbone.decode_text(sampled))
+        changed += ids != [t for t in sampled if t not in special]
+        if 0 < len(ids) <= limit:
+            kept_rows.append(int(i))
+            kept_ids.append(ids)
+    return TextPairs(kept_rows, kept_ids, len(rows) - len(kept_rows), changed)
+
+
+def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> TextPairs:
+    """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again. Targets
+    whose text is not known are skipped."""
+    known = [int(i) for i in rows if targets.lengths[i]]
+    return TextPairs(known, [targets.sequence(i)[-n:] for i in known], skipped=len(rows) - len(known), changed=0)
+
+
+@dataclass
+class Split:
+    """Pairs to train on and to validate on (indices into the pairs), the paper's random 5 %."""
+
+    pairs: TextPairs
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def make_split(run: Run, targets: Targets, span: Optional[int] = None) -> Split:
+    """All pairs but the held-out targets' ones, split at random over the pairs as the paper does.
+
+    A pair's text is the whole source; with ``span`` it is the source's last n tokens.
+    """
+    rows = np.arange(run.sizes.n_train_rows)
+    if span is None:
+        pairs = published_pairs(run.backbone, targets, rows, run.sizes.max_new_tokens)
+    else:
+        pairs = tail_pairs(targets, rows, span)
+    rng = np.random.default_rng(derive_seed(run.seed, "split", 0))
+    order = rng.permutation(len(pairs.rows))
+    # Two at least: what v is worth is asked by giving one the other's.
+    n_val = max(2, round(VALIDATION_SHARE * len(order)))
+    return Split(pairs, order[n_val:], order[:n_val])
+
+
+SOURCE_LOSS = "source_loss"
+
+
+# What stands in the slot; ``none``: the prefix alone, without one.
+CONDITIONS = ("own", "other", "mean", "none")
+
+
+# Other targets whose v each text is predicted from. Of the shipped AVs, on 64 stored texts, the interval of another's − own
+# is 3 to 5 % wider with 8 than with 32; of the AVs of two `quick` runs, 7 %.
+N_OTHERS = 8
+
+
+# Texts predicted together.
+TEXT_BATCH = 64
+
+
+SPECS[SOURCE_LOSS] = lambda config: {
+    "n_eval": config.sizes.n_eval,
+    "pool_size": config.sizes.pool_size,
+    "longest_text": config.sizes.max_new_tokens,
+    "n_others": N_OTHERS,
+}
+
+
+@dataclass
+class SourceLoss:
+    """Nats of every token of M sources, (M, T) by condition, NaN after the end; ``rows`` (M,) are the targets'.
+
+    ``other`` is the mean over up to ``N_OTHERS`` other targets.
+    """
+
+    rows: np.ndarray
+    nats: dict[str, np.ndarray]
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, artefact: Artefact) -> "SourceLoss":
+        t = artefact.tensors
+        return cls(t["rows"], {c: t[c] for c in CONDITIONS}, artefact.sha256)
+
+    @property
+    def per_target(self) -> dict[str, np.ndarray]:
+        """Mean nats a token of each source (M,)."""
+        return {c: np.nanmean(nats_MT, axis=1) for c, nats_MT in self.nats.items()}
+
+
+def make_source_loss(run: Run, targets: Targets, av: ActivationVerbalizer) -> SourceLoss:
+    """The losses of the held-out targets' texts, cut at the length trained on, or what is on disk."""
+    if run.folder.has(SOURCE_LOSS):
+        return SourceLoss.of(run.folder.load(SOURCE_LOSS))
+    limit = run.sizes.max_new_tokens
+    pairs = published_pairs(run.backbone, targets, targets.held_out)
+    pairs = replace(pairs, ids=[ids[:limit] for ids in pairs.ids])
+    loss = source_loss(run.backbone, av, targets, pairs, N_OTHERS, "losses of the sources' texts")
+    parents = {"targets": targets.sha256, BEST_AV: run.folder.sha256_of(BEST_AV)}
+    return SourceLoss.of(run.folder.save(SOURCE_LOSS, {"rows": loss.rows, **loss.nats}, made_from=parents))
+
+
+def source_loss(
+    backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: TextPairs, n_others: int, label: str = ""
+) -> SourceLoss:
+    """Nats of the texts of M pairs under every condition, NaN for ``other`` where there is none; a progress bar where
+    ``label`` names it."""
+    v_Md, shifts = targets.v[pairs.rows], range(1, min(n_others, len(pairs.rows) - 1) + 1)
+    given = {
+        "own": [v_Md],
+        "other": [np.roll(v_Md, shift, axis=0) for shift in shifts],
+        "mean": [np.broadcast_to(targets.mu, v_Md.shape)],
+        "none": [None],
+    }
+    found = {}
+    with Progress(total=sum(map(len, given.values())), desc=label, unit="pass", disable=not label) as bar:
+        for condition, slots in given.items():
+            total_MT = np.zeros((len(pairs.ids), max(map(len, pairs.ids), default=1)))
+            for slot_Md in slots:
+                total_MT += _text_nats(backbone, av, slot_Md, pairs.ids)
+                bar.update()
+            found[condition] = (total_MT / (len(slots) or np.nan)).astype(np.float32)
+    return SourceLoss(np.array(pairs.rows), found)
+
+
+def _text_nats(
+    backbone: Backbone, av: ActivationVerbalizer, slot_Md: np.ndarray | None, texts: Sequence[list[int]]
+) -> np.ndarray:
+    """−log p of each token (M, T), NaN after the end; ``None`` leaves the slot out."""
+    nats_MT = np.full((len(texts), max(map(len, texts), default=1)), np.nan)
+    for first in range(0, len(texts), TEXT_BATCH):
+        part = texts[first : first + TEXT_BATCH]
+        slot_Bd = (
+            np.zeros((len(part), backbone.d), np.float32) if slot_Md is None else slot_Md[first : first + TEXT_BATCH]
+        )
+        prefix_BPd = _prompt(backbone, av, slot_Bd)
+        if slot_Md is None:
+            prefix_BPd = prefix_BPd[:, av.config.num_inject_slots :]
+            if not prefix_BPd.shape[1]:
+                break  # an AV of no prefix has nothing that a first token could be predicted from
+        nats_MT[first : first + len(part), : max(map(len, part))] = _batch_nats(backbone, prefix_BPd, part)
+    return nats_MT
+
+
+@torch.inference_mode()
+def _prompt(backbone: Backbone, av: ActivationVerbalizer, v_Bd: np.ndarray) -> Tensor:
+    return av(torch.tensor(v_Bd).to(backbone.device), backbone.dtype)
+
+
+@torch.inference_mode()
+def _batch_nats(backbone: Backbone, prefix_BPd: Tensor, texts: list[list[int]]) -> np.ndarray:
+    ids_BT, valid_BT = (x.to(backbone.device) for x in pad(texts, backbone.pad_id, "right"))
+    valid_BT = valid_BT.bool()
+    logp_BT = text_logprobs(backbone, prefix_BPd, ids_BT, backbone.embed(ids_BT), valid_BT)
+    return (-logp_BT).masked_fill(~valid_BT, torch.nan).cpu().numpy()
