@@ -170,7 +170,7 @@ def test_a_release_of_the_run_is_whole(reproduced, tmp_path):
     frame = pd.read_parquet(release.dataset / "targets.parquet")
     assert list(frame["part"].value_counts()[["in_sample", "held_out", "pool"]]) == [8, 8, 48] and len(frame) == n
     card = (release.model / "README.md").read_text()
-    for word in ("published protocol", "corrected", "control: unrelated text", "left_pad", "Trainable parameters"):
+    for word in ("as published", "corrected", "control: unrelated text", "left_pad", "Trainable parameters"):
         assert word in card
     assert "sha256" in (release.dataset / "README.md").read_text()
     assert "license:" not in card

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nla_utils.report.figures import WIDTH, lengths_and_norms, texts_table
+from nla_utils.report.figures import PLOT_WIDTH, lengths_and_norms, texts_table
 
 
 class Words:
@@ -20,7 +20,7 @@ def test_a_long_text_is_shown_by_its_end_where_v_is_taken():
     lines = texts_table(Words, {"source": range(1000), "greedy": [1, 2]}).split("\n")
     assert lines[1] == "greedy  w1 w2"
     label, shown = lines[0].split("  ", 1)
-    assert label == "source" and shown.startswith("…") and shown.endswith(" w998 w999") and len(shown) == WIDTH
+    assert label == "source" and shown.startswith("…") and shown.endswith(" w998 w999") and len(shown) == PLOT_WIDTH
 
 
 def test_a_few_huge_activations_do_not_stretch_the_axis_and_are_counted():

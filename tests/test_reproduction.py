@@ -116,7 +116,7 @@ def test_two_that_differ_are_counted_as_two(run):
     alter(run / "results", "centered_eval", shift(1))
     alter(run / "results", "oracle_ceiling", lambda r: r["protocols"]["published"].update({rows.REPLAY.cen: 0.1}))
     n = len(columns(load_results(QUICK)))
-    found = f"{n - 2} of {n} rows agree; 2 differ: ceilings: replay (paper), evaluation: greedy (corrected).\n"
+    found = f"{n - 2} of {n} rows agree; 2 differ: ceilings: replay (published), evaluation: greedy (corrected).\n"
     assert write_reproduction(run).endswith(found)
 
 

@@ -169,7 +169,7 @@ def scorecard(results: RunResults) -> pd.DataFrame:
         stated = stated_value(claim, SECTION_11)
         row = {"claim": claim.sentence, "where": claim.where, "quantity": f"{claim.quantity}: {claim.test}"}
         row[f"published, {TITLES[SECTION_11]} (value only)"] = UNMEASURED if stated is None else f"{stated:+.3f}"
-        for protocol, label in zip(PROTOCOLS, ("published protocol", "corrected")):
+        for protocol, label in zip(PROTOCOLS, ("as published", "corrected")):
             row[label] = cell(results.column(claim.row.file, protocol), claim.row.cen, words[claim.id, protocol])
         table.append(row)
     return pd.DataFrame(table).set_index("claim")

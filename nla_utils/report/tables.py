@@ -126,14 +126,14 @@ def seeds_table(by_seed: Mapping[int, RunResults]) -> pd.DataFrame:
 
 
 def _side_by_side(shown: Sequence[tuple[Row, str]], results: RunResults, kind_in_label: bool = False) -> pd.DataFrame:
-    """Published · published protocol · corrected, of each row and kind."""
+    """Published · as published · corrected, of each row and kind."""
     stated, table = published(SECTION_11), []
     for row, kind in shown:
         path, digits = row.published_path.format(kind=kind), {MU_NORM.key: 1, NULL_SIZE.key: 0}.get(row.key, 3)
         label = _with_kind(row, kind) if kind_in_label else row.title
         ours = [with_interval(results.column(row.file, p), row.at(kind), digits) for p in ("published", "corrected")]
         table.append((label, number(look_up(stated, path) if path else None, digits), *ours))
-    columns = ["row", PUBLISHED, "published protocol", "corrected"]
+    columns = ["row", PUBLISHED, "as published", "corrected"]
     return pd.DataFrame(table, columns=columns).set_index("row")
 
 
@@ -147,7 +147,7 @@ def ceilings_table(results: RunResults, kind: str) -> pd.DataFrame:
 
 
 def both_kinds_table(shown: Sequence[Row], results: RunResults) -> pd.DataFrame:
-    """Published · published protocol · corrected, each raw and centred. Of tails, probes and other controls the paper prints
+    """Published · as published · corrected, each raw and centred. Of tails, probes and other controls the paper prints
     nothing."""
     made = {kind: _side_by_side([(row, kind) for row in shown], results) for kind in ("raw", "cen")}
     table = pd.DataFrame(
@@ -176,7 +176,7 @@ def rho_table(results: RunResults) -> pd.DataFrame:
         {
             "row": row.title,
             PUBLISHED: number(look_up(stated, row.published_path) if row.published_path else None, 2),
-            "published protocol": rho(results, "published", row),
+            "as published": rho(results, "published", row),
             "corrected": rho(results, "corrected", row),
         }
         for row in rows.RHO
@@ -212,7 +212,7 @@ def with_released(
     theirs = make(released).reindex(table.index).fillna(number(None))
     for column in [c for c in table.columns if c.startswith("published")]:
         kind = column.removeprefix(PUBLISHED).removeprefix("published")
-        table.insert(table.columns.get_loc(column) + 1, RELEASED + kind, theirs[f"published protocol{kind}"])
+        table.insert(table.columns.get_loc(column) + 1, RELEASED + kind, theirs[f"as published{kind}"])
     return table
 
 
@@ -226,8 +226,8 @@ def k_curve_table(results: RunResults) -> pd.DataFrame:
     stated = k_curve(SECTION_11)
     paper, corrected = results.column("rerank_eval", "published"), results.column("rerank_eval", "corrected")
     columns = (
-        ("published protocol", paper, rows.CURVE, rows.SLOPE),
-        ("control: unrelated text, published protocol", paper, rows.CURVE_UNRELATED, rows.SLOPE_UNRELATED),
+        ("as published", paper, rows.CURVE, rows.SLOPE),
+        ("control: unrelated text, as published", paper, rows.CURVE_UNRELATED, rows.SLOPE_UNRELATED),
         ("corrected", corrected, rows.CURVE, rows.SLOPE),
         ("control: unrelated text, corrected", corrected, rows.CURVE_UNRELATED, rows.SLOPE_UNRELATED),
         ("control: other targets' rollouts, corrected", corrected, rows.CURVE_OTHERS, rows.SLOPE_OTHERS),
@@ -265,7 +265,7 @@ def backbones_table(everything: Sequence[RunResults]) -> pd.DataFrame:
         }
     for results in everything:
         blocks = {"layer / blocks": f"{results.layer} / {results.data['targets']['num_layers']}"}
-        table[f"{results.title}, published protocol"] = blocks | {
+        table[f"{results.title}, as published"] = blocks | {
             label: _plain(results.column(row.file, "published").get(row.at(kind)))
             for (row, kind), label in labels.items()
         }
