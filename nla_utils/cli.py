@@ -1,5 +1,4 @@
-"""The ``nla`` command: reproduce §11, regenerate its pages. What commands share is here too: their options, the one place
-where errors become messages, and how a run ends."""
+"""The ``nla`` command of §11, and what all commands share: options, errors as messages, how a run ends."""
 
 from __future__ import annotations
 
@@ -19,37 +18,28 @@ from nla_utils.config import PROFILES, ROOT, RunConfig, parse_seeds, size_overri
 from nla_utils.errors import ArtefactError, ConfigError, NLAError, nearest
 from nla_utils.store import RunFolder
 
-OPTIONS = {
-    "backbone": click.option(
-        "--backbone",
-        default="gemma3-270m",
-        show_default=True,
-        help="Registry name, hub id (org/name@commit) or folder.",
-    ),
-    "profile": click.option("--profile", default="quick", show_default=True, help=f"One of {', '.join(PROFILES)}."),
-    "out": click.option(
-        "--out", type=click.Path(path_type=Path), default=ROOT / "runs", help="Folder for everything a run writes."
-    ),
-    "seed": click.option(
-        "--seed", type=int, default=1, show_default=True, help="Seed of targets, training and rollouts."
-    ),
-    "layer": click.option("--layer", type=int, help="Extraction layer, if not the backbone's own."),
-    "device": click.option("--device", default="auto", help="auto, cpu, cuda, mps, or split: spread over all cards."),
-    "dtype": click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16, float32 or float16."),
-    "set_": click.option(
-        "--set", "set_", multiple=True, help="Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."
-    ),
+FILE = click.Path(path_type=Path)
+# The options that make a configuration.
+OPTIONS: dict[str, dict] = {
+    "backbone": dict(default="gemma3-270m", help="Registry name, hub id (org/name@commit) or folder."),
+    "profile": dict(default="quick", help=f"One of {', '.join(PROFILES)}."),
+    "out": dict(type=FILE, default=ROOT / "runs", show_default=False, help="Folder for everything a run writes."),
+    "seed": dict(type=int, default=1, help="Seed of targets, training and rollouts."),
+    "layer": dict(type=int, help="Extraction layer, if not the backbone's own."),
+    "device": dict(default="auto", help="auto, cpu, cuda, mps, or split: spread over all cards."),
+    "dtype": dict(default="bfloat16", help="bfloat16, float32 or float16."),
+    "set": dict(multiple=True, help="Override a size: n_targets=, n_eval=, n_rollouts= or pool_size=."),
 }
 adopt_option = click.option(
     "--adopt", is_flag=True, help="Copy results and executed notebooks into the repository and rebuild its pages."
 )
-# What stands beside §11, from those who build it: notebooks by the name that --with knows, and makers of pages.
+# What is beside §11, from those who build it: stages by the name that --with knows, and makers of pages.
 BESIDE: dict[str, Callable] = {}
 PAGES: list[Callable] = []
 
 
 class OneHandler(click.Group):
-    """Prints what a user can mend in one line and ends with status 2; anything else is a bug, and keeps its traceback."""
+    """Prints what a user can mend in one line and ends with status 2; a bug keeps its traceback."""
 
     def invoke(self, ctx):
         try:
@@ -70,10 +60,10 @@ class OneHandler(click.Group):
         raise click.exceptions.Exit(2)
 
 
-@click.group(cls=OneHandler, context_settings={"help_option_names": ["--help"]})
+@click.group(cls=OneHandler, context_settings={"help_option_names": ["--help"], "show_default": True})
 @click.version_option(__version__, message="%(version)s")
 def app() -> None:
-    """Activations as text: §11 reproduced, audited, and what stands beside it."""
+    """Activations as text: §11 reproduced, audited, and what is beside it."""
     # A batch system's end of a job is Ctrl-C: what was made is kept, and the same command resumes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Figures are drawn without a window, and without the user's own style.
@@ -84,8 +74,8 @@ def app() -> None:
 
 
 def with_config(*without: str) -> Callable:
-    """Decorator: a command whose first parameter is the configuration made from the options that commands share, but for
-    those of ``without``, which it does not have or has in a form of its own."""
+    """Decorator: a command whose first parameter is the configuration made from :data:`OPTIONS`, but for the names in
+    ``without``."""
     names = [name for name in OPTIONS if name not in without]
 
     def register(command: Callable) -> click.Command:
@@ -94,16 +84,17 @@ def with_config(*without: str) -> Callable:
             return command(_config(**{name: given.pop(name) for name in names}), **given)
 
         for name in reversed(names):
-            run = OPTIONS[name](run)
+            run = click.option(f"--{name}", **OPTIONS[name])(run)
         return app.command()(run)
 
     return register
 
 
-def _config(out: Path, set_: tuple[str, ...], backbone: str = RunConfig.backbone, **values: object) -> RunConfig:
+def _config(out: Path, backbone: str = RunConfig.backbone, **values) -> RunConfig:
     from nla_utils.lm.weights import settled
 
-    return RunConfig(backbone=settled(backbone), out=where(out), **values, **size_overrides(set_))
+    sizes = size_overrides(values.pop("set"))
+    return RunConfig(backbone=settled(backbone), out=where(out), **values, **sizes)
 
 
 def where(path: Path) -> str:
@@ -122,13 +113,12 @@ def finish(folder: RunFolder, adopt: bool) -> None:
     from nla_utils.report.pages import write_reproduction
 
     click.echo(f"\n{folder.backbone}")
-    places = (
+    for label, name in (
         ("executed notebooks", "executed"),
         ("results (JSON)", "results"),
         ("tables and figures", "report"),
         ("paper section", "report/section11.md"),
-    )
-    for label, name in places:
+    ):
         if folder.file(name).exists():
             click.echo(f"  {label:<20}{show(folder.file(name))}")
     reproduction = write_reproduction(folder.path)
@@ -151,33 +141,21 @@ def write_pages() -> None:
 
 
 @with_config("backbone", "seed")
-@click.option(
-    "--backbone",
-    multiple=True,
-    default=["gemma3-270m"],
-    show_default=True,
-    help="Registry name, hub id (org/name@commit) or folder; repeat for several.",
-)
-@click.option(
-    "--seeds", "--seed", default="1", help="Seeds of targets, training and rollouts, with commas; each is a run."
-)
+@click.option("--backbone", multiple=True, **OPTIONS["backbone"] | {"default": ["gemma3-270m"]})
+@click.option("--seeds", "--seed", default="1", help="Seeds of targets, training and rollouts, with commas.")
 @click.option("--from", "first", type=int, default=1, help="First notebook to run.")
 @click.option("--until", "last", type=int, default=6, help="Last notebook to run.")
-@click.option("--with", "beside", default="", help="What to run beside §11, with commas: tail-reader, depth.")
 @click.option(
-    "--av",
-    help="An AV instead of training one: released (the authors' own for the backbone), "
-    "hub:org/name[@commit] or a folder.",
+    "--with", "beside", default="", show_default=False, help="What to run beside §11, with commas: tail-reader, depth."
 )
 @click.option(
-    "--targets",
-    help="Targets instead of drawing them: released (the authors' own for the backbone), pool (their "
-    "vectors alone: no ceilings), hub:org/name[@commit], a folder or a file.",
+    "--av", help="An AV instead of training one: released (by the authors), hub:org/name[@commit] or a folder."
 )
 @click.option(
-    "--corpus",
-    type=click.Path(path_type=Path),
-    help="Targets from texts of your own instead: a .jsonl with a field 'text', or a folder of .txt files.",
+    "--targets", help="Targets instead of drawing them: as --av, a file, or pool (vectors alone: no ceilings)."
+)
+@click.option(
+    "--corpus", type=FILE, help="Texts to take targets from: a .jsonl with a field 'text', or a folder of .txt."
 )
 @adopt_option
 def reproduce(
@@ -192,36 +170,41 @@ def reproduce(
     corpus: Optional[Path],
     adopt: bool,
 ) -> None:
-    """Run the notebooks 01-06 through papermill; what is finished and matches is skipped."""
+    """Run the notebooks 01-06 through papermill; what is finished and matches is skipped. Repeat --backbone for
+    several; each seed is a run of its own."""
     from nla_utils.lm.weights import POOL, settled
+    from nla_utils.notebooks import STAGES
     from nla_utils.notebooks import reproduce as run_all
-    from nla_utils.notebooks import select_stages
 
     named = [name.strip() for name in beside.split(",") if name.strip()]
     for name in named:
         if name not in BESIDE:
             raise ConfigError(f"--with {name!r}: {nearest(name, BESIDE)}")
+    # By the name of --with; those of §11 have none.
+    known = [("", stage) for stage in STAGES] + [(name, stage()) for name, stage in BESIDE.items()]
+    if not 1 <= first <= last <= len(known):
+        raise ConfigError(f"--from {first} --until {last}: choose 1 to {len(known)}, from not after until")
+    stages = [stage for name, stage in known if first <= stage.number <= last or name in named]
+    if targets == POOL:
+        # Vectors without texts have no ceilings, which the pages of 06 set every other row against.
+        stages = [stage for stage in stages if stage.number < 6]
     given = {
         "av": av and settled(av),
         "released_targets": targets and settled(targets),
         "corpus": corpus and where(corpus),
     }
     configs = [
-        dataclasses.replace(config, backbone=settled(b), seed=seed, **given)
-        for b in backbone
+        dataclasses.replace(config, backbone=settled(name), seed=seed, **given)
+        for name in backbone
         for seed in parse_seeds(seeds)
     ]
-    stages = select_stages(first, last) + [BESIDE[name]() for name in BESIDE if name in named]
-    if targets == POOL:
-        # Vectors without texts have no ceilings, which the pages of 06 set every other row against.
-        stages = [stage for stage in stages if stage.number < 6]
     run_all(configs, lambda folder: finish(folder, adopt), stages)
 
 
 @with_config()
 def distribute(config: RunConfig) -> None:
-    """Make the artefacts of 01-04 in the processes that `accelerate launch -m nla_utils.cli distribute` has started: those
-    of one process. `nla reproduce` with the same options then runs the notebooks over them."""
+    """Make the artefacts of 01-04 in the processes that `accelerate launch -m nla_utils.cli distribute` has started.
+    `nla reproduce` with the same options then runs the notebooks over them."""
     from nla_utils.baselines import make_ceilings
     from nla_utils.lm.weights import fetch, resolve
     from nla_utils.rollouts import make_rollouts
@@ -248,7 +231,7 @@ def report() -> None:
 
 
 @app.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=FILE)
 def spread(folders: tuple[Path, ...]) -> None:
     """Measure how much each row varies over seeds, which is how much a reproduction may differ; for maintainers.
 

@@ -1,7 +1,6 @@
-"""What a run is: profiles, the run's configuration, the verbalizer's configuration.
+"""What a run is: profiles, the run's configuration, the AV's configuration.
 
-All are frozen dataclasses, built through functions that refuse unknown keys and name the nearest
-known one, so that a typo never silently runs the defaults.
+Unknown keys are refused with the nearest known one, so that a typo never silently runs the defaults.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, MutableMapping, Optional
+from typing import Any, Iterable, MutableMapping, Optional, get_type_hints
 
 from nla_utils.errors import ConfigError, nearest
 
@@ -26,19 +25,16 @@ DATA = PACKAGE.parent if CHECKOUT else PACKAGE / "data"
 
 
 def cache_dir() -> Path:
-    """Folder for fetched and converted weights: ``$NLA_CACHE`` or ``~/.cache/nla_utils``; ``ConfigError`` without a home."""
-    given = os.environ.get("NLA_CACHE")
-    if given:
-        return Path(given)
+    """Folder for weights: ``$NLA_CACHE`` or ``~/.cache/nla_utils``; raises ``ConfigError`` where there is no home."""
     try:
-        return Path.home() / ".cache" / "nla_utils"
+        return Path(os.environ.get("NLA_CACHE") or Path.home() / ".cache" / "nla_utils")
     except RuntimeError:
         raise ConfigError("there is no home directory to keep weights in; set NLA_CACHE to a folder") from None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes of a run (PROTOCOL.md §1-§6): N, M, K, pool, epochs and how often to validate."""
+    """Sizes of a run (PROTOCOL.md §1-§6): N, M, K, pool, epochs, steps between validations."""
 
     n_targets: int
     n_eval: int
@@ -75,13 +71,10 @@ PROFILES: dict[str, Profile] = {
 
 DTYPES = ("bfloat16", "float32", "float16")
 DEVICE = re.compile(r"(auto|split|cpu|mps|cuda)|(cuda|cpu):\d+")
-# Of the parameters that papermill may have read as another kind of value: ``-p out 2026``, ``-p seed abc``.
-TYPES = {name: (str,) for name in ("backbone", "profile", "out", "device", "dtype")}
-TYPES |= {"seed": (int,), "layer": (int, type(None))}
-TYPES |= {name: (str, type(None)) for name in ("av", "released_targets", "corpus")}
 SIZES = ("n_targets", "n_eval", "n_rollouts", "pool_size")
 # The variable of a notebook that says that its configuration was made before.
 CONFIGURED = "_configured"
+
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-5
 GRAD_CLIP = 1.0
@@ -100,11 +93,10 @@ POOL_TEXTS = 256
 class RunConfig:
     """One run: a backbone, a profile, a seed, and where its artefacts go.
 
-    ``av``: a released AV to evaluate instead of training one, ``released_targets``: targets to use instead of drawing
-    them; each ``released`` (what the authors published for the backbone), ``hub:org/name[@commit]`` or a folder. Targets
-    may also be one file, or ``pool``: the authors' vectors alone, without texts. ``corpus``: texts to take targets from instead of the model's
-    samples, a ``.jsonl`` or a folder of ``.txt``. ``layer``, ``n_targets``, ``n_eval``, ``n_rollouts`` and
-    ``pool_size`` are overrides; ``None`` means the backbone's or the profile's own value.
+    ``av``, ``released_targets``: an AV and targets to use, instead of training and drawing them: ``released`` (what
+    the authors published for the backbone), ``hub:org/name[@commit]`` or a folder. Targets may also be one file, or
+    ``pool``: the authors' vectors without texts. ``corpus``: a ``.jsonl`` or a folder of ``.txt`` to take targets
+    from. ``None`` as a layer or a size is the backbone's or the profile's own.
     """
 
     backbone: str = "gemma3-270m"
@@ -123,10 +115,11 @@ class RunConfig:
     corpus: Optional[str] = None
 
     def __post_init__(self) -> None:
-        for name, kinds in TYPES.items():
+        # Papermill may have read another kind of value: ``-p out 2026``, ``-p seed abc``.
+        for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                wanted = "text (papermill: -r keeps it so)" if kinds[0] is str else "a whole number"
+            if not isinstance(value, kind) or isinstance(value, bool):
+                wanted = "a whole number" if isinstance(0, kind) else "text (papermill: -r keeps it so)"
                 raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
         if self.profile not in PROFILES:
             raise ConfigError(f"unknown profile {self.profile!r}: {nearest(self.profile, PROFILES)}")
@@ -136,7 +129,23 @@ class RunConfig:
             raise ConfigError(f"dtype {self.dtype!r}: {nearest(self.dtype, DTYPES)}")
         if self.corpus is not None and self.released_targets is not None:
             raise ConfigError(f"targets come from {self.released_targets} or from {self.corpus}, not from both")
-        check_sizes(self.sizes)
+        s = self.sizes
+        for name in SIZES:
+            if getattr(s, name) < 1:
+                raise ConfigError(f"{name} is {getattr(s, name)}; it must be a whole number of at least 1")
+        if s.n_eval < 2:
+            raise ConfigError(f"n_eval is {s.n_eval}: at least 2 targets are needed to compare them")
+        need = 2 * s.n_eval + s.pool_size
+        if need > s.n_targets:
+            raise ConfigError(
+                f"n_targets is {s.n_targets}, too few: {s.n_eval} in-sample targets + {s.pool_size} of "
+                f"the pool + {s.n_eval} held-out targets need {need}"
+            )
+        if s.n_rollouts > s.pool_size:
+            raise ConfigError(
+                f"n_rollouts is {s.n_rollouts} but the pool holds {s.pool_size} texts: the unrelated-text "
+                f"null draws as many texts as there are rollouts"
+            )
 
     @property
     def sizes(self) -> Profile:
@@ -159,24 +168,21 @@ class RunConfig:
         return "-".join(parts)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """A configuration from a mapping; raises ``ConfigError`` on a key that is no parameter."""
-        return _build(cls, values, "unknown parameter")
-
-    @classmethod
     def from_notebook(cls, namespace: MutableMapping[str, Any]) -> "RunConfig":
         """A configuration from a notebook's globals, the first time right after its parameters cell.
 
-        Papermill only warns about a parameter that the notebook does not have; every public plain
-        value in the namespace is taken for a parameter here, so an unknown one is an error. Once a configuration was
-        made there, the notebook's other cells have variables of their own, and only known parameters are read.
+        Papermill only warns about a parameter that the notebook does not have. So every public plain value is taken
+        for a parameter here, and an unknown one raises ``ConfigError``. When the cell is run again the notebook has
+        variables of its own, and the known parameters alone are read.
         """
-        plain, known = (str, int, float, bool, type(None)), {f.name for f in dataclasses.fields(cls)}
+        plain = (str, int, float, bool, type(None))
         values = {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)}
-        if CONFIGURED in namespace:
-            values = {k: v for k, v in values.items() if k in known}
         try:
-            config = cls.from_mapping(values)
+            for key in [k for k in values if k not in PARAMETERS]:
+                if CONFIGURED not in namespace:
+                    raise ConfigError(f"unknown parameter {key!r}: {nearest(key, PARAMETERS)}")
+                del values[key]
+            config = cls(**values)
         except ConfigError as error:
             hint = "every plain variable is taken for a parameter here: if you defined it yourself, restart the kernel"
             raise ConfigError(f"{error} ({hint})") from None
@@ -184,25 +190,7 @@ class RunConfig:
         return config
 
 
-def check_sizes(s: Profile) -> None:
-    """Raise ``ConfigError`` where the sizes cannot be met together."""
-    for name in SIZES:
-        value = getattr(s, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    if s.n_eval < 2:
-        raise ConfigError(f"n_eval is {s.n_eval}: at least 2 targets are needed to compare them")
-    need = 2 * s.n_eval + s.pool_size
-    if need > s.n_targets:
-        raise ConfigError(
-            f"n_targets is {s.n_targets}, too few: {s.n_eval} in-sample targets + {s.pool_size} of "
-            f"the pool + {s.n_eval} held-out targets need {need}"
-        )
-    if s.n_rollouts > s.pool_size:
-        raise ConfigError(
-            f"n_rollouts is {s.n_rollouts} but the pool holds {s.pool_size} texts: the unrelated-text "
-            f"null draws as many texts as there are rollouts"
-        )
+PARAMETERS = tuple(field.name for field in dataclasses.fields(RunConfig))
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -230,10 +218,10 @@ def size_overrides(pairs: Iterable[str]) -> dict[str, int]:
 class AVConfig:
     """The authors' ``config.json`` (PROTOCOL.md §2); the last fields are carried along unused.
 
-    ``prefix_mode``: ``static`` (P vectors) or ``mlp`` (P vectors made of v). ``use_layer_embed``: an embedding of the layer
-    is added to every slot. ``inject_norm``: ``none``, ``embed`` (v at the mean norm of the rows of the raw embedding
-    table), or, in our own studies alone, a number. ``temperature`` and ``top_p`` are those of the AV's rollouts.
-    ``target_span`` is ours: what the AV was trained to write, ``full`` as every published one, or ``last:n``.
+    ``prefix_mode``: ``static`` (P vectors) or ``mlp`` (P vectors made of v). ``use_layer_embed``: an embedding of the
+    layer is added to every slot. ``inject_norm``: ``none``, ``embed`` (the mean norm of the rows of the raw embedding
+    table) or, in our own studies, a number. ``target_span`` is ours: the AV was trained to write ``full`` texts or
+    ``last:n``.
     """
 
     backbone_id: str
@@ -259,29 +247,28 @@ class AVConfig:
     h_max: float = 0.0
 
     def __post_init__(self) -> None:
-        norm, whole = self.inject_norm, lambda x, least: type(x) is int and x >= least
-        right = {
-            "backbone_id": (isinstance(self.backbone_id, str), "a model's name"),
-            "extraction_layer": (whole(self.extraction_layer, 1), "a whole number of at least 1"),
-            "num_prefix_tokens": (whole(self.num_prefix_tokens, 0), "a whole number of at least 0"),
-            "max_new_tokens": (whole(self.max_new_tokens, 1), "a whole number of at least 1"),
-            "num_inject_slots": (whole(self.num_inject_slots, 1), "a whole number of at least 1"),
-            "d_vector": (self.d_vector is None or whole(self.d_vector, 1), "null or a whole number"),
-            "pool": (self.pool == "last", "'last'"),
-            "prefix_mode": (self.prefix_mode in ("static", "mlp"), "'static' or 'mlp'"),
-            "prefix_mlp_hidden": (
-                self.prefix_mode != "mlp" or whole(self.prefix_mlp_hidden, 1),
-                "a whole number where prefix_mode is 'mlp'",
-            ),
-            "use_layer_embed": (isinstance(self.use_layer_embed, bool), "true or false"),
-            "inject_norm": (
-                norm in (None, "none", "embed") or _is_number(norm) and norm > 0,
-                "'none', 'embed' or a norm",
-            ),
-            "temperature": (_is_number(self.temperature) and self.temperature > 0, "a number above 0"),
-            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
-        }
-        for name, (is_right, wanted) in right.items():
+        def whole(value: object, least: int) -> bool:
+            return type(value) is int and value >= least
+
+        def above_zero(value: object) -> bool:
+            return type(value) in (int, float) and value > 0
+
+        count, norm = "a whole number of at least 1", self.inject_norm
+        for name, is_right, wanted in (
+            ("backbone_id", isinstance(self.backbone_id, str), "a model's name"),
+            ("extraction_layer", whole(self.extraction_layer, 1), count),
+            ("num_prefix_tokens", whole(self.num_prefix_tokens, 0), "a whole number of at least 0"),
+            ("max_new_tokens", whole(self.max_new_tokens, 1), count),
+            ("num_inject_slots", whole(self.num_inject_slots, 1), count),
+            ("d_vector", self.d_vector is None or whole(self.d_vector, 1), "null or a whole number"),
+            ("pool", self.pool == "last", "'last'"),
+            ("prefix_mode", self.prefix_mode in ("static", "mlp"), "'static' or 'mlp'"),
+            ("prefix_mlp_hidden", self.prefix_mode != "mlp" or whole(self.prefix_mlp_hidden, 1), f"{count} with 'mlp'"),
+            ("use_layer_embed", isinstance(self.use_layer_embed, bool), "true or false"),
+            ("inject_norm", norm in (None, "none", "embed") or above_zero(norm), "'none', 'embed' or a norm"),
+            ("temperature", above_zero(self.temperature), "a number above 0"),
+            ("top_p", above_zero(self.top_p) and self.top_p <= 1, "a number above 0, at most 1"),
+        ):
             if not is_right:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; an AV's configuration has {wanted} there")
 
@@ -304,18 +291,3 @@ class AVConfig:
             return cls(**{key: value for key, value in values.items() if key in known})
         except (TypeError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _build(kind: type, values: Mapping[str, Any], complaint: str) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{complaint} {key!r}: {nearest(key, known)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{complaint.partition(':')[0]}: {error}") from None

@@ -1,4 +1,4 @@
-"""The notebooks through papermill: preflight, skip what is cached, one progress line a notebook."""
+"""The notebooks through papermill: what can be refused is refused first, and what is finished is skipped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -15,12 +14,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, ClassVar, Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import papermill
 from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
-from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from nla_utils.baselines import ABLATION, CEILINGS, PROBE
@@ -37,189 +36,13 @@ from nla_utils.lm.weights import (
     resolve,
     sources_on_hub,
 )
-from nla_utils.report.results import COMMITTED, load_results
+from nla_utils.report.results import COMMITTED, find_results
 from nla_utils.rollouts import ROLLOUTS
 from nla_utils.rows import CEILING_FILE, EVALUATION_FILE
 from nla_utils.run import described_folder
-from nla_utils.store import MIRROR_VARIABLE, RunFolder, atomic_write, hold, require_disk
+from nla_utils.store import MIRROR_VARIABLE, RunFolder, atomic_write, hold, read_json, require_disk
 from nla_utils.targets import TARGETS, check_released, corpus_rows, read_texts
 from nla_utils.verbalizer import BEST_AV, SOURCE_LOSS, check_av
-
-
-def run_notebook(config: RunConfig, folder: RunFolder, notebook: str, label: str) -> None:
-    """Execute one notebook into ``executed/``; a failed one is kept beside it as ``.failed.ipynb``."""
-    name = notebook.split("/")[-1]
-    executed = folder.file(f"executed/{name}.ipynb")
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    failed = executed.with_suffix(".failed.ipynb")
-    failed.unlink(missing_ok=True)
-    # A parameter that a notebook does not use is part of the run all the same; what fails is raised too.
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    # Some network file systems keep a file that is open elsewhere: the folder's removal is no part of the run.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp, Ticker(label, Path(tmp) / "progress"):
-        out = Path(tmp) / executed.name
-        try:
-            with own_kernel(Path(tmp)) as kernel:
-                _execute(kernel, DATA / "notebooks" / f"{notebook}.ipynb", out, parameters(config))
-        except DeadKernelError:
-            ended = "its process was ended from outside, as when memory runs out"
-            raise NotebookError(f"{name}: {ended}{kernel.last_words()}") from None
-        except RuntimeError as error:
-            remedy = "where the temporary folder is at fault, set TMPDIR to another"
-            raise NotebookError(f"{name}: its kernel did not start: {error}{kernel.last_words()}; {remedy}") from None
-        except PapermillExecutionError as e:
-            shutil.copy(out, failed)
-            raise NotebookError(f"{name}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
-        done = tidy(json.loads(out.read_text(encoding="utf-8")))
-        atomic_write(executed, (json.dumps(done, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-class Kernel(AsyncKernelManager):
-    """The kernel of one notebook, of a class of its own: its process writes what it says into a file, and can be ended
-    from another thread."""
-
-    said: ClassVar[Path]
-    process: ClassVar[Optional[subprocess.Popen]] = None
-
-    async def start_kernel(self, **given) -> None:
-        with open(self.said, "wb") as said:
-            await super().start_kernel(stderr=said, **given)
-        type(self).process = self.provisioner.process
-
-    @classmethod
-    def end(cls) -> None:
-        """End the process, if it has been started."""
-        if cls.process is not None:
-            cls.process.kill()
-
-    @classmethod
-    def last_words(cls) -> str:
-        """The last line that the process wrote, to be added to a message."""
-        lines = cls.said.read_text(encoding="utf-8", errors="replace").splitlines() if cls.said.exists() else []
-        said = [line.strip() for line in lines if line.strip()]
-        return f" ({said[-1]})" if said else ""
-
-
-def _execute(kernel: type[Kernel], notebook: Path, out: Path, values: dict) -> None:
-    """Run a notebook in a thread of its own: Ctrl-C in its event loop would leave tasks that complain at length."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(
-            papermill.execute_notebook,
-            _literal(notebook),
-            _literal(out),
-            parameters=values,
-            kernel_name="nla",
-            kernel_manager_class=kernel,
-            progress_bar=False,
-            cwd=ROOT,
-            # A kernel that is stopped with its command says so at length, as an error.
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
-        try:
-            running.result()
-        except KeyboardInterrupt:
-            while not running.done():
-                kernel.end()
-                time.sleep(0.1)
-            raise
-
-
-@contextlib.contextmanager
-def own_kernel(folder: Path) -> Iterator[type[Kernel]]:
-    """A kernel of this environment, with nothing of the user's start-up files or display settings."""
-    spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "display_name": "Python 3",
-        "language": "python",
-        "env": {
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            "IPYTHONDIR": str(folder / "ipython"),
-            "PYTHONSTARTUP": "",
-            "NLA_CACHE": str(cache_dir().resolve()),
-        },
-    }
-    atomic_write(folder / "kernels" / "nla" / "kernel.json", json.dumps(spec).encode())
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = str(folder)
-    try:
-        yield type("OwnKernel", (Kernel,), {"said": folder / "said"})
-    finally:
-        os.environ.pop("JUPYTER_PATH")
-        if before is not None:
-            os.environ["JUPYTER_PATH"] = before
-
-
-def _literal(path: Path) -> str:
-    """A path as papermill takes it: it reads braces as fields to fill in."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def parameters(config: RunConfig) -> dict:
-    """Papermill parameters: only what differs from the notebooks' own defaults."""
-    defaults = asdict(RunConfig())
-    return {k: v for k, v in asdict(config).items() if v != defaults[k]}
-
-
-def tidy(notebook: NotebookNode | dict) -> dict:
-    """An executed notebook without progress-bar frames, machine paths or widget state."""
-    notebook["metadata"].get("papermill", {}).pop("input_path", None)
-    notebook["metadata"].get("papermill", {}).pop("output_path", None)
-    notebook["metadata"].get("papermill", {}).pop("environment_variables", None)
-    for cell in notebook["cells"]:
-        kept = []
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "stream":
-                if output["name"] == "stderr":
-                    continue
-                output["text"] = "".join(output["text"]).replace(str(ROOT) + os.sep, "")
-            kept.append(output)
-        if "outputs" in cell:
-            cell["outputs"] = kept
-    return dict(notebook)
-
-
-class Ticker:
-    """One line for a running notebook: the stage's own progress bar where there is one, and the time."""
-
-    def __init__(self, label: str, mirror: Path):
-        self.label, self.mirror = label, mirror
-        self.terminal = sys.stderr.isatty()
-        self.done = threading.Event()
-
-    def __enter__(self) -> "Ticker":
-        os.environ[MIRROR_VARIABLE] = str(self.mirror)
-        self.started = time.monotonic()
-        self.thread = threading.Thread(target=self._tick, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind, error, _) -> None:
-        self.done.set()
-        self.thread.join()
-        del os.environ[MIRROR_VARIABLE]
-        if kind is KeyboardInterrupt:
-            # The command says it, whatever it was at.
-            error.args = (f"{self.label}: stopped after {self._elapsed()}",)
-            print(end=self._clear(), file=sys.stderr)
-        else:
-            ending = "done" if kind is None else "failed"
-            print(f"{self._clear()}{self.label}: {ending} in {self._elapsed()}", file=sys.stderr, flush=True)
-
-    def _tick(self) -> None:
-        while not self.done.wait(0.5 if self.terminal else 30):
-            try:
-                bar = self.mirror.read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                bar = "starting"
-            end = "" if self.terminal else "\n"
-            print(f"{self._clear()}{self.label} [{self._elapsed()}] {bar}", end=end, file=sys.stderr, flush=True)
-
-    def _elapsed(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        return f"{minutes}:{seconds:02d}"
-
-    def _clear(self) -> str:
-        return "\r\033[K" if self.terminal else ""
 
 
 @dataclass(frozen=True)
@@ -231,23 +54,23 @@ class Stage:
 
     notebook: str
     artefacts: tuple[str, ...]
-    results: str | None
+    results: Optional[str]
     needs: tuple[int, ...] = ()
-
-    @property
-    def number(self) -> int:
-        return int(self.notebook.split("/")[-1][:2])
 
     @property
     def name(self) -> str:
         return self.notebook.split("/")[-1]
 
+    @property
+    def number(self) -> int:
+        return int(self.name[:2])
+
 
 STAGES = (
     Stage("01_extract_targets", (TARGETS,), "targets"),
     Stage("02_train_av", (BEST_AV,), "training", (1,)),
-    Stage("03_ceilings", (CEILINGS, ABLATION), "oracle_ceiling", (1,)),
-    Stage("04_centred_eval", (ROLLOUTS, PROBE, SOURCE_LOSS), "centered_eval", (1, 2, 3)),
+    Stage("03_ceilings", (CEILINGS, ABLATION), CEILING_FILE, (1,)),
+    Stage("04_centred_eval", (ROLLOUTS, PROBE, SOURCE_LOSS), EVALUATION_FILE, (1, 2, 3)),
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )
@@ -255,34 +78,43 @@ STAGES = (
 EVIDENCED = (CEILING_FILE, EVALUATION_FILE)
 
 
-def select_stages(first: int, last: int, beside: Sequence[Stage] = ()) -> list[Stage]:
-    """The notebooks of §11 from one number to another, and those beside them; raises ``ConfigError``."""
-    if not 1 <= first <= last <= len(STAGES):
-        raise ConfigError(f"--from {first} --until {last}: choose 1 to {len(STAGES)}, from not after until")
-    return [s for s in STAGES if first <= s.number <= last] + list(beside)
+def reproduce(
+    configs: Sequence[RunConfig], finish: Callable[[RunFolder], None], stages: Sequence[Stage] = STAGES
+) -> None:
+    """Run the notebooks for each configuration, and ``finish`` with the folder of each as soon as it is through.
 
-
-def is_cached(folder: RunFolder, stage: Stage) -> bool:
-    """Whether a stage can be skipped: its artefacts load, its results were made from them, its executed
-    notebook is there. Raises ``ArtefactError`` for what is broken or of another run."""
-    if stage.results is None or not folder.file(f"executed/{stage.name}.ipynb").exists():
-        return False
-    if not all(folder.has(name) for name in stage.artefacts):
-        return False
-    for name in stage.artefacts:
-        folder.load(name)
-    path = folder.file(f"results/{stage.results}.json")
-    if not path.exists():
-        return False
-    made_from = folder.read_results(stage.results)["made_from"]
-    if stage.results in EVIDENCED and not is_kept(folder, stage.results, made_from):
-        return False
-    return all(folder.sha256_of(name) == digest for name, digest in made_from.items())
+    All configurations are checked before the first long stage starts. Raises ``NotebookError``.
+    """
+    runs: dict[Path, tuple[RunConfig, RunFolder]] = {}
+    for config in configs:
+        folder = preflight(config, stages)
+        other, _ = runs.setdefault(folder.path, (config, folder))
+        if other is not config:
+            both = f"{other.backbone} and {config.backbone} would both write into {folder.path}"
+            raise ConfigError(f"{both}; give one another --out, or rename its folder")
+    for config, folder in runs.values():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        busy = f"another process is at work in {folder.path}, and another --out would be free"
+        with hold(folder.file("run.lock"), busy):
+            # What a run that was ended while it cleared up has left.
+            for chunks in folder.path.glob("*.chunks"):
+                if folder.has(chunks.stem):
+                    shutil.rmtree(chunks, ignore_errors=True)
+            stale = False
+            for stage in stages:
+                label = f"{folder.backbone} {stage.name}"
+                # Whatever comes after a stage that ran is run again: it may have been made from older inputs.
+                stale = stale or not is_cached(folder, stage)
+                if stale:
+                    run_notebook(config, folder, stage.notebook, label)
+                else:
+                    print(f"{label}: cached, skipped", flush=True)
+            finish(folder)
 
 
 def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
-    """Refuse, before long work, what can be refused: names, layer, weights, artefacts, disk; returns the run's folder."""
-    say_what_is_fetched(config)
+    """The run's folder; raises before long work what can be refused: names, layer, weights, artefacts, disk."""
+    require_room(config)
     found = describe(config)
     folder = described_folder(config, found)
     if config.av is not None:
@@ -294,23 +126,26 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         path, s = ROOT / config.corpus, config.sizes
         corpus_rows(read_texts(path), path, found.tokenizer, s.n_targets, s.max_new_tokens)
     if all(stage.results is None for stage in stages):
-        _require_results(folder)
-    else:
-        _require_artefacts(folder, stages)
-        require_disk(folder.path, disk_of_run(config, found.d))
+        own = (folder.backbone, config.folder_name)
+        if not any((r.backbone, r.profile) == own for r in find_results([COMMITTED, ROOT / config.out])):
+            where = f"neither {folder.path} nor paper/results has"
+            raise ArtefactError(f"{where} all results of this run; start with --from 01")
+        return folder
+    missing = {number for stage in stages for number in stage.needs} - {stage.number for stage in stages}
+    for stage in dict.fromkeys((*STAGES, *stages)):
+        present = [name for name in stage.artefacts if folder.has(name)]
+        for name in present:
+            folder.load(name)
+        if len(present) < len(stage.artefacts) and stage.number in missing:
+            raise ArtefactError(f"{folder.path} lacks what {stage.name} makes; start with --from {stage.number:02d}")
+    require_disk(folder.path, disk_of_run(config, found.d))
     return folder
 
 
-def disk_of_run(config: RunConfig, d: int) -> int:
-    """Bytes that a run writes at most."""
-    s = config.sizes
-    return 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000
-
-
-def say_what_is_fetched(config: RunConfig) -> None:
+def require_room(config: RunConfig) -> None:
     """Print the disk and memory that a run needs, where anything of it is still to be fetched from the hub.
 
-    Raises ``ArtefactError`` where there is no room, ``ConfigError`` or ``SourceError`` for what cannot be fetched or used.
+    Raises ``ArtefactError`` where there is no room, ``ConfigError`` or ``SourceError`` for what cannot be used.
     """
     spec = resolve(config.backbone)
     sources = sources_on_hub(spec, config.av, config.released_targets)
@@ -326,81 +161,166 @@ def say_what_is_fetched(config: RunConfig) -> None:
         s, d = config.sizes, model.hidden_size
         # The weights; targets as read and as used; re-encoded rollouts of both protocols, and as they are scored.
         memory = sizes["backbone"] + 4 * d * (2 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 1))
-        print(
-            f"the run writes up to {disk_of_run(config, d) / 1e9:.2f} GB; memory, weights included: {memory / 1e9:.1f} GB "
-            f"and what torch takes for a batch"
+        written = f"the run writes up to {disk_of_run(config, d) / 1e9:.2f} GB"
+        print(f"{written}; memory, weights included: {memory / 1e9:.1f} GB and what torch takes for a batch")
+
+
+def disk_of_run(config: RunConfig, d: int) -> int:
+    """Bytes that a run writes at most."""
+    s = config.sizes
+    return 4 * d * (3 * s.n_targets + 8 * s.n_eval * (s.n_rollouts + 30)) + 50_000_000
+
+
+def is_cached(folder: RunFolder, stage: Stage) -> bool:
+    """Whether a stage can be skipped: its artefacts load, its results were made from them, its executed notebook is
+    there. Raises ``ArtefactError`` for what is broken or of another run."""
+    if stage.results is None or not folder.file(f"executed/{stage.name}.ipynb").exists():
+        return False
+    if not all(folder.has(name) for name in stage.artefacts):
+        return False
+    for name in stage.artefacts:
+        folder.load(name)
+    if not folder.file(f"results/{stage.results}.json").exists():
+        return False
+    made_from = folder.read_results(stage.results)["made_from"]
+    if stage.results in EVIDENCED and not is_kept(folder, stage.results, made_from):
+        return False
+    return all(folder.sha256_of(name) == digest for name, digest in made_from.items())
+
+
+def run_notebook(config: RunConfig, folder: RunFolder, notebook: str, label: str) -> None:
+    """Execute one notebook into ``executed/``; a failed one is kept beside it as ``.failed.ipynb``."""
+    name = notebook.split("/")[-1]
+    executed = folder.file(f"executed/{name}.ipynb")
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    failed = executed.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    defaults = asdict(RunConfig())
+    changed = {key: value for key, value in asdict(config).items() if value != defaults[key]}
+    # A parameter that a notebook does not use is part of the run all the same; what fails is raised too.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    # Some network file systems keep a file that is open elsewhere: the folder's removal is no part of the run.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp, progress_line(label, Path(tmp) / "progress"):
+        out, said = Path(tmp) / executed.name, Path(tmp) / "said"
+        try:
+            _execute(DATA / "notebooks" / f"{notebook}.ipynb", out, changed, said)
+        except DeadKernelError:
+            ended = "its process was ended from outside, as when memory runs out"
+            raise NotebookError(f"{name}: {ended}{_last_line(said)}") from None
+        except RuntimeError as error:
+            remedy = "where the temporary folder is at fault, set TMPDIR to another"
+            raise NotebookError(f"{name}: its kernel did not start: {error}{_last_line(said)}; {remedy}") from None
+        except PapermillExecutionError as e:
+            shutil.copy(out, failed)
+            raise NotebookError(f"{name}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
+        done = tidy(read_json(out))
+        atomic_write(executed, (json.dumps(done, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _execute(notebook: Path, out: Path, parameters: dict, said: Path) -> None:
+    """Run a notebook in a kernel of this environment, without the user's start-up files and display settings, whose
+    process writes what it says to ``said``, and its progress beside it."""
+
+    class Kernel(AsyncKernelManager):
+        process = None
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            language="python",
+            env={
+                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                "IPYTHONDIR": str(said.parent / "ipython"),
+                "PYTHONSTARTUP": "",
+                MIRROR_VARIABLE: str(said.parent / "progress"),
+                "NLA_CACHE": str(cache_dir().resolve()),
+            },
         )
 
+        async def start_kernel(self, **given) -> None:
+            with open(said, "wb") as file:
+                await super().start_kernel(stderr=file, **given)
+            Kernel.process = self.provisioner.process
 
-def _require_results(folder: RunFolder) -> None:
-    """The run's own, or those that the repository keeps of a run of the same name."""
-    kept = COMMITTED / folder.backbone / folder.path.name
-    if not any(load_results(place) for place in (folder.path, kept)):
-        raise ArtefactError(
-            f"neither {folder.path} nor paper/results has all results of this run; start with --from 01"
+    # In a thread of its own: Ctrl-C in its event loop would leave tasks that complain at length.
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            papermill.execute_notebook,
+            # Papermill reads braces in a path as fields to fill in.
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)),
+            parameters=parameters,
+            kernel_name="python3",
+            kernel_manager_class=Kernel,
+            progress_bar=False,
+            cwd=ROOT,
+            # A kernel that is stopped with its command says so at length, as an error.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            while not running.done():
+                if Kernel.process is not None:
+                    Kernel.process.kill()
+                time.sleep(0.1)
+            raise
 
 
-def _require_artefacts(folder: RunFolder, stages: Sequence[Stage]) -> None:
-    """What there is loads, and what the chosen stages need and do not make themselves is there."""
-    made = {stage.number for stage in stages}
-    needed = {number for stage in stages for number in stage.needs} - made
-    for stage in [*STAGES, *(s for s in stages if s not in STAGES)]:
-        present = [name for name in stage.artefacts if folder.has(name)]
-        for name in present:
-            folder.load(name)
-        if len(present) < len(stage.artefacts) and stage.number in needed:
-            raise ArtefactError(f"{folder.path} lacks what {stage.name} makes; start with --from {stage.number:02d}")
+def _last_line(said: Path) -> str:
+    """The last line that a process wrote, to be added to a message."""
+    lines = said.read_text(encoding="utf-8", errors="replace").split("\n") if said.exists() else []
+    written = [line.strip() for line in lines if line.strip()]
+    return f" ({written[-1]})" if written else ""
 
 
-def reproduce(
-    configs: Sequence[RunConfig], finish: Callable[[RunFolder], None], stages: Sequence[Stage] = STAGES
-) -> None:
-    """Run the notebooks for each configuration, and ``finish`` with the folder of each as soon as it is through.
-
-    All configurations are checked before the first long stage starts. Raises ``NotebookError``.
-    """
-    folders = [preflight(c, stages) for c in configs]
-    _require_distinct(configs, folders)
-    for config, folder in zip(configs, folders):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        busy = f"another process is at work in {folder.path}, and another --out would be free"
-        with hold(folder.file("run.lock"), busy):
-            _run_stages(config, folder, stages)
-            finish(folder)
+def tidy(notebook: dict) -> dict:
+    """An executed notebook without machine paths and without what was written to stderr, as progress bars are."""
+    for key in ("input_path", "output_path", "environment_variables"):
+        notebook["metadata"].get("papermill", {}).pop(key, None)
+    for cell in (cell for cell in notebook["cells"] if "outputs" in cell):
+        cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+        for output in cell["outputs"]:
+            if output["output_type"] == "stream":
+                output["text"] = "".join(output["text"]).replace(str(ROOT) + os.sep, "")
+    return notebook
 
 
-def _run_stages(config: RunConfig, folder: RunFolder, stages: Sequence[Stage]) -> None:
-    # What a run that was ended while it cleared up has left.
-    for chunks in folder.path.glob("*.chunks"):
-        if folder.has(chunks.stem):
-            shutil.rmtree(chunks, ignore_errors=True)
-    stale = False
-    for stage in stages:
-        label = f"{folder.backbone} {stage.name}"
-        # Whatever comes after a stage that ran is run again: it may have been made from older inputs.
-        if not stale and is_cached(folder, stage):
-            print(f"{label}: cached, skipped", flush=True)
-            continue
-        stale = True
-        run_notebook(config, folder, stage.notebook, label)
+@contextlib.contextmanager
+def progress_line(label: str, mirror: Path) -> Iterator[None]:
+    """One line for a running notebook: the stage's own progress bar where there is one, and the time."""
+    terminal, started, done = sys.stderr.isatty(), time.monotonic(), threading.Event()
+    clear = "\r\033[K" if terminal else ""
 
+    def elapsed() -> str:
+        minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        return f"{minutes}:{seconds:02d}"
 
-def _require_distinct(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> None:
-    """Raise ``ConfigError`` where two runs would write into one folder."""
-    by_path: dict[Path, RunConfig] = {}
-    for config, folder in zip(configs, folders):
-        other = by_path.setdefault(folder.path, config)
-        if other is not config:
-            raise ConfigError(
-                f"{other.backbone} and {config.backbone} would both write into {folder.path}; give one another --out, or "
-                f"rename its folder"
-            )
+    def tick() -> None:
+        while not done.wait(0.5 if terminal else 30):
+            try:
+                bar = mirror.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                bar = "starting"
+            end = "" if terminal else "\n"
+            print(f"{clear}{label} [{elapsed()}] {bar}", end=end, file=sys.stderr, flush=True)
+
+    thread, ending = threading.Thread(target=tick, daemon=True), "failed"
+    thread.start()
+    try:
+        yield
+        ending = "done"
+    except KeyboardInterrupt as error:
+        # The command says it, whatever it was at.
+        ending, error.args = "", (f"{label}: stopped after {elapsed()}",)
+        raise
+    finally:
+        done.set()
+        thread.join()
+        said = f"{label}: {ending} in {elapsed()}\n" if ending else ""
+        print(f"{clear}{said}", end="", file=sys.stderr, flush=True)
 
 
 def adopt(folder: RunFolder) -> None:
-    """Copy a run's results and evidence to where the repository keeps them, and its executed notebooks if it is a run of
-    its own: of the runs of a sweep no notebooks are kept."""
+    """Copy a run's results and evidence to where the repository keeps them, and its executed notebooks unless it is a
+    run of a sweep."""
     for path in [*sorted(folder.file("results").glob("*.json")), *folder.path.glob(FILE)]:
         atomic_write(COMMITTED / folder.backbone / folder.path.name / path.name, path.read_bytes())
     if (folder.config.layer, folder.config.seed) != (None, 1):

@@ -1,4 +1,5 @@
-"""Progress of long stages: a bar with rate and end time, mirrored to whoever started the notebook."""
+"""What runs keep on disk: records with a hash, artefacts with the spec of what they depend on, chunks of unfinished
+stages; with locks, disk space, and the progress of long stages."""
 
 from __future__ import annotations
 
@@ -30,10 +31,7 @@ MIRROR_VARIABLE = "NLA_PROGRESS_FILE"
 
 
 class Progress(tqdm):
-    """A tqdm bar that also leaves its line in the file named by ``$NLA_PROGRESS_FILE``.
-
-    A notebook's output is not on the terminal of ``nla reproduce``; that command reads the file and shows the line.
-    """
+    """A tqdm bar that also leaves its line in the file named by ``$NLA_PROGRESS_FILE``, for ``nla reproduce`` to show."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, mininterval=1.0, dynamic_ncols=False, ncols=90, **kwargs)
@@ -53,28 +51,28 @@ WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO)
 
 @contextlib.contextmanager
 def hold(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path``; ``busy`` says who has it, where another process does.
+    """Hold the lock file ``path``; raises ``ArtefactError``, which begins with ``busy``, where another process has it,
+    unless this one is to ``wait``.
 
-    Without flock a second file names the process and the host that hold it. It is taken over from a dead process of this
-    host where the file system can exchange two files (NFS can't); else the message says which file to delete.
-
-    Raises ``ArtefactError`` where another process holds it, unless this one is to ``wait`` for it.
+    Without flock a second file names the process and the host that hold it. It is taken over from a dead process of
+    this host where the file system can exchange two files (NFS can't); else the message says which file to delete.
     """
-    way_on = "wait for it"
     lock: filelock.BaseFileLock = filelock.FileLock(path, fallback_to_soft=False)
+    way_on = "wait for it"
     try:
-        held = _try(lock)
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
     except OSError as error:
         if error.errno not in WITHOUT_FLOCK:
             said = f"{path} could not be locked ({error.strerror or error})"
             raise ArtefactError(f"{said}; put that right, then run the same command again") from None
-        named = path.with_name(f"{path.name}.held")
-        way_on = f"wait for it, or delete {named} if the process that it names is dead"
-        lock = filelock.SoftFileLock(named)
-        held = _try(lock)
-    if not held and not wait:
+        lock = filelock.SoftFileLock(f"{path}.held")
+        way_on = f"wait for it, or delete {path}.held if the process that it names is dead"
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
+    if not lock.is_locked and not wait:
         raise ArtefactError(f"{busy}; {way_on}")
-    if not held:
+    if not lock.is_locked:
         print(f"{busy}; waiting for it", flush=True)
         lock.acquire()
     try:
@@ -85,27 +83,10 @@ def hold(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
             lock.release()
 
 
-def _try(lock: filelock.BaseFileLock) -> bool:
-    """Whether the lock was free, and is now this process's."""
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return False
-    return True
-
-
-# By artefact, what it depends on beside the run's identity and its parents; each stage adds its own.
-SPECS: dict[str, Callable[[RunConfig], dict]] = {}
-
-
-def require_same(path: Path, theirs: Mapping[str, Any], own: Mapping[str, Any], remedy: str) -> None:
-    """Raise ``ArtefactError`` that names the first key in which what is on disk differs from the run that asks, with both
-    values and what to do."""
-    for key, value in json.loads(json.dumps(own)).items():
-        if theirs.get(key) != value:
-            raise ArtefactError(
-                f"{path} was made with {key} = {theirs.get(key)!r}, this run has {key} = {value!r}; {remedy}"
-            )
+def derive_seed(run_seed: int, stage: str, *at: int) -> int:
+    """Seed of one place in a stage, the same on every machine: 63 bits of sha256 over (seed, stage, numbers)."""
+    digest = hashlib.sha256("/".join(map(str, (run_seed, stage, *at))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def sha256_file(path: Path) -> str:
@@ -125,6 +106,14 @@ def arrays_hash(arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode() + arrays[name].tobytes())
     return total.hexdigest()
+
+
+def require_disk(folder: Path, n_bytes: int) -> None:
+    """Raise ``ArtefactError`` before work starts if ``folder``'s disk cannot hold ``n_bytes``."""
+    existing = next(place for place in (Path(folder), *Path(folder).parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise ArtefactError(f"{folder}: the run needs about {n_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -173,38 +162,45 @@ def write_record(path: Path, record: dict) -> None:
 def read_record(path: Path) -> dict:
     """Read what :func:`write_record` wrote; raises ``ArtefactError`` where it was altered since."""
     record = read_json(path)
-    if not isinstance(record, dict):
-        raise ArtefactError(f"{path} holds no record; delete it and rerun its stage")
-    stated = record.pop("record_sha256", None)
-    if stated is not None and stated != json_hash(record):
+    if not isinstance(record, dict) or record.pop("record_sha256", None) not in (None, json_hash(record)):
         raise ArtefactError(f"{path} was altered since it was written; delete it and rerun its stage")
     return record
 
 
+def require_same(path: Path, theirs: Mapping[str, Any], own: Mapping[str, Any], remedy: str) -> None:
+    """Raise ``ArtefactError`` that names the first key in which what is on disk differs from the run that asks, with
+    both values and what to do."""
+    for key, value in json.loads(json.dumps(own)).items():
+        if theirs.get(key) != value:
+            raise ArtefactError(
+                f"{path} was made with {key} = {theirs.get(key)!r}, this run has {key} = {value!r}; {remedy}"
+            )
+
+
+# What numbers are made by, in a checkout.
+CODE = (
+    "nla_utils",
+    "nla_extensions",
+    ":(glob)notebooks/**/0*.ipynb",
+    ":(exclude)notebooks/executed",
+    "requirements.lock",
+)
+
+
 @functools.cache
 def code_version() -> dict:
-    """Git commit of this checkout and whether its code differs from that commit."""
+    """Git commit of this checkout and whether its code differs from that commit; both ``None`` elsewhere."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     # Git would take a repository further up for this one's.
-    if not CHECKOUT or not (ROOT / ".git").exists():
-        return {"git_commit": None, "dirty": None}
-    try:
-        dirty = git(
-            "status",
-            "--porcelain",
-            "--",
-            "nla_utils",
-            ":(glob)notebooks/**/0*.ipynb",
-            "requirements.lock",
-            ":(exclude)notebooks/executed",
-        )
-        return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"git_commit": None, "dirty": None}
+    if CHECKOUT and (ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            changes = git("status", "--porcelain", "--", *CODE)
+            return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    return {"git_commit": None, "dirty": None}
 
 
 @functools.cache
@@ -214,14 +210,8 @@ def library_versions() -> dict:
     return {n: importlib.metadata.version(n) for n in names}
 
 
-def require_disk(folder: Path, n_bytes: int) -> None:
-    """Raise ``ArtefactError`` before work starts if ``folder``'s disk cannot hold ``n_bytes``."""
-    existing = Path(folder)
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < n_bytes:
-        raise ArtefactError(f"{folder}: the run needs about {n_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+# By artefact, what it depends on beside the run's identity and its parents. Each stage adds its own.
+SPECS: dict[str, Callable[[RunConfig], dict]] = {}
 
 
 @dataclass
@@ -239,7 +229,7 @@ class Artefact:
 
 @dataclass
 class RunFolder:
-    """Where one run writes; ``identity`` is what every artefact of the run must agree on, ``device`` where it computes.
+    """Where one run writes; ``identity`` is what all its artefacts must agree on, ``device`` where it computes.
 
     Without a ``config`` it is a folder that is read as it is: specs are not compared beyond the identity."""
 
@@ -249,14 +239,14 @@ class RunFolder:
     device: Optional[str] = None
 
     @classmethod
-    def of(cls, config: RunConfig, backbone_name: str, identity: Mapping[str, Any], device: str) -> "RunFolder":
+    def of(cls, config: RunConfig, backbone: str, identity: Mapping[str, Any], device: str) -> "RunFolder":
         """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
-        identity = {**identity, "seed": config.seed}
-        return cls(ROOT / config.out / backbone_name / config.folder_name, identity, config, device)
+        path = ROOT / config.out / backbone / config.folder_name
+        return cls(path, {**identity, "seed": config.seed}, config, device)
 
     @property
     def backbone(self) -> str:
-        return self.path.parent.name
+        return self.identity["backbone"]
 
     @property
     def conditions(self) -> dict:
@@ -269,12 +259,16 @@ class RunFolder:
     def remedy(self) -> str:
         return f"choose another --out, or delete {self.path}"
 
-    def spec(self, name: str) -> dict:
-        """All that an artefact depends on beside its parents."""
-        return {**self.identity, **(SPECS[name](self.config) if self.config and name in SPECS else {})}
-
     def file(self, name: str) -> Path:
         return self.path / name
+
+    def spec(self, name: str) -> dict:
+        """All that an artefact depends on beside its parents; raises ``ArtefactError`` where its stage was not imported."""
+        if self.config is None:
+            return self.identity
+        if name not in SPECS:
+            raise ArtefactError(f"what {name} depends on is not known here; import the module that makes it")
+        return {**self.identity, **SPECS[name](self.config)}
 
     def save(
         self, name: str, tensors: Mapping[str, np.ndarray], made_from: Optional[Mapping[str, str]] = None, **facts: Any
@@ -286,9 +280,8 @@ class RunFolder:
         if not workers.leads():
             workers.wait()
             return self.load(name)
-        path = self.file(f"{name}.safetensors")
+        path, record = self.file(f"{name}.safetensors"), self._record(name)
         data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
-        record = path.with_name(path.name + ".json")
         record.unlink(missing_ok=True)
         atomic_write(path, data)
         sidecar = {
@@ -310,8 +303,7 @@ class RunFolder:
         path = self.file(f"{name}.safetensors")
         if not path.is_file() or not self.has(name):
             raise ArtefactError(f"{path} is missing or unfinished; run the notebook that makes it")
-        sidecar = self.sidecar(name)
-        digest = sha256_file(path)
+        sidecar, digest = self.sidecar(name), sha256_file(path)
         if digest != sidecar["sha256"]:
             raise ArtefactError(
                 f"{path} is truncated or altered: sha256 {digest[:12]}…, its sidecar says "
@@ -336,14 +328,12 @@ class RunFolder:
 
     def sidecar(self, name: str) -> dict:
         """An artefact's sidecar; raises ``ArtefactError`` where its spec is not that of this run."""
-        sidecar = read_record(self._record(name))
-        if not {"sha256", "made_from"} <= set(sidecar):
-            raise ArtefactError(f"{self._record(name)} is no sidecar; delete it and rerun its stage")
-        if "spec" not in sidecar:
-            raise ArtefactError(
-                f"{self._record(name)} is of an older version, which did not keep what it was made of; {self.remedy}"
-            )
-        require_same(self._record(name).with_suffix(""), sidecar["spec"], self.spec(name), self.remedy)
+        record = self._record(name)
+        sidecar = read_record(record)
+        if not {"spec", "sha256", "made_from"} <= set(sidecar):
+            what = "is no sidecar, or one of an older version, which did not keep what it was made of"
+            raise ArtefactError(f"{record} {what}; {self.remedy}")
+        require_same(record.with_suffix(""), sidecar["spec"], self.spec(name), self.remedy)
         return sidecar
 
     def read_results(self, name: str) -> dict:
@@ -358,18 +348,11 @@ class RunFolder:
         return self.file(f"{name}.safetensors.json")
 
 
-def derive_seed(run_seed: int, stage: str, *at: int) -> int:
-    """Seed of one place in a stage, the same on every machine: 63 bits of sha256 over (seed, stage, numbers)."""
-    digest = hashlib.sha256("/".join(map(str, (run_seed, stage, *at))).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @dataclass
 class ChunkStore:
-    """Fixed chunks of a long stage, each one file, so that a killed stage resumes where it was.
+    """Fixed chunks of a long stage, each one file, so that a stage that was killed resumes.
 
-    Raises ``ArtefactError`` where the folder holds chunks of another ``plan``: chunks resume under the same device,
-    libraries and code alone.
+    Raises ``ArtefactError`` where the folder holds chunks of another ``plan``.
     """
 
     folder: Path
@@ -388,7 +371,7 @@ class ChunkStore:
         return self.folder / f"{i:06d}.safetensors"
 
     def get(self, i: int) -> Optional[dict[str, np.ndarray]]:
-        """Chunk ``i``, or ``None`` if it was never finished; a file that is broken or altered counts as unfinished."""
+        """Chunk ``i``, or ``None`` if it was never finished, is broken or was altered."""
         try:
             with safe_open(self._file(i), "np") as f:
                 tensors, stated = {name: f.get_tensor(name) for name in f.keys()}, (f.metadata() or {}).get("sha256")
@@ -408,11 +391,8 @@ class ChunkStore:
     def fill(
         self, total: int, per_chunk: int, make: Callable[[int, slice], dict], desc: str, unit: str
     ) -> dict[str, np.ndarray]:
-        """Every chunk, joined along the first axis.
-
-        ``make(chunk, rows)`` gives a chunk that is missing, for a slice of the ``total`` rows. Of several processes
-        each makes its share, and all of them return all rows.
-        """
+        """Every chunk, joined along the first axis; ``make(chunk, rows)`` gives one that is missing, for a slice of the
+        ``total`` rows. Of several processes each makes its share, and all return all rows."""
         starts = range(0, total, per_chunk)
         with Progress(total=total, desc=desc, unit=unit) as bar:
             for c, first in enumerate(starts):

@@ -103,7 +103,7 @@ def test_seeds_differ_by_stage_and_chunk():
 )
 def test_bad_configurations_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_mapping(values)
+        RunConfig.from_notebook(values)
 
 
 def test_notebook_globals_become_a_configuration():

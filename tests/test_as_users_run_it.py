@@ -193,7 +193,7 @@ def test_make_notices_that_the_checkout_was_moved(tmp_path):
 
 def test_an_installed_copy_brings_notebooks_and_bundles_and_works_where_it_is_used(tiny_folders, tmp_path):
     source, there = tmp_path / "source", tmp_path / "site"
-    kept = ("nla_utils", "notebooks/extensions", "bundles", "paper/published")
+    kept = ("nla_utils", "nla_extensions", "notebooks/extensions", "bundles", "paper/published")
     for name in kept:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (

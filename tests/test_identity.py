@@ -27,6 +27,7 @@ from nla_utils.verbalizer import ActivationVerbalizer, av_hash, export_av
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 NEXT = "choose another --out, or delete"
+ALL_STAGES = [*STAGES, *(stage() for stage in BESIDE.values())]
 
 
 def refused(key, theirs=".*", own=".*"):
@@ -147,9 +148,15 @@ def test_a_child_is_refused_with_its_parent(gemma_run, tmp_path, monkeypatch):
 
 
 def test_every_stage_of_the_runner_says_what_it_depends_on():
-    assert {name for stage in (*STAGES, *(stage() for stage in BESIDE.values())) for name in stage.artefacts} <= set(
-        artefacts.SPECS
-    )
+    assert {name for stage in ALL_STAGES for name in stage.artefacts} <= set(artefacts.SPECS)
+
+
+def test_an_artefact_is_not_read_where_what_it_depends_on_is_unknown(gemma_run, tmp_path, monkeypatch):
+    folder = with_out(gemma_run[0], tmp_path).folder
+    folder.save("targets", {})
+    monkeypatch.delitem(artefacts.SPECS, "targets")
+    with pytest.raises(ArtefactError, match="what targets depends on is not known here"):
+        folder.load("targets")
 
 
 def test_the_runner_compares_results_too(gemma_run, tmp_path, monkeypatch):
