@@ -11,6 +11,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -91,9 +92,22 @@ def save_tiny(
 
 
 @pytest.fixture(scope="session")
-def tiny_folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {name: build_backbone(root / name, *how) for name, how in TINY.items()}
+def shared_folder(tmp_path_factory) -> Path:
+    """One folder for all processes of a test run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(shared_folder) -> dict[str, Path]:
+    root = shared_folder / "backbones"
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            building = root.with_name("building")
+            for name, how in TINY.items():
+                build_backbone(building / name, *how)
+            building.rename(root)
+    return {name: root / name for name in TINY}
 
 
 def tiny_config(folder: Path, out: Path, **changes) -> RunConfig:
@@ -191,18 +205,19 @@ def nla(scored_run, readings):
 
 
 @pytest.fixture(scope="session")
-def reproduced_tiny(tiny_folders, tmp_path_factory):
+def reproduced_tiny(tiny_folders, shared_folder):
     """By name, (the command's words, what it said, the folder) of a smoke run of a tiny backbone with everything that
-    it can leave; each made once."""
+    it can leave; each made once, whichever process asks first."""
     import golden
 
-    made = {}
-
     def reproduced(name: str) -> tuple[list[str], str, Path]:
-        if name not in made:
-            backbone, out = tiny_folders[name], tmp_path_factory.mktemp(f"reproduced-{name}")
-            folder, said = golden.leave(backbone, out)
-            made[name] = golden.reproduce_command(backbone, out), said, folder
-        return made[name]
+        out = shared_folder / f"reproduced-{name}"
+        with FileLock(f"{out}.lock"):
+            said = out / "said.txt"
+            if not said.exists():
+                folder, text = golden.leave(tiny_folders[name], out)
+                said.write_text(text, encoding="utf-8")
+        folder = out / name / "smoke"
+        return golden.reproduce_command(tiny_folders[name], out), said.read_text(encoding="utf-8"), folder
 
     return reproduced
