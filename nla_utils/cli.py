@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable
 
 import click
 
@@ -94,12 +94,7 @@ def _config(out: Path, backbone: str = RunConfig.backbone, **values) -> RunConfi
     from nla_utils.lm.weights import settled
 
     sizes = size_overrides(values.pop("set"))
-    return RunConfig(backbone=settled(backbone), out=where(out), **values, **sizes)
-
-
-def where(path: Path) -> str:
-    """A path as a run's configuration holds it: from the repository's root where it lies inside."""
-    return show(path.resolve())
+    return RunConfig(backbone=settled(backbone), out=show(out.resolve()), **values, **sizes)
 
 
 def show(path: Path) -> str:
@@ -113,12 +108,8 @@ def finish(folder: RunFolder, adopt: bool) -> None:
     from nla_utils.report.pages import write_reproduction
 
     click.echo(f"\n{folder.backbone}")
-    for label, name in (
-        ("executed notebooks", "executed"),
-        ("results (JSON)", "results"),
-        ("tables and figures", "report"),
-        ("paper section", "report/section11.md"),
-    ):
+    places = {"executed": "executed notebooks", "results": "results (JSON)", "report": "tables and figures"}
+    for name, label in (places | {"report/section11.md": "paper section"}).items():
         if folder.file(name).exists():
             click.echo(f"  {label:<20}{show(folder.file(name))}")
     reproduction = write_reproduction(folder.path)
@@ -145,30 +136,13 @@ def write_pages() -> None:
 @click.option("--seeds", "--seed", default="1", help="Seeds of targets, training and rollouts, with commas.")
 @click.option("--from", "first", type=int, default=1, help="First notebook to run.")
 @click.option("--until", "last", type=int, default=6, help="Last notebook to run.")
-@click.option(
-    "--with", "beside", default="", show_default=False, help="What to run beside §11, with commas: tail-reader, depth."
-)
-@click.option(
-    "--av", help="An AV instead of training one: released (by the authors), hub:org/name[@commit] or a folder."
-)
-@click.option(
-    "--targets", help="Targets instead of drawing them: as --av, a file, or pool (vectors alone: no ceilings)."
-)
-@click.option(
-    "--corpus", type=FILE, help="Texts to take targets from: a .jsonl with a field 'text', or a folder of .txt."
-)
+@click.option("--with", "beside", help="What to run beside §11, with commas: tail-reader, depth.")
+@click.option("--av", help="Evaluate this AV: released (the authors' own), hub:org/name[@commit] or a folder.")
+@click.option("--targets", "released_targets", help="Use these: as --av, a file, or pool (vectors alone: no ceilings).")
+@click.option("--corpus", type=FILE, help="Take targets from texts: a .jsonl with a field 'text', or a folder of .txt.")
 @adopt_option
 def reproduce(
-    config: RunConfig,
-    backbone: tuple[str, ...],
-    seeds: str,
-    first: int,
-    last: int,
-    beside: str,
-    av: Optional[str],
-    targets: Optional[str],
-    corpus: Optional[Path],
-    adopt: bool,
+    config: RunConfig, backbone: tuple[str, ...], seeds: str, first: int, last: int, beside: str, adopt: bool, **given
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is finished and matches is skipped. Repeat --backbone for
     several; each seed is a run of its own."""
@@ -176,7 +150,7 @@ def reproduce(
     from nla_utils.notebooks import STAGES
     from nla_utils.notebooks import reproduce as run_all
 
-    named = [name.strip() for name in beside.split(",") if name.strip()]
+    named = [name.strip() for name in (beside or "").split(",") if name.strip()]
     for name in named:
         if name not in BESIDE:
             raise ConfigError(f"--with {name!r}: {nearest(name, BESIDE)}")
@@ -185,19 +159,15 @@ def reproduce(
     if not 1 <= first <= last <= len(known):
         raise ConfigError(f"--from {first} --until {last}: choose 1 to {len(known)}, from not after until")
     stages = [stage for name, stage in known if first <= stage.number <= last or name in named]
-    if targets == POOL:
+    if given["released_targets"] == POOL:
         # Vectors without texts have no ceilings, which the pages of 06 set every other row against.
         stages = [stage for stage in stages if stage.number < 6]
-    given = {
-        "av": av and settled(av),
-        "released_targets": targets and settled(targets),
-        "corpus": corpus and where(corpus),
-    }
-    configs = [
-        dataclasses.replace(config, backbone=settled(name), seed=seed, **given)
-        for name in backbone
-        for seed in parse_seeds(seeds)
-    ]
+    for name in ("av", "released_targets"):
+        given[name] = given[name] and settled(given[name])
+    given["corpus"] = given["corpus"] and show(given["corpus"].resolve())
+    config = dataclasses.replace(config, **given)
+    names = [settled(name) for name in backbone]
+    configs = [dataclasses.replace(config, backbone=n, seed=seed) for n in names for seed in parse_seeds(seeds)]
     run_all(configs, lambda folder: finish(folder, adopt), stages)
 
 
@@ -220,7 +190,7 @@ def distribute(config: RunConfig) -> None:
     train_av(run, targets)
     make_ceilings(run, targets)
     make_rollouts(run, targets)
-    if workers.leads():
+    if workers.rank() == 0:
         click.echo(f"  artefacts           {run.folder.path}")
 
 

@@ -7,7 +7,7 @@ from typing import Iterable
 
 
 class NLAError(Exception):
-    """Something is wrong with what was given or found; the message names the value, the file and what would be right."""
+    """Something is wrong with what was given or found; the message names the value, the file and the remedy."""
 
 
 class ConfigError(NLAError, ValueError):
@@ -35,7 +35,7 @@ class NotebookError(NLAError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Sentence that names the closest known spellings of ``name``."""
+    """Suggest the closest known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     if close:

@@ -20,29 +20,17 @@ import papermill
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
-from nla_utils.baselines import ABLATION, CEILINGS, PROBE
+from nla_utils import baselines, rollouts, targets, verbalizer
 from nla_utils.config import DATA, ROOT, RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, ConfigError, NotebookError
 from nla_utils.evidence import FILE, is_kept
+from nla_utils.lm import weights
 from nla_utils.lm.loading import describe, pick_layer
-from nla_utils.lm.weights import (
-    bytes_to_fetch,
-    config_alone,
-    fetch_av,
-    fetch_targets,
-    read_model_config,
-    resolve,
-    sources_on_hub,
-)
 from nla_utils.report.results import COMMITTED, find_results
-from nla_utils.rollouts import ROLLOUTS
 from nla_utils.rows import CEILING_FILE, EVALUATION_FILE
 from nla_utils.run import described_folder
 from nla_utils.store import MIRROR_VARIABLE, RunFolder, atomic_write, hold, read_json, require_disk
-from nla_utils.targets import TARGETS, check_released, corpus_rows, read_texts
-from nla_utils.verbalizer import BEST_AV, SOURCE_LOSS, check_av
 
 
 @dataclass(frozen=True)
@@ -67,10 +55,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("01_extract_targets", (TARGETS,), "targets"),
-    Stage("02_train_av", (BEST_AV,), "training", (1,)),
-    Stage("03_ceilings", (CEILINGS, ABLATION), CEILING_FILE, (1,)),
-    Stage("04_centred_eval", (ROLLOUTS, PROBE, SOURCE_LOSS), EVALUATION_FILE, (1, 2, 3)),
+    Stage("01_extract_targets", (targets.TARGETS,), "targets"),
+    Stage("02_train_av", (verbalizer.BEST_AV,), "training", (1,)),
+    Stage("03_ceilings", (baselines.CEILINGS, baselines.ABLATION), CEILING_FILE, (1,)),
+    Stage("04_centred_eval", (rollouts.ROLLOUTS, baselines.PROBE, verbalizer.SOURCE_LOSS), EVALUATION_FILE, (1, 2, 3)),
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )
@@ -118,13 +106,13 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     found = describe(config)
     folder = described_folder(config, found)
     if config.av is not None:
-        check_av(fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
+        verbalizer.check_av(weights.fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
     if config.released_targets is not None:
-        path = fetch_targets(config.released_targets, found.spec)
-        check_released(path, found.spec, found.layer, found.d, found.special[0], config.sizes.n_targets)
+        path = weights.fetch_targets(config.released_targets, found.spec)
+        targets.check_released(path, found.spec, found.layer, found.d, found.special[0], config.sizes.n_targets)
     if config.corpus is not None:
         path, s = ROOT / config.corpus, config.sizes
-        corpus_rows(read_texts(path), path, found.tokenizer, s.n_targets, s.max_new_tokens)
+        targets.corpus_rows(targets.read_texts(path), path, found.tokenizer, s.n_targets, s.max_new_tokens)
     if all(stage.results is None for stage in stages):
         own = (folder.backbone, config.folder_name)
         if not any((r.backbone, r.profile) == own for r in find_results([COMMITTED, ROOT / config.out])):
@@ -147,16 +135,16 @@ def require_room(config: RunConfig) -> None:
 
     Raises ``ArtefactError`` where there is no room, ``ConfigError`` or ``SourceError`` for what cannot be used.
     """
-    spec = resolve(config.backbone)
-    sources = sources_on_hub(spec, config.av, config.released_targets)
-    sizes = {what: bytes_to_fetch(*arguments) for what, arguments in sources.items()}
+    spec = weights.resolve(config.backbone)
+    sources = weights.sources_on_hub(spec, config.av, config.released_targets)
+    sizes = {what: weights.bytes_to_fetch(*arguments) for what, arguments in sources.items()}
     if not any(sizes.values()):
         return
     parts = ", ".join(f"{what} {sources[what][0]} {size / 1e9:.2f} GB" for what, size in sizes.items())
     print(f"to fetch: {parts}; into {cache_dir()}")
     require_disk(cache_dir(), sum(sizes.values()))
     if sizes.get("backbone"):
-        model = read_model_config(spec, config_alone(spec.source))
+        model = weights.read_model_config(spec, weights.config_alone(spec.source))
         pick_layer(config.layer, spec, model.num_hidden_layers)
         s, d = config.sizes, model.hidden_size
         # The weights; targets as read and as used; re-encoded rollouts of both protocols, and as they are scored.
@@ -210,7 +198,7 @@ def run_notebook(config: RunConfig, folder: RunFolder, notebook: str, label: str
         except RuntimeError as error:
             remedy = "where the temporary folder is at fault, set TMPDIR to another"
             raise NotebookError(f"{name}: its kernel did not start: {error}{_last_line(said)}; {remedy}") from None
-        except PapermillExecutionError as e:
+        except papermill.PapermillExecutionError as e:
             shutil.copy(out, failed)
             raise NotebookError(f"{name}: {e.ename}: {e.evalue}\n(as far as it ran: {failed})") from None
         done = tidy(read_json(out))

@@ -24,7 +24,7 @@ class Run:
     @classmethod
     def of(cls, config: RunConfig, backbone: Backbone) -> "Run":
         """The run of a configuration with a backbone that is loaded."""
-        return cls(config, RunFolder.of(config, backbone.name, backbone.identity(), backbone.device.type), backbone)
+        return cls(config, RunFolder.of(config, backbone.identity(), backbone.device.type), backbone)
 
     @property
     def sizes(self) -> Profile:
@@ -43,12 +43,6 @@ class Run:
         config = dataclasses.replace(self.config, layer=None if layer == self.backbone.layer else layer)
         return Run.of(config, dataclasses.replace(self.backbone, layer=layer))
 
-    def write_results(self, name: str, values: Mapping, made_from: Mapping[str, str]) -> Path:
-        """Write ``results/{name}.json``: provenance first, then ``values``; returns the path."""
-        path = self.folder.file(f"results/{name}.json")
-        write_record(path, {"name": name, **self.provenance, "made_from": dict(made_from), **values})
-        return path
-
     @property
     def provenance(self) -> dict:
         """What every record of the run says of where its numbers come from."""
@@ -61,6 +55,12 @@ class Run:
             "device": self.folder.device,
             "hardware": hardware(self.folder.device),
         }
+
+    def write_results(self, name: str, values: Mapping, made_from: Mapping[str, str]) -> Path:
+        """Write ``results/{name}.json``: provenance first, then ``values``; returns the path."""
+        path = self.folder.file(f"results/{name}.json")
+        write_record(path, {"name": name, **self.provenance, "made_from": dict(made_from), **values})
+        return path
 
     def read_results(self, name: str) -> dict:
         """What :meth:`write_results` wrote; raises as :meth:`RunFolder.read_results` does."""
@@ -81,4 +81,4 @@ def open_run(config: RunConfig, weights: bool = True) -> Run:
 def described_folder(config: RunConfig, found: Description) -> RunFolder:
     """The folder of a run whose weights are not loaded, its identity that of the run with them."""
     own = identity(found.spec, found.hashes, found.layer, found.special, config.dtype, found.padding_side)
-    return RunFolder.of(config, found.spec.name, own, pick_device(config.device).split(":")[0])
+    return RunFolder.of(config, own, pick_device(config.device).split(":")[0])

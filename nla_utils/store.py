@@ -31,7 +31,7 @@ MIRROR_VARIABLE = "NLA_PROGRESS_FILE"
 
 
 class Progress(tqdm):
-    """A tqdm bar that also leaves its line in the file named by ``$NLA_PROGRESS_FILE``, for ``nla reproduce`` to show."""
+    """A tqdm bar that also leaves its line in the file ``$NLA_PROGRESS_FILE``, for ``nla reproduce`` to show."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, mininterval=1.0, dynamic_ncols=False, ncols=90, **kwargs)
@@ -146,10 +146,9 @@ def read_json(path: Path) -> Any:
     """Read JSON; raises ``ArtefactError`` naming the file where it is missing or broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} does not exist") from None
-    except (OSError, ValueError) as e:
-        raise ArtefactError(f"{path} is not complete JSON ({e}); delete it and rerun its stage") from None
+    except (OSError, ValueError) as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"is not complete JSON ({error})"
+        raise ArtefactError(f"{path} {why}; delete it and rerun its stage") from None
 
 
 def write_record(path: Path, record: dict) -> None:
@@ -162,7 +161,8 @@ def write_record(path: Path, record: dict) -> None:
 def read_record(path: Path) -> dict:
     """Read what :func:`write_record` wrote; raises ``ArtefactError`` where it was altered since."""
     record = read_json(path)
-    if not isinstance(record, dict) or record.pop("record_sha256", None) not in (None, json_hash(record)):
+    stated = record.pop("record_sha256", None) if isinstance(record, dict) else "no record"
+    if stated not in (None, json_hash(record)):
         raise ArtefactError(f"{path} was altered since it was written; delete it and rerun its stage")
     return record
 
@@ -178,13 +178,7 @@ def require_same(path: Path, theirs: Mapping[str, Any], own: Mapping[str, Any], 
 
 
 # What numbers are made by, in a checkout.
-CODE = (
-    "nla_utils",
-    "nla_extensions",
-    ":(glob)notebooks/**/0*.ipynb",
-    ":(exclude)notebooks/executed",
-    "requirements.lock",
-)
+CODE = "nla_utils nla_extensions requirements.lock :(glob)notebooks/**/0*.ipynb :(exclude)notebooks/executed".split()
 
 
 @functools.cache
@@ -239,9 +233,9 @@ class RunFolder:
     device: Optional[str] = None
 
     @classmethod
-    def of(cls, config: RunConfig, backbone: str, identity: Mapping[str, Any], device: str) -> "RunFolder":
+    def of(cls, config: RunConfig, identity: Mapping[str, Any], device: str) -> "RunFolder":
         """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
-        path = ROOT / config.out / backbone / config.folder_name
+        path = ROOT / config.out / identity["backbone"] / config.folder_name
         return cls(path, {**identity, "seed": config.seed}, config, device)
 
     @property
@@ -263,7 +257,7 @@ class RunFolder:
         return self.path / name
 
     def spec(self, name: str) -> dict:
-        """All that an artefact depends on beside its parents; raises ``ArtefactError`` where its stage was not imported."""
+        """All that an artefact depends on beside its parents; raises ``ArtefactError`` where that is unknown."""
         if self.config is None:
             return self.identity
         if name not in SPECS:
@@ -277,7 +271,7 @@ class RunFolder:
 
         Of several processes the first one writes, and the others load what it has written.
         """
-        if not workers.leads():
+        if workers.rank():
             workers.wait()
             return self.load(name)
         path, record = self.file(f"{name}.safetensors"), self._record(name)
@@ -304,18 +298,15 @@ class RunFolder:
         if not path.is_file() or not self.has(name):
             raise ArtefactError(f"{path} is missing or unfinished; run the notebook that makes it")
         sidecar, digest = self.sidecar(name), sha256_file(path)
+        again = "delete it and its sidecar and rerun"
         if digest != sidecar["sha256"]:
-            raise ArtefactError(
-                f"{path} is truncated or altered: sha256 {digest[:12]}…, its sidecar says "
-                f"{sidecar['sha256'][:12]}…; delete both and rerun"
-            )
-        for parent, made_from in sidecar["made_from"].items():
-            found = self.sha256_of(parent)
-            if found != made_from:
-                raise ArtefactError(
-                    f"{path} was made from {parent} {made_from[:12]}…, which is now "
-                    f"{found[:12] + '…' if found else 'missing'}; delete {path.name} and its sidecar and rerun"
-                )
+            hashes = f"sha256 {digest[:12]}…, its sidecar says {sidecar['sha256'][:12]}…"
+            raise ArtefactError(f"{path} is truncated or altered: {hashes}; {again}")
+        for parent, then in sidecar["made_from"].items():
+            now = self.sha256_of(parent)
+            if now != then:
+                hashes = f"{then[:12]}…, which is now {now[:12] + '…' if now else 'missing'}"
+                raise ArtefactError(f"{path} was made from {parent} {hashes}; {again}")
         return Artefact(load_file(path), sidecar, path)
 
     def has(self, name: str) -> bool:
@@ -363,7 +354,7 @@ class ChunkStore:
         if record.exists():
             remedy = f"go back to that, or delete {self.folder} to begin this stage anew"
             require_same(self.folder, read_json(record), self.plan, remedy)
-        if workers.leads():
+        if workers.rank() == 0:
             write_json(record, self.plan)
         workers.wait()
 
@@ -407,5 +398,5 @@ class ChunkStore:
 
     def clear(self) -> None:
         """Remove the chunks once the artefact is on disk."""
-        if workers.leads():
+        if workers.rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

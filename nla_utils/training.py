@@ -235,7 +235,7 @@ class Trainer:
             # In place after the first step: a replayed graph knows the gradient by its address.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         loss = self._share_of_loss(batch)
-        workers.add_up([loss, *(p.grad for p in self.params)])
+        workers.all_reduce([loss, *(p.grad for p in self.params)])
         torch.nn.utils.clip_grad_norm_(self.params, GRAD_CLIP)
         self.optimizer.step()
         return loss.item()
@@ -270,7 +270,7 @@ class Trainer:
             tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
         record = {"plan": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
         record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
-        if workers.leads():
+        if workers.rank() == 0:
             atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
 
     def _plan(self) -> dict:

@@ -164,7 +164,7 @@ def _identity(d: int) -> nn.Linear:
 
 def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: int) -> None:
     """Write ``best_av.safetensors``, the authors' ``best_av.pt`` and ``config.json`` into ``folder``."""
-    if not workers.leads():
+    if workers.rank():
         return workers.wait()
     trainable = av.trainable()
     atomic_write(folder / "best_av.safetensors", save(trainable))

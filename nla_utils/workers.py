@@ -1,7 +1,7 @@
 """Several processes on one run: each makes its share of the chunks, the first one writes what they make together.
 
-Without a process group, as in every notebook, there is one process and nothing waits. This module does not load
-torch: there is a process group only where torch has been loaded.
+Without a process group, as in every notebook, there is one process and nothing waits. Torch is not loaded here: there
+is a process group only where it has been loaded.
 """
 
 from __future__ import annotations
@@ -21,33 +21,24 @@ def _group():
 
 def size() -> int:
     """How many processes work on this run."""
-    group = _group()
-    return group.get_world_size() if group else 1
+    return _group().get_world_size() if _group() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
-    group = _group()
-    return group.get_rank() if group else 0
-
-
-def leads() -> bool:
-    """Whether this process is the one that writes."""
-    return rank() == 0
+    """The number of this process, from 0; the first one writes."""
+    return _group().get_rank() if _group() else 0
 
 
 def wait() -> None:
     """Return once every process has called this."""
-    group = _group()
-    if group:
-        group.barrier()
+    if _group():
+        _group().barrier()
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes."""
-    group = _group()
-    for x in tensors if group else ():
-        group.all_reduce(x)
+    for x in tensors if _group() else ():
+        _group().all_reduce(x)
 
 
 def start(device: str) -> None:

@@ -109,7 +109,7 @@ def test_what_is_no_such_file_is_refused(kept):
 
 
 def test_the_repository_keeps_one_file_for_all_layers(tmp_path):
-    folder = RunFolder(tmp_path / "gemma3-270m" / "run")
+    folder = RunFolder(tmp_path / "gemma3-270m" / "run", {"backbone": "gemma3-270m"})
     configs = (RunConfig(profile="laptop", seed=2, layer=layer) for layer in (None, 6))
     paths = {committed_sequences(Run(config, folder)) for config in configs}
     assert [p.name for p in paths] == ["laptop-seed2.safetensors"]

@@ -191,7 +191,7 @@ def test_each_run_is_finished_before_the_next_one_begins(tmp_path, monkeypatch):
 
     def preflight(config, _):
         said.append(f"checked {config.seed}")
-        return RunFolder(tmp_path / str(config.seed))
+        return RunFolder(tmp_path / str(config.seed), {"backbone": "gemma3-270m"})
 
     monkeypatch.setattr(notebooks, "preflight", preflight)
     monkeypatch.setattr(notebooks, "is_cached", lambda *_: False)
