@@ -172,7 +172,7 @@ def test_the_depth_figure_draws_every_layer(swept, no_record):
 def test_the_command_runs_each_layer_once_its_targets_are_there(tiny_folders, tmp_path, monkeypatch):
     seen = []
 
-    def run_all(configs, finish, stages):
+    def run_all(configs, _):
         seen.extend(configs)
 
     monkeypatch.setattr(notebooks, "reproduce", run_all)
