@@ -40,23 +40,30 @@ RECORD = b"nla_evidence"
 # raw; centred by the pool's μ; centred by the mean of the part's own targets (slip ``self_mu``).
 CENTRINGS = ("raw", "cen", "own")
 KEYS = ("kind", "part", "reading")
-_FLOATS = pa.list_(pa.float32())
+# What is kept once a centring: {what: {centring: column}}; ``score`` is that of a text.
+_OF_TARGETS = ("nearest", "floor", "nearest_other", "pair_floor", "null")
+CENTRED = {"score": {c: c for c in CENTRINGS}} | {what: {c: f"{what}_{c}" for c in CENTRINGS} for what in _OF_TARGETS}
+CENTRED |= {what: {c: f"{what}_{c}" for c in ("raw", "cen")} for what in ("others_greedy", "others_best")}
+
+
+def _columns(kind: pa.DataType, *names: str) -> list[tuple[str, pa.DataType]]:
+    return [(column, kind) for name in names for column in CENTRED.get(name, {name: name}).values()]
+
+
+_NUMBER, _NUMBERS = pa.float32(), pa.list_(pa.float32())
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in KEYS]
+    _columns(pa.string(), *KEYS)
     + [("row", pa.int32()), ("draw", pa.int16()), ("tokens", pa.int16()), ("ids", pa.list_(pa.int32()))]
     # Of texts; norm and pc of targets too.
-    + [(name, pa.float32()) for name in (*CENTRINGS, "anchor", "norm", "logp", "logp_published")]
-    + [("rank", pa.int32()), ("pc", _FLOATS), ("others", _FLOATS)]
+    + _columns(_NUMBER, "score", "anchor", "norm", "logp", "logp_published")
+    + [("rank", pa.int32()), ("pc", _NUMBERS), ("others", _NUMBERS)]
     # Of the losses of sources, and of texts of the pool.
-    + [(f"nats_{c}", _FLOATS) for c in ("own", "other", "mean", "none")]
-    + [("against", _FLOATS)]
+    + _columns(_NUMBERS, "nats_own", "nats_other", "nats_mean", "nats_none", "against")
     # Of targets.
-    + [(f"{what}_{c}", pa.float32()) for what in ("nearest", "floor", "nearest_other", "pair_floor") for c in CENTRINGS]
-    + [("constant_mu", pa.float32())]
-    + [(f"null_{c}", _FLOATS) for c in CENTRINGS]
-    + [("null_left_out", _FLOATS)]
-    + [(f"others_{what}_{c}", pa.float32()) for what in ("greedy", "best") for c in ("raw", "cen")]
-    + [("others_curve", _FLOATS), ("greedy_rank", pa.int32())]
+    + _columns(_NUMBER, "nearest", "floor", "nearest_other", "pair_floor", "constant_mu")
+    + _columns(_NUMBERS, "null", "null_left_out")
+    + _columns(_NUMBER, "others_greedy", "others_best")
+    + [("others_curve", _NUMBERS), ("greedy_rank", pa.int32())]
 )
 
 
@@ -66,7 +73,7 @@ def part_of(protocol: Protocol) -> str:
 
 
 def reading_of_ids(protocol: Protocol) -> str:
-    """The reading of texts that are ids and are never decoded: of the slips of re-encoding only ``bos`` acts on them."""
+    """The reading of texts that are ids, never decoded: of the slips of re-encoding only ``bos`` acts on them."""
     return CORRECTED.name if "bos" not in protocol.slips else PUBLISHED.name
 
 
@@ -76,24 +83,18 @@ def block(kind: str, part: str, reading: str, rows: Sequence[int], draws: Sequen
     m, n = len(rows), len(draws)
     columns |= {key: [value] * (m * n) for key, value in zip(KEYS, (kind, part, reading))}
     columns |= {"row": np.repeat(rows, n).reshape(m, n), "draw": np.tile(draws, (m, 1))}
-    return pa.table(
-        [_array(columns[f.name], f.type) if f.name in columns else pa.nulls(m * n, f.type) for f in SCHEMA],
-        schema=SCHEMA,
-    )
+    given = [_array(columns[f.name], f.type) if f.name in columns else pa.nulls(m * n, f.type) for f in SCHEMA]
+    return pa.table(given, schema=SCHEMA)
 
 
 def _array(values, kind: pa.DataType) -> pa.Array:
-    if isinstance(values, list):
-        return pa.array(values, kind)
-    values = np.asarray(values)
-    values = values.reshape(-1, *values.shape[2:])
-    if pa.types.is_integer(kind):
-        unknown = np.isnan(values)
-        return pa.array(np.where(unknown, 0, values).astype(kind.to_pandas_dtype()), mask=unknown)
-    if not pa.types.is_list(kind):
-        return pa.array(values.astype(kind.to_pandas_dtype()))
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-    return pa.ListArray.from_arrays(offsets, pa.array(values.ravel().astype(kind.value_type.to_pandas_dtype())))
+    if not isinstance(values, list):
+        values = np.asarray(values)
+        values = values.reshape(-1, *values.shape[2:])
+        if pa.types.is_list(kind):
+            values = [*values.astype(np.float32)]
+    # An unknown integer is null, an unknown float NaN.
+    return pa.array(values, kind, from_pandas=pa.types.is_integer(kind))
 
 
 @dataclass(frozen=True)
@@ -128,48 +129,34 @@ class Evidence:
         return (kind, part, reading) in self._places
 
     def texts(self, kind: str, part: str, reading: str, column: str) -> np.ndarray:
-        """A column of one kind's rows (M, n) as float64, targets and draws in order; (M, n, J) where a row holds a list,
-        padded by NaN. Raises ``ArtefactError`` where there is no such row."""
+        """A column of one kind's rows (M, n) as float64, targets and draws in order; (M, n, J) where a row holds a
+        list, padded by NaN. Raises ``ArtefactError`` where there is no such row."""
         if not self.has(kind, part, reading):
             raise ArtefactError(f"the evidence holds no {kind} of {part} targets read as {reading}; rerun its notebook")
-        chosen = self._frame.iloc[self._places[kind, part, reading]]
-        found = chosen[column].to_list()
+        places = self._places[kind, part, reading]
+        found, m = self._frame[column].iloc[places], self._frame["row"].iloc[places].nunique()
         if pa.types.is_list(SCHEMA.field(column).type):
-            width = max(map(len, found))
-            found = [
-                np.pad(np.asarray(x, dtype=np.float64), (0, width - len(x)), constant_values=np.nan) for x in found
-            ]
-        values = np.asarray(found, dtype=np.float64)
-        return values.reshape(chosen["row"].nunique(), -1, *values.shape[1:])
+            found = pd.DataFrame(found.to_list())
+        values = found.to_numpy(dtype=np.float64)
+        return values.reshape(m, -1, *values.shape[1:])
 
     def targets(self, part: str, reading: str, column: str, kind: str = "target") -> np.ndarray:
         """A column of what there is one row a target of: (M,), or (M, J) where a row holds a list."""
         return self.texts(kind, part, reading, column)[:, 0]
 
-    def null(self, part: str, reading: str, centring: str, ks: Sequence[int]) -> np.ndarray:
-        """Expected best of k of the P unrelated texts (M, len(ks))."""
-        kept = self.facts["null_k"][reading]
-        return self.targets(part, reading, f"null_{centring}")[:, [kept.index(k) for k in ks]]
-
     def to_bytes(self, record: Mapping) -> bytes:
         """The Parquet file; ``record`` goes into its metadata."""
         record = {"version": VERSION, **record, "made_from": self.made_from, "facts": self.facts}
-        table = self.table.replace_schema_metadata({RECORD: json.dumps(record)})
         buffer = io.BytesIO()
-        floats = [
-            f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name
-            for f in SCHEMA
-            if pa.float32() in (f.type, getattr(f.type, "value_type", None))
-        ]
         # Ids are kept plain and a column in one page: what repeats in texts is then found across them.
-        whole = ["kind", "part", "reading", "row", "draw", "tokens", "rank", "greedy_rank"]
         pq.write_table(
-            table,
+            self.table.replace_schema_metadata({RECORD: json.dumps(record)}),
             buffer,
             compression="zstd",
             compression_level=19,
-            use_dictionary=whole,
-            use_byte_stream_split=floats,
+            use_dictionary=["kind", "part", "reading", "row", "draw", "tokens", "rank", "greedy_rank"],
+            use_byte_stream_split=[f.name for f in SCHEMA if f.type == _NUMBER]
+            + [f"{f.name}.list.element" for f in SCHEMA if f.type == _NUMBERS],
             write_page_checksum=True,
             data_page_size=1 << 26,
         )
@@ -209,7 +196,7 @@ def keep(run: Run, results: str, evidence: Evidence, made_from: Mapping[str, str
 
 
 def load(folder: RunFolder) -> Evidence:
-    """The run's evidence; raises ``ArtefactError`` where it is missing, damaged, or of artefacts that have changed since."""
+    """The run's evidence; raises ``ArtefactError`` where it is missing, damaged, or of artefacts changed since."""
     path = folder.file(FILE)
     evidence = Evidence.read(path)
     for results, parents in evidence.made_from.items():
@@ -333,11 +320,12 @@ class Part:
         """A row a target: where it lies, its neighbours and floors, and the null's curve of the texts of ``pool_h``."""
         columns = self.place(self.v) | {"constant_mu": fve(self.mu, self.v)}
         for centring, scorer in self.scorers.items():
+            others = metrics.off_diagonal(fve_matrix(self.v, self.v, scorer.mu))
             columns |= {
                 f"nearest_{centring}": scorer.nearest,
                 f"floor_{centring}": scorer.floor,
-                f"nearest_other_{centring}": metrics.nearest_other(self.v, scorer.mu),
-                f"pair_floor_{centring}": metrics.pair_floor(self.v, scorer.mu),
+                f"nearest_other_{centring}": others.max(axis=1),
+                f"pair_floor_{centring}": others.mean(axis=1),
                 f"null_{centring}": metrics.exact_k_curve(scorer.against(pool_h), ks),
             }
         if reading == OWN[self.name].name:
@@ -352,7 +340,7 @@ class Part:
             columns |= {f"others_greedy_{kind}": greedy, f"others_best_{kind}": best}
         ks = metrics.k_values(h_MKd.shape[1] - 1)
         columns["others_curve"] = self.scorers["cen"].others_curve(h_MKd[:, 1:], ks)
-        columns["greedy_rank"] = np.rint(1 / metrics.identification(h_MKd[:, 0], self.v, self.mu)[1])
+        columns["greedy_rank"] = metrics.rank_of_own(h_MKd[:, 0], self.v, self.mu)
         return block("others", self.name, reading, self.rows, **{k: x[:, None] for k, x in columns.items()})
 
     def pool_texts(self, reading: str, h_Pd: np.ndarray, logp: np.ndarray) -> pa.Table:
@@ -371,7 +359,9 @@ class Part:
         if reading == PUBLISHED.name:
             kept = min(FLOOR_ROWS, len(rows))
             first = self.pool[:kept]
-            floors = {f"floor_{k}": metrics.pair_floor(first, self.scorers[k].mu)[:, None] for k in ("raw", "cen")}
+            for centring in ("raw", "cen"):
+                others = metrics.off_diagonal(fve_matrix(first, first, self.scorers[centring].mu))
+                floors[f"floor_{centring}"] = others.mean(axis=1, keepdims=True)
         columns = {name: x + [None] * (kept - n) for name, x in columns.items()}
         tokens = self.targets.lengths[rows[:kept]][:, None]
         return block("pool", self.name, reading, rows[:kept], tokens=tokens, **columns, **floors)

@@ -1,4 +1,4 @@
-"""Pure functions on arrays: fve, ρ, exact K-curve, Spearman, bootstrap, slope (PROTOCOL.md §1, §8)."""
+"""Pure functions on arrays, and summaries of them with intervals (PROTOCOL.md §1, §8)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ N_RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20_240
 
 
-def _unit(x: Array) -> Array:
+def _unit(x: Array, mu: Optional[Array] = None) -> Array:
+    """x − μ at norm 1; a zero vector stays one."""
+    x = np.asarray(x, dtype=np.float64)
+    if mu is not None:
+        x = x - mu
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
     return x / np.where(norm == 0, 1.0, norm)
 
@@ -27,10 +31,7 @@ def fve(h: Array, v: Array, mu: Optional[Array] = None) -> Array:
 
     ``h`` and ``v`` broadcast against each other; a zero vector has cosine 0 with everything.
     """
-    h, v = np.asarray(h, dtype=np.float64), np.asarray(v, dtype=np.float64)
-    if mu is not None:
-        h, v = h - mu, v - mu
-    return np.clip(0.5 * (1.0 + (_unit(h) * _unit(v)).sum(axis=-1)), 0.0, 1.0)
+    return np.clip(0.5 * (1.0 + (_unit(h, mu) * _unit(v, mu)).sum(axis=-1)), 0.0, 1.0)
 
 
 def variance_explained(h: Array, v: Array, predictor: Array) -> Array:
@@ -38,21 +39,18 @@ def variance_explained(h: Array, v: Array, predictor: Array) -> Array:
 
     1 where h has v's direction, 0 where it is no better a guess than m, below 0 where it is a worse one.
     """
-    h, v = _unit(np.asarray(h, dtype=np.float64)), _unit(np.asarray(v, dtype=np.float64))
+    h, v = _unit(h), _unit(v)
     return 1 - ((h - v) ** 2).sum(axis=-1) / ((v - predictor) ** 2).sum(axis=-1)
 
 
 def mean_direction(pool_Pd: Array) -> Array:
     """Mean (d,) of a pool's activations at norm 1: what :func:`variance_explained` compares with."""
-    return _unit(np.asarray(pool_Pd, dtype=np.float64)).mean(axis=0)
+    return _unit(pool_Pd).mean(axis=0)
 
 
 def fve_matrix(a_Nd: Array, b_Md: Array, mu: Optional[Array] = None) -> Array:
     """fve of every row of ``a`` against every row of ``b``, (N, M)."""
-    a, b = np.asarray(a_Nd, dtype=np.float64), np.asarray(b_Md, dtype=np.float64)
-    if mu is not None:
-        a, b = a - mu, b - mu
-    return np.clip(0.5 * (1.0 + _unit(a) @ _unit(b).T), 0.0, 1.0)
+    return np.clip(0.5 * (1.0 + _unit(a_Nd, mu) @ _unit(b_Md, mu).T), 0.0, 1.0)
 
 
 def rho(score: float | Array, floor: float, ceiling: float) -> float | Array:
@@ -60,18 +58,10 @@ def rho(score: float | Array, floor: float, ceiling: float) -> float | Array:
     return (score - floor) / (ceiling - floor)
 
 
-def pair_floor(v_Nd: Array, mu: Optional[Array] = None) -> Array:
-    """Per row, the mean fve against every other row (N,); its mean is over all ordered pairs."""
-    scores_NN = fve_matrix(v_Nd, v_Nd, mu)
-    n = len(scores_NN)
-    return (scores_NN.sum(axis=1) - np.diag(scores_NN)) / (n - 1)
-
-
-def nearest_other(v_Nd: Array, mu: Optional[Array] = None) -> Array:
-    """Per row, the best fve against any other row (N,)."""
-    scores_NN = fve_matrix(v_Nd, v_Nd, mu)
-    np.fill_diagonal(scores_NN, -np.inf)
-    return scores_NN.max(axis=1)
+def off_diagonal(scores_MM: Array) -> Array:
+    """Each row without its entry on the diagonal (M, M − 1): scores against every other one."""
+    m = len(scores_MM)
+    return scores_MM[~np.eye(m, dtype=bool)].reshape(m, m - 1)
 
 
 def k_values(k_max: int) -> list[int]:
@@ -86,20 +76,8 @@ def first_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
     return running_MK[:, [k - 1 for k in ks]]
 
 
-def expected_max_weights(n: int, k: int) -> Array:
-    """Weight of the i-th smallest of n scores in the expected maximum of k drawn without replacement; NaN for k > n."""
-    if k > n:
-        return np.full(n, np.nan)
-    i = np.arange(1, n + 1)
-    log_choose = np.full(n, -np.inf)
-    can = i >= k
-    log_choose[can] = gammaln(i[can]) - gammaln(k) - gammaln(i[can] - k + 1)
-    log_total = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-    return np.exp(log_choose - log_total)
-
-
 def exact_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
-    """Expected maximum over all k-subsets of the columns, per target, (M, len(ks)).
+    """Expected maximum over all k-subsets of the columns, per target, (M, len(ks)); NaN for k > K.
 
     Σ_i s_(i) · C(i−1, k−1) / C(K, k), scores sorted ascending (PROTOCOL.md §8).
     """
@@ -107,7 +85,18 @@ def exact_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
 
 
 def _expected_max(ordered_MK: Array, ks: Sequence[int]) -> Array:
-    return ordered_MK @ np.stack([expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
+    return ordered_MK @ np.stack([_expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
+
+
+def _expected_max_weights(n: int, k: int) -> Array:
+    """Weight of the i-th smallest of n scores in the expected maximum of k drawn without replacement; NaN for k > n."""
+    if k > n:
+        return np.full(n, np.nan)
+    i = np.arange(1, n + 1)
+    # For i < k gammaln(i − k + 1) is infinite, and the weight 0.
+    log_choose = gammaln(i) - gammaln(k) - gammaln(i - k + 1)
+    log_total = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    return np.exp(log_choose - log_total)
 
 
 def curves_without_blocks(scores_MK: Array, ks: Sequence[int], n_blocks: int) -> Array:
@@ -130,11 +119,6 @@ def principal_directions(x_Nd: Array, n: int) -> Array:
     return directions_nd * np.sign(directions_nd[np.arange(len(directions_nd)), largest])[:, None]
 
 
-def top_mean(scores_MK: Array, n: int) -> Array:
-    """Mean of the n best columns per target (M,); of all columns where there are fewer."""
-    return np.sort(scores_MK, axis=1)[:, -n:].mean(axis=1)
-
-
 def chance_of_rank(closer: int, stored: int, k: int) -> float:
     """p-value of the best of ``k`` texts where ``closer`` of ``stored`` unrelated texts score at least as much.
 
@@ -149,11 +133,11 @@ def slope_per_doubling(ks: Sequence[int], curve_J: Array) -> tuple[float, float,
     """Least-squares line of a curve against log₂ K: (slope, intercept, R²)."""
     x = np.log2(np.asarray(ks, dtype=np.float64))
     if len(x) < 2:
-        return float("nan"), float("nan"), float("nan")
+        return math.nan, math.nan, math.nan
     slope, intercept = np.polyfit(x, curve_J, 1)
     residual = curve_J - (slope * x + intercept)
     total = ((curve_J - np.mean(curve_J)) ** 2).sum()
-    return float(slope), float(intercept), float(1 - (residual**2).sum() / total) if total else float("nan")
+    return float(slope), float(intercept), float(1 - (residual**2).sum() / total) if total else math.nan
 
 
 def spearman_rows(a_MK: Array, b_MK: Array) -> Array:
@@ -178,24 +162,45 @@ def bootstrap_means(values_M: Array, resamples: int = N_RESAMPLES, seed: int = B
 @functools.lru_cache(maxsize=4)
 def _resample_counts(m: int, resamples: int, seed: int) -> Array:
     """How often each of m targets is in each resample (resamples, m)."""
-    return np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=resamples)
+    counts = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=resamples)
+    return counts.astype(np.float64)
+
+
+def interval(resampled_R: Array) -> list[float]:
+    """95 % percentile interval [low, high] of a resampled figure (R,)."""
+    return [float(x) for x in np.percentile(resampled_R, [2.5, 97.5])]
 
 
 def ci95(values_M: Array) -> list[float]:
-    """95 % percentile bootstrap interval of the mean over targets, NaN rows left out."""
+    """95 % bootstrap interval of the mean over targets, NaN rows left out."""
     values_M = np.asarray(values_M, dtype=np.float64)
     values_M = values_M[np.isfinite(values_M)]
-    if len(values_M) == 0:
-        return [float("nan"), float("nan")]
-    return [float(x) for x in np.percentile(bootstrap_means(values_M), [2.5, 97.5])]
+    return interval(bootstrap_means(values_M)) if len(values_M) else [math.nan, math.nan]
 
 
-def identification(h_Md: Array, v_Md: Array, mu: Optional[Array] = None) -> tuple[Array, Array]:
-    """Whether h_i ranks v_i first among the M targets: (top-1 hits (M,), reciprocal ranks (M,)).
+def mean(values_M: Array) -> tuple[float, list[float]]:
+    """Mean over targets with its interval, NaN rows left out."""
+    return float(np.nanmean(values_M)), ci95(values_M)
 
-    Ties count against: a target that another one equals is not identified.
-    """
+
+def rho_of_means(values_M3: Array) -> tuple[float, Optional[list[float]]]:
+    """ρ of the means of score, floor and ceiling, its interval from joint resamples of the three; targets without a
+    ceiling (NaN: their text is not known) are left out."""
+    values_M3 = values_M3[~np.isnan(values_M3[:, 2])]
+    if not len(values_M3):
+        return math.nan, None
+    return float(rho(*values_M3.mean(axis=0))), interval(rho(*bootstrap_means(values_M3).T))
+
+
+def gap_of_means(values: tuple[Array, Array]) -> tuple[float, list[float]]:
+    """Mean of a − mean of b, two different sets of targets, each resampled on its own."""
+    a_M, b_M = values
+    gap_R = bootstrap_means(a_M) - bootstrap_means(b_M, seed=BOOTSTRAP_SEED + 1)
+    return float(a_M.mean() - b_M.mean()), interval(gap_R)
+
+
+def rank_of_own(h_Md: Array, v_Md: Array, mu: Optional[Array] = None) -> Array:
+    """Rank of v_i among the M targets for h_i (M,), 1 the closest. Ties count against it: a target that another one
+    equals is not identified."""
     scores_MM = fve_matrix(h_Md, v_Md, mu)
-    own = np.diag(scores_MM)[:, None]
-    rank = (scores_MM >= own).sum(axis=1)
-    return (rank == 1).astype(float), 1.0 / rank
+    return (scores_MM >= np.diag(scores_MM)[:, None]).sum(axis=1)
