@@ -9,12 +9,13 @@ from clock import now
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
+from nla_utils import rows
 from nla_utils.baselines import make_ablation, make_ceilings, make_probe
-from nla_utils.evidence import of_ceilings, of_rollouts, part_of
+from nla_utils.evidence import of_ceilings, of_rollouts
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.rollouts import make_rollouts
 from nla_utils.run import Run
-from nla_utils.scores import score_ceilings, score_k_curve, score_rollouts
+from nla_utils.scores import score
 from nla_utils.targets import make_targets
 from nla_utils.training import train_av
 
@@ -52,7 +53,6 @@ def run_stages(run: Run) -> dict[str, float]:
     started = now(run.backbone.device)
     evidence = of_ceilings(targets, ceilings, rollouts.k, ablation) | of_rollouts(targets, rollouts, ceilings, probe)
     for protocol in PROTOCOLS:
-        score_ceilings(evidence, protocol).to_json()
-        score_rollouts(evidence, protocol, part_of(protocol)).to_json()
-        score_k_curve(evidence, protocol).to_json()
+        for chosen in (rows.OF_CEILINGS, rows.OF_ROLLOUTS, rows.OF_RERANKS):
+            score(evidence, protocol, chosen).to_json()
     return seconds | {"03 to 05 scores": now(run.backbone.device) - started}

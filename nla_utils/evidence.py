@@ -129,8 +129,9 @@ class Evidence:
         return (kind, part, reading) in self._places
 
     def texts(self, kind: str, part: str, reading: str, column: str) -> np.ndarray:
-        """A column of one kind's rows (M, n) as float64, targets and draws in order; (M, n, J) where a row holds a
-        list, padded by NaN. Raises ``ArtefactError`` where there is no such row."""
+        """A column of one kind's rows as float64, targets and draws in order: (M, n), or (M,) where there is one row a
+        target; (M, n, J) or (M, J) where a row holds a list, padded by NaN. Raises ``ArtefactError`` where there is
+        no such row."""
         if not self.has(kind, part, reading):
             raise ArtefactError(f"the evidence holds no {kind} of {part} targets read as {reading}; rerun its notebook")
         places = self._places[kind, part, reading]
@@ -138,11 +139,7 @@ class Evidence:
         if pa.types.is_list(SCHEMA.field(column).type):
             found = pd.DataFrame(found.to_list())
         values = found.to_numpy(dtype=np.float64)
-        return values.reshape(m, -1, *values.shape[1:])
-
-    def targets(self, part: str, reading: str, column: str, kind: str = "target") -> np.ndarray:
-        """A column of what there is one row a target of: (M,), or (M, J) where a row holds a list."""
-        return self.texts(kind, part, reading, column)[:, 0]
+        return values if len(values) == m else values.reshape(m, -1, *values.shape[1:])
 
     def to_bytes(self, record: Mapping) -> bytes:
         """The Parquet file; ``record`` goes into its metadata."""
@@ -444,11 +441,16 @@ def of_rollouts(
             lengths = np.tile(PROBE_LENGTHS, (len(part.rows), 1))
             tables.append(part.texts("probe", reading, h_Mnd, PROBE_LENGTHS, lengths, **ids))
     if loss is not None:
-        lengths = np.isfinite(loss.nats["own"]).sum(axis=1)
-        nats = {f"nats_{c}": [row[:t] for row, t in zip(nats_MT, lengths)] for c, nats_MT in loss.nats.items()}
-        part, reading = part_of(CORRECTED), CORRECTED.name
-        tables.append(block("source_loss", part, reading, loss.rows, tokens=lengths[:, None], **nats))
+        tables.append(of_losses(loss).table)
     return Evidence(pa.concat_tables(tables), {"K": rollouts.k, "T": rollouts.ids.shape[2], "ceiling": ceiling})
+
+
+def of_losses(loss: SourceLoss) -> Evidence:
+    """Nats of the held-out sources' tokens, by what stands in the AV's slot."""
+    lengths = np.isfinite(loss.nats["own"]).sum(axis=1)
+    nats = {f"nats_{c}": [row[:t] for row, t in zip(nats_MT, lengths)] for c, nats_MT in loss.nats.items()}
+    part, reading = part_of(CORRECTED), CORRECTED.name
+    return Evidence(block("source_loss", part, reading, loss.rows, tokens=lengths[:, None], **nats))
 
 
 def _known(h_Pd: np.ndarray) -> np.ndarray:

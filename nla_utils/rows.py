@@ -30,10 +30,10 @@ def _same(values):
 class Row:
     """One row of a results file.
 
-    ``needs``: other rows, and names of :data:`~nla_utils.scores.KEPT` and :data:`~nla_utils.scores.FACTS`; ``value`` makes
-    of them the values per target (M,), and ``summary`` of those a number and its interval. ``under``: a slip, and what is
-    needed while it is in force; a row that needs nothing is not measured. ``only``: ``raw`` or ``cen``, where it is not
-    made of both. ``part``: of which targets, where not of those that are asked for.
+    ``needs``: other rows, and names of :data:`~nla_utils.scores.KEPT` and :data:`~nla_utils.scores.FACTS`; ``value``
+    makes of them the values per target (M,), and ``summary`` of those a number and its interval. ``under``: a slip, and
+    what is needed while it is in force; a row that needs nothing is not measured. ``only``: ``raw`` or ``cen``, where
+    it is not made of both. ``part``: of which targets, where not of those that are asked for.
     """
 
     label: str
@@ -65,7 +65,9 @@ class Row:
     @property
     def kinds(self) -> tuple[str, ...]:
         """What it is made of: ``raw`` and ``cen`` where its key holds both, else ``cen``."""
-        return (self.only,) if self.only else ("raw", "cen") if "{kind}" in self.key else ("cen",)
+        if self.only:
+            return (self.only,)
+        return ("raw", "cen") if "{kind}" in self.key else ("cen",)
 
     @property
     def title(self) -> str:
@@ -251,8 +253,8 @@ OF_ROLLOUTS = (*OF_ANY_TARGETS, BEST_8, *BESIDE_CEILINGS, RAW_GREEDY_MINUS_FLOOR
 
 
 def _in_sample(name: str, key: str, margin: Row) -> Row:
-    """What training on a target was worth: a margin of targets trained on less the same of held-out ones. It is that over
-    the rollouts of other targets, so that an easier set of targets does not count."""
+    """What training on a target was worth: a margin of targets trained on less the same of held-out ones. It is that
+    over the rollouts of other targets, so that an easier set of targets does not count."""
     label, needs = f"in-sample − held-out margin of {name}", (replace(margin, part="in_sample"), margin)
     return Row(label, key, needs, lambda *both: both, summary=metrics.gap_of_means)
 
@@ -282,9 +284,11 @@ def _nats(label: str, key: str, control: bool = True) -> Row:
 
 
 NATS_OWN = _nats("its own v", "nats_own", control=False)
-NATS_OTHER, NATS_MEAN = _nats("another target's v", "nats_other"), _nats("μ", "nats_mean")
-NATS = (NATS_OWN, NATS_OTHER, NATS_MEAN, _nats("no slot", "nats_none"))
-NATS_GAINED = tuple(minus(row, NATS_OWN) for row in NATS[1:])
+NATS_OTHER = _nats("another target's v", "nats_other")
+NATS_MEAN, NATS_NONE = _nats("μ", "nats_mean"), _nats("no slot", "nats_none")
+NATS = (NATS_OWN, NATS_OTHER, NATS_MEAN, NATS_NONE)
+NATS_OTHER_MINUS_OWN, NATS_MEAN_MINUS_OWN = minus(NATS_OTHER, NATS_OWN), minus(NATS_MEAN, NATS_OWN)
+NATS_GAINED = (NATS_OTHER_MINUS_OWN, NATS_MEAN_MINUS_OWN, minus(NATS_NONE, NATS_OWN))
 
 
 def _by_position(*nats_MT: np.ndarray) -> dict[str, list[float]]:
@@ -295,8 +299,6 @@ BY_POSITION = _fact("nats_by_position", tuple(need for row in NATS for need in r
 OF_LOSSES = (*NATS, *NATS_GAINED, BY_POSITION)
 
 _rerank = partial(Row, file=RERANK_FILE)
-
-
 LOGP_RERANK = _rerank("logp-rerank", "logp_rerank_{kind}_mean", (LOGP, DRAWS), _picked, "rerank.logp.cen")
 ANCHOR_RERANK = _rerank(
     "NN-anchor rerank", "nn_anchor_rerank_{kind}_mean", (ANCHORED, DRAWS), _picked, "rerank.nn_anchor.cen", only="cen"
@@ -388,12 +390,20 @@ SLOPE_MINUS_UNRELATED = _of_curve(
     operator.sub,
 )
 SLOPES = (SLOPE, SLOPE_UNRELATED, SLOPE_OTHERS, SLOPE_MINUS_UNRELATED)
+
+
+def _of_line(row: Row, name: str, i: int) -> Row:
+    """Intercept (1) or R² (2) of the line whose slope a row is."""
+    return replace(row, key=f"{row.key}_{name}", published_path="", summary=lambda curve: (_line(curve)[i], None))
+
+
+SLOPE_R_SQUARED = replace(_of_line(SLOPE, "r2", 2), label="R² of the mean curve")
 OF_RERANKS = (
     *RERANKS,
     *(ANCHOR_MINUS_GREEDY, MEAN_LOGP, CURVE, CURVE_FIRST, CURVE_EXACT, CURVE_UNRELATED, CURVE_OTHERS),
     *SLOPES,
-    *(replace(row, key=f"{row.key}_intercept", summary=lambda curve: (_line(curve)[1], None)) for row in SLOPES),
-    *(replace(row, key=f"{row.key}_r2", summary=lambda curve: (_line(curve)[2], None)) for row in SLOPES),
+    *(_of_line(row, "intercept", 1) for row in SLOPES),
+    *(_of_line(row, "r2", 2) for row in SLOPES),
     _fact("ks", ("K",), metrics.k_values),
     *(_fact(key, (key,)) for key in ("K", "unrelated_text_pool_size")),
 )

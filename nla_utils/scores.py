@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Iterable, Optional
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,8 @@ from nla_utils.protocol import CORRECTED, LADDER, PROTOCOLS, PUBLISHED, Protocol
 
 
 class Column:
-    """Numbers of one protocol over ``n`` targets: ``values`` by key, ``ci95`` of those that have an interval, and the values
-    per target (M,) that means were taken of, so that differences are paired and resampled together."""
+    """Numbers of one protocol over ``n`` targets: ``values`` by key, ``ci95`` of those that have an interval, and the
+    values per target (M,) that means were taken of, so that differences are paired and resampled together."""
 
     def __init__(self, protocol: str, n: int):
         self.protocol, self.n = protocol, n
@@ -77,8 +77,7 @@ FACTS: dict[str, Callable[[Scores], object]] = {
 
 
 class Scores:
-    """Values of rows (``scores[row]``), ``raw`` or ``cen``, of the targets of one part as one protocol reads them; each is
-    made once."""
+    """Values of rows (``scores[row]``), ``raw`` or ``cen``, of one part's targets as a protocol reads them."""
 
     def __init__(self, evidence: Evidence, protocol: Protocol, kind: str = "cen", part: Optional[str] = None):
         self.evidence, self.protocol, self.kind = evidence, protocol, kind
@@ -104,7 +103,7 @@ class Scores:
         return FACTS[need](self) if need in FACTS else self.look_up(need, centring)
 
     def look_up(self, name: str, centring: str) -> np.ndarray | pd.DataFrame:
-        """What :data:`KEPT` names: (M, n), (M,) where there is one row a target; of the null a column a number of texts."""
+        """What :data:`KEPT` names; the null has a column for each number of texts."""
         kind, column = KEPT[name]
         # Sources and paraphrases are decoded; of the slips of re-encoding only ``bos`` acts on ids.
         decoded = kind in ("source", "paraphrase")
@@ -113,28 +112,18 @@ class Scores:
             return np.empty((0, 1))  # no text is known
         column = CENTRED[column][centring] if column in CENTRED else column
         found = self.evidence.texts(kind, self.part, reading, column)
-        found = found[:, 0] if found.shape[1] == 1 else found
         return found if name != "null" else pd.DataFrame(found, columns=self.evidence.facts["null_k"][reading])
 
 
-def score(evidence: Evidence, protocol: Protocol, chosen: Iterable[rows.Row], part: Optional[str] = None) -> Column:
-    """The column of these rows of one protocol, of its own targets or those of ``part``."""
-    column = Column(protocol.reading, evidence.facts["sizes"]["M"])
+def score(evidence: Evidence, protocol: Protocol, chosen: Sequence[rows.Row], part: Optional[str] = None) -> Column:
+    """The column of these rows of one protocol, of its own targets or those of ``part``; the first row is a mean over
+    targets."""
     scores = {kind: Scores(evidence, protocol, kind, part) for kind in ("raw", "cen")}
+    column = Column(protocol.reading, len(scores["cen"][chosen[0]]))
     for row in chosen:
         for kind in row.kinds:
             if scores[kind].needed(row):
                 column.add(row.at(kind), scores[kind][row], row.summary)
-    return column
-
-
-def score_source_loss(evidence: Evidence) -> Column:
-    """Mean nats a token of the held-out sources under each condition, what v saves against each other one, and both by
-    position."""
-    scores = Scores(evidence, CORRECTED)
-    column = Column(CORRECTED.name, len(scores[rows.NATS_OWN]))
-    for row in rows.OF_LOSSES:
-        column.add(row.key, scores[row], row.summary)
     return column
 
 
@@ -169,7 +158,7 @@ def centered_eval(evidence: Evidence) -> dict:
     """What notebook 04 keeps."""
     return {
         "protocols": _as_json({name: score(evidence, *way) for name, way in WAYS.items()}),
-        "source_loss": score_source_loss(evidence).to_json(),
+        "source_loss": score(evidence, CORRECTED, rows.OF_LOSSES).to_json(),
         "ablation": score_ablation(evidence, with_rollouts=True),
     }
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from nla_utils import baselines as ablation_module
+from nla_utils import rows
 from nla_utils.baselines import make_ablation
 from nla_utils.errors import ConfigError
-from nla_utils.evidence import part_of
 from nla_utils.protocol import ABLATED, CORRECTED, PUBLISHED, SLIPS, ablation_steps
 from nla_utils.report.tables import MOVES
-from nla_utils.scores import score_ablation, score_ceilings, score_rollouts
+from nla_utils.scores import score, score_ablation
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_what_notebook_03_has_encoded_is_not_encoded_again(scored_run, tmp_path,
 @pytest.mark.parametrize("end", [PUBLISHED, CORRECTED], ids=lambda p: p.name)
 def test_the_ends_are_the_two_protocols(steps, evidence, end):
     step = steps["in_order"]["published" if end == PUBLISHED else ABLATED[-1]]
-    scale = score_ceilings(evidence, end).values
-    column = score_rollouts(evidence, end, part_of(end)).values
+    scale = score(evidence, end, rows.OF_CEILINGS).values
+    column = score(evidence, end, rows.OF_ROLLOUTS).values
     expected = {
         "replay": scale["replay_cen_fve_mean"],
         "paraphrase_bestof8": scale["paraphrase_bestof8_cen_fve_mean"],

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from nla_extensions.tail_reader.reader import fit_reader, read_greedy
+from nla_utils import rows
 from nla_utils.baselines import make_ceilings
 from nla_utils.errors import BackboneError, ConfigError
 from nla_utils.evidence import of_ceilings
@@ -26,7 +27,7 @@ from nla_utils.lm.loading import load_backbone
 from nla_utils.protocol import CORRECTED
 from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
-from nla_utils.scores import score_ceilings
+from nla_utils.scores import score
 from nla_utils.targets import make_targets
 from nla_utils.training import train_av
 
@@ -72,10 +73,8 @@ def test_the_chain_runs(name, shard, tmp_path):
     reader = fit_reader(run, targets)
     assert read_greedy(reader, torch.from_numpy(targets.v[:2])).shape == (2, 8)
     ceilings = make_ceilings(run, targets)
-    replay = score_ceilings(of_ceilings(targets, ceilings, run.sizes.n_rollouts), CORRECTED).values[
-        "replay_cen_fve_mean"
-    ]
-    assert replay == pytest.approx(1.0, abs=1e-4)
+    scored = score(of_ceilings(targets, ceilings, run.sizes.n_rollouts), CORRECTED, rows.OF_CEILINGS)
+    assert scored.values[rows.REPLAY.cen] == pytest.approx(1.0, abs=1e-4)
     rollouts = make_rollouts(run, targets)
     assert np.isfinite(rollouts.h_bos).all()
 

@@ -31,7 +31,7 @@ def against_unrelated(v, h, pool):
 
 
 def identification(v, h, pool):
-    reciprocal = metrics.identification(h[:, 0], v)[1]
+    reciprocal = 1 / metrics.rank_of_own(h[:, 0], v)
     return reciprocal - (1 / np.arange(1, M + 1)).mean(), reciprocal - (1 / np.arange(1, M + 1)).mean()
 
 

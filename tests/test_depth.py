@@ -24,7 +24,7 @@ from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.report.results import COMMITTED, find_results, without_variants
-from nla_utils.scores import score_ceilings
+from nla_utils.scores import score
 from nla_utils.targets import load_targets
 
 LAYERS = [1, 2, 3]
@@ -45,7 +45,7 @@ def test_each_layers_numbers_are_those_of_notebook_03(reached):
         assert parents[f"targets of layer {layer}"] == targets.sha256
         ceilings = make_ceilings(own, targets)
         for protocol in PROTOCOLS:
-            expected = score_ceilings(of_ceilings(targets, ceilings, own.sizes.n_rollouts), protocol).to_json()
+            expected = score(of_ceilings(targets, ceilings, own.sizes.n_rollouts), protocol, rows.OF_CEILINGS).to_json()
             found = record["layers"][str(layer)][protocol.name]
             shared = found["ci95"].keys() & expected["ci95"].keys()
             paper = protocol.name == "published"

@@ -1,4 +1,4 @@
-"""Evidence: what it holds, that every results file follows from it alone, and that a damaged or stale one is refused."""
+"""Evidence: what it holds, that every results file is made of it alone, and that a damaged or stale one is refused."""
 
 import dataclasses
 import re
@@ -102,10 +102,10 @@ def test_targets_against_the_arrays(evidence, scored_run):
         part, v, pool_h = part_of(p), targets.v[targets.eval_rows(p)], ceilings.texts[p.name].pool_h
         scores, ks = fve_matrix(v, pool_h, targets.mu), evidence.facts["null_k"][p.name]
         assert evidence.facts["null_pool"][p.name] == len(pool_h) and ks[0] == 1 and ks[-1] == len(pool_h)
-        whole = evidence.targets(part, p.name, "null_cen")
+        whole = evidence.texts("target", part, p.name, "null_cen")
         np.testing.assert_allclose(whole, metrics.exact_k_curve(scores, ks), atol=1e-6)
         np.testing.assert_allclose(whole[:, -1], scores.max(axis=1), atol=1e-6)
-        left_out = evidence.targets(part, p.name, "null_left_out").reshape(len(v), 10, len(ks))
+        left_out = evidence.texts("target", part, p.name, "null_left_out").reshape(len(v), 10, len(ks))
         third = np.array_split(np.arange(len(pool_h)), 10)[2]
         expected = metrics.exact_k_curve(np.delete(scores, third, axis=1), ks[:3])
         np.testing.assert_allclose(left_out[:, 2, :3], expected, atol=1e-6)
@@ -113,10 +113,10 @@ def test_targets_against_the_arrays(evidence, scored_run):
         greedy = rollouts.at(targets.eval_rows(p)).h(p)[:, 0]
         own = fve_matrix(greedy, v, targets.mu)
         rank = [(row >= row[i]).sum() for i, row in enumerate(own)]
-        assert evidence.targets(part, p.name, "greedy_rank", "others").tolist() == rank
-        against = evidence.targets(part, p.name, "against", "pool")
+        assert evidence.texts("others", part, p.name, "greedy_rank").tolist() == rank
+        against = evidence.texts("pool", part, p.name, "against")
         np.testing.assert_allclose(against[3], fve_matrix(v, pool_h[3:4], targets.mu)[:, 0], atol=1e-6)
-        np.testing.assert_array_equal(evidence.targets(part, p.name, "logp", "pool"), ceilings.pool_logp)
+        np.testing.assert_array_equal(evidence.texts("pool", part, p.name, "logp"), ceilings.pool_logp)
 
 
 def test_every_text_has_its_ids_once(evidence, scored_run):
@@ -164,7 +164,7 @@ def test_notebooks_add_to_it_and_what_is_stale_goes(evidence, scored_run, tmp_pa
     assert kinds(again) == kinds(evidence) and again.made_from["centered_eval"]["rollouts"] == "d"
     anew = keep(run, "oracle_ceiling", first, {"targets": "a", "ceilings": "other"})
     assert kinds(anew) == kinds(first) and list(anew.made_from) == ["oracle_ceiling"]
-    with pytest.raises(ArtefactError, match="holds no rollout of in_sample targets read as paper"):
+    with pytest.raises(ArtefactError, match="holds no rollout of in_sample targets read as published"):
         FILES["rerank_eval"](anew)
 
 
@@ -180,9 +180,9 @@ def test_a_damaged_missing_or_foreign_file_is_refused(evidence, scored_run, tmp_
         path.write_bytes(data)
         with pytest.raises(ArtefactError, match="evidence.parquet is no evidence, or damaged"):
             load(run.folder)
-    monkeypatch.setattr(module, "VERSION", 2)
+    monkeypatch.setattr(module, "VERSION", 3)
     path.write_bytes(whole)
-    with pytest.raises(ArtefactError, match="evidence of version 1; this code reads version 2"):
+    with pytest.raises(ArtefactError, match="evidence of version 2; this code reads version 3"):
         load(run.folder)
     monkeypatch.undo()
     keep(run, "oracle_ceiling", evidence, {"targets": "of another run"})

@@ -85,19 +85,18 @@ def test_first_k_curve_ends_at_the_maximum(s):
     np.testing.assert_array_equal(metrics.first_k_curve(s, ks)[:, -1], s.max(axis=1))
 
 
-def test_pair_floor_and_nearest_other_against_loops():
+def test_scores_against_every_other_one_against_loops():
     v = np.random.default_rng(1).normal(size=(7, 4))
     for i in range(7):
         others = [naive.fve(v[i], v[j]) for j in range(7) if j != i]
-        assert metrics.pair_floor(v)[i] == pytest.approx(sum(others) / 6)
-        assert metrics.nearest_other(v)[i] == pytest.approx(max(others))
+        assert metrics.off_diagonal(metrics.fve_matrix(v, v))[i].tolist() == pytest.approx(others)
 
 
 def test_own_mean_pushes_the_floor_below_one_half():
     """Slip self_mu: with μ the mean of the very targets compared, pairs lean apart by 1/(M−1)."""
     v = np.random.default_rng(2).normal(size=(8, 500))
-    assert metrics.pair_floor(v, v.mean(axis=0)).mean() == pytest.approx(0.5 - 0.5 / 7, abs=0.01)
-    assert metrics.pair_floor(v, np.zeros(500)).mean() == pytest.approx(0.5, abs=0.01)
+    for mu, expected in ((v.mean(axis=0), 0.5 - 0.5 / 7), (np.zeros(500), 0.5)):
+        assert metrics.off_diagonal(metrics.fve_matrix(v, v, mu)).mean() == pytest.approx(expected, abs=0.01)
 
 
 def test_the_chance_of_a_rank_is_that_of_counting_all_orders():
@@ -145,11 +144,9 @@ def test_bootstrap_coverage():
 def test_identification_of_itself_and_of_noise():
     rng = np.random.default_rng(5)
     v = rng.normal(size=(50, 20))
-    hits, reciprocal = metrics.identification(v, v)
-    assert hits.all() and (reciprocal == 1).all()
-    hits, _ = metrics.identification(rng.normal(size=(50, 20)), v)
-    assert hits.mean() < 0.2
-    assert metrics.identification(v, np.tile(v[:1], (50, 1)))[0].sum() == 0
+    assert (metrics.rank_of_own(v, v) == 1).all()
+    assert (metrics.rank_of_own(rng.normal(size=(50, 20)), v) == 1).mean() < 0.2
+    assert not (metrics.rank_of_own(v, np.tile(v[:1], (50, 1))) == 1).any()
 
 
 def test_rho_at_floor_and_ceiling():

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from nla_utils import rows
-from nla_utils.scores import score_source_loss
+from nla_utils.evidence import of_losses
+from nla_utils.protocol import CORRECTED
+from nla_utils.scores import score
 from nla_utils.training import load_av, pair_loss
 from nla_utils.verbalizer import (
     CONDITIONS,
@@ -57,7 +59,7 @@ def test_a_verbalizer_that_cannot_see_v_saves_nothing(tiny_run):
     av = ActivationVerbalizer.fresh(run.backbone)
     torch.nn.init.zeros_(av.proj.weight)
     pairs = published_pairs(run.backbone, targets, targets.held_out, 64)
-    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, n_others=3).nats)
+    column = score(of_losses(source_loss(run.backbone, av, targets, pairs, n_others=3)), CORRECTED, rows.OF_LOSSES)
     for row in rows.NATS_GAINED[:2]:
         assert column.values[row.key] == pytest.approx(0, abs=1e-5)
 
@@ -72,7 +74,8 @@ def test_a_text_that_v_alone_decides_is_read(gemma_run):
         optimizer.zero_grad()
         pair_loss(backbone, av, torch.from_numpy(targets.v[chosen]), texts).backward()
         optimizer.step()
-    column = score_source_loss(source_loss(backbone, av, targets, TextPairs(chosen, texts, 0, 0), n_others=3).nats)
+    loss = source_loss(backbone, av, targets, TextPairs(chosen, texts, 0, 0), n_others=3)
+    column = score(of_losses(loss), CORRECTED, rows.OF_LOSSES)
     assert column.values[rows.NATS_GAINED[0].key] > 0.5
     by_position = column.values["nats_by_position"]
     assert by_position["other"][0] - by_position["own"][0] > 0.5

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from nla_utils import baselines as ceilings_module
+from nla_utils import rows
 from nla_utils.baselines import PROMPT, prompt_ids
 from nla_utils.config import TAIL_LENGTHS
 from nla_utils.encoding import re_encode
-from nla_utils.evidence import part_of
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PROTOCOLS, PUBLISHED
-from nla_utils.scores import score_ceilings, score_k_curve, score_rollouts
+from nla_utils.scores import score
 from nla_utils.store import RunFolder
 from nla_utils.training import History, load_av
 from nla_utils.verbalizer import make_split, published_pairs
@@ -26,7 +26,7 @@ BY_NAME = {p.name: p for p in PROTOCOLS}
 @pytest.fixture
 def columns(evidence):
     return {
-        p.name: (score_ceilings(evidence, p), score_rollouts(evidence, p, part_of(p)), score_k_curve(evidence, p))
+        p.name: [score(evidence, p, chosen) for chosen in (rows.OF_CEILINGS, rows.OF_ROLLOUTS, rows.OF_RERANKS)]
         for p in PROTOCOLS
     }
 

@@ -24,7 +24,7 @@ from nla_utils.evidence import of_ceilings
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PUBLISHED
 from nla_utils.run import Run
-from nla_utils.scores import CeilingScores, Column
+from nla_utils.scores import Column, Scores
 from nla_utils.store import Progress
 from nla_utils.targets import Targets, load_targets, sequences_hash
 
@@ -79,6 +79,13 @@ def _texts(targets: Targets, paraphrases: Paraphrases) -> dict[str, list[list[in
     }
 
 
+# Beside the tails.
+SHOWN = (
+    *(rows.CONSTANT_MU, rows.REPLAY, rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8, rows.RETRIEVAL),
+    rows.PARAPHRASE_MINUS_UNRELATED,
+)
+
+
 def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: int) -> Column:
     m = targets.n_eval
     tails = h["tail"].reshape(m, len(TAIL_LENGTHS), -1)
@@ -86,17 +93,14 @@ def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: in
     # Behind BOS a target's text re-encodes to its own v.
     texts = EncodedTexts(h["replay"], paraphrases, tails, targets.v[targets.unevaluated], drawn)
     evidence = of_ceilings(targets, Ceilings({CORRECTED.name: texts}, {}), k)
-    scores, raw = (CeilingScores(evidence, CORRECTED, kind) for kind in ("cen", "raw"))
+    raw, cen = (Scores(evidence, CORRECTED, kind) for kind in ("raw", "cen"))
     column = Column("corrected", m)
     column.put("mu_norm", evidence.facts["mu_norm"]["pool"])
-    column.add(rows.FLOOR.raw, raw.floor)
-    column.add(rows.CONSTANT_MU.key, evidence.targets("held_out", CORRECTED.name, "constant_mu"))
-    for row in (rows.REPLAY, *rows.TAILS.values(), rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8):
-        column.add(row.cen, row.values(scores))
-    column.add(rows.RETRIEVAL.cen, scores.nearest)
-    column.add(rows.UNRELATED.cen, evidence.null("held_out", CORRECTED.name, "cen", [k])[:, 0])
-    column.difference(rows.PARAPHRASE.cen, rows.UNRELATED_8.cen)
-    column.difference(rows.TAILS[8].cen, rows.RETRIEVAL.cen)
+    column.add(rows.FLOOR.raw, raw[rows.FLOOR])
+    for row in (*SHOWN, *rows.TAILS.values(), rows.minus(rows.TAILS[8], rows.RETRIEVAL)):
+        column.add(row.cen, cen[row])
+    # No rollouts are drawn here that the best of K could be told from.
+    column.add(rows.UNRELATED.cen, cen.look_up("null", "cen")[k])
     return column
 
 

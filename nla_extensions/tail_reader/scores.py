@@ -15,12 +15,12 @@ from nla_extensions.tail_reader.rollouts import ReaderRollouts
 from nla_utils import metrics, rows
 from nla_utils.baselines import Ceilings, ProbeTexts
 from nla_utils.config import cache_dir
-from nla_utils.evidence import Evidence, Scorer, of_ceilings, of_rollouts, part_of
+from nla_utils.evidence import Evidence, Scorer, of_ceilings, of_rollouts
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import check_hash, download_wheels, read_member
 from nla_utils.protocol import CORRECTED, Protocol
 from nla_utils.rollouts import Rollouts
-from nla_utils.scores import Column, score_ceilings, score_rollouts
+from nla_utils.scores import Column, Scores, score
 from nla_utils.targets import Targets
 
 SENTENCE_BATCH = 64
@@ -90,26 +90,26 @@ def score_reader(
     ``corrected`` also holds the guided search and the distance to the tail oracles of 4 and 8 tokens.
     """
     chosen = targets.eval_rows(protocol)
-    column = score_rollouts(evidence, protocol, part_of(protocol))
+    column = score(evidence, protocol, rows.OF_ROLLOUTS)
     scorer = Scorer(targets.v[chosen], targets.v[targets.pool], targets.mu)
     own = scorer.own(av.at(chosen).h(protocol))
     for (name, row), theirs in zip(COMPARED, (own[:, 0], own[:, 1:].max(axis=1))):
         column.add(f"reader_minus_av_cen_{name}", column.per_target[row.cen] - theirs)
     if protocol == CORRECTED:
-        _add_oracles(column, scorer, reader, score_ceilings(evidence, protocol))
+        _add_oracles(column, scorer, reader, Scores(evidence, protocol))
     return column
 
 
-def _add_oracles(column: Column, scorer: Scorer, reader: ReaderRollouts, ceilings: Column) -> None:
-    mine, oracle = column.per_target, {n: ceilings.per_target[row.cen] for n, row in rows.TAILS.items()}
+def _add_oracles(column: Column, scorer: Scorer, reader: ReaderRollouts, centred: Scores) -> None:
+    mine, oracle = column.per_target, {n: centred[row] for n, row in rows.TAILS.items()}
     column.add("guided_cen_mean", scorer.own(reader.guided.h))
     column.put("guided_forward_tokens", int(reader.guided.spent[-1]))
     column.add("guided_minus_bestofK", mine["guided_cen_mean"] - mine[rows.BEST.cen])
     column.add("guided_minus_tail_oracle_8", mine["guided_cen_mean"] - oracle[8])
     column.add("bestofK_minus_tail_oracle_4", mine[rows.BEST.cen] - oracle[4])
-    hits, reciprocal = metrics.identification(reader.guided.h, scorer.v, scorer.mu)
-    column.add("guided_identification_top1", hits)
-    column.add("guided_identification_mrr", reciprocal)
+    rank = metrics.rank_of_own(reader.guided.h, scorer.v, scorer.mu)
+    column.add("guided_identification_top1", rank == 1)
+    column.add("guided_identification_mrr", 1 / rank)
 
 
 def compute_curves(targets: Targets, av: Rollouts, reader: ReaderRollouts) -> dict[str, list[dict]]:

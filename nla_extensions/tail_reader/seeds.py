@@ -93,7 +93,7 @@ def score_claims(backbone: Backbone, targets: Targets, claims: Artefact) -> Colu
     column.difference("greedy", "nn_retrieval")
     column.difference("bestofK", "tail_oracle_4")
     column.difference("guided", "tail_oracle_8")
-    hits, _ = metrics.identification(claims.tensors["greedy_h"], scorer.v, scorer.mu)
-    column.add("identification_top1", hits)
+    rank = metrics.rank_of_own(claims.tensors["greedy_h"], scorer.v, scorer.mu)
+    column.add("identification_top1", rank == 1)
     column.put("identification_chance_top1", 1 / len(sources))
     return column

@@ -12,10 +12,11 @@ from nla_extensions.training_study.variants import TRAINED, Variant, variants
 from nla_utils import rows
 from nla_utils.encoding import re_encode
 from nla_utils.errors import ConfigError
+from nla_utils.evidence import of_losses
 from nla_utils.metrics import fve_matrix
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
-from nla_utils.scores import Column, score_source_loss
+from nla_utils.scores import Column, score
 from nla_utils.store import arrays_hash, json_hash, read_record, write_record
 from nla_utils.targets import Targets, embedding_norm
 from nla_utils.training import Recipe, Trainer, batches_of_epoch, greedy_rollouts, load_av
@@ -111,7 +112,7 @@ def held_out_pairs(run: Run, targets: Targets) -> TextPairs:
 
 def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs) -> Column:
     """Nats of the pairs' texts by what stands in the slot, and the greedy texts' scores against own and other targets."""
-    column = score_source_loss(source_loss(run.backbone, av, targets, pairs, N_OTHERS).nats)
+    column = score(of_losses(source_loss(run.backbone, av, targets, pairs, N_OTHERS)), CORRECTED, rows.OF_LOSSES)
     v_Md, m = targets.v[pairs.rows], len(pairs.rows)
     # As long as the texts can be: short sources are not to be compared with long texts.
     longest = max(map(len, pairs.ids))

@@ -189,7 +189,7 @@ def rho(results: RunResults, protocol: str, row: Row) -> str:
     may be zero."""
     scale = results.column(rows.CEILING_FILE, protocol)
     if protocol == "published":
-        divisor = f"{results.spec.ceiling}_cen_fve_mean"
+        divisor = rows.RHO_CEILINGS[results.spec.ceiling].cen
     else:
         divisor = (rows.PARAPHRASE_ALL if row in rows.RHO_OF_ONE else rows.PARAPHRASE).cen
     (low, _), (_, floor) = scale["ci95"][divisor], scale["ci95"][rows.FLOOR.cen]
