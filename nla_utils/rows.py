@@ -126,8 +126,8 @@ NN_LARGE_POOL = _ceiling("NN in the large pool", "nn_large_pool", ("nearest",))
 PARAPHRASE = _ceiling("paraphrase best-of-8", "paraphrase_bestof8", ("paraphrase",), _max, "paraphrase_best_of_8")
 PARAPHRASE_ALL = _ceiling("paraphrase, all", "paraphrase_all", ("paraphrase",), _mean, "paraphrase_all")
 # Against the pool, or against the other targets.
-PAIRS = ("self_mu", ("pair_floor",))
-FLOOR = _ceiling("random floor", "random_floor", ("floor",), path="random_floor", under=PAIRS)
+OTHER_TARGETS = ("self_mu", ("pair_floor",))
+FLOOR = _ceiling("random floor", "random_floor", ("floor",), path="random_floor", under=OTHER_TARGETS)
 UNRELATED_8 = _ceiling(
     "unrelated text best-of-8", "unrelated_text_bestof8", ("null",), lambda null: null[N_PARAPHRASES], control=True
 )
@@ -138,31 +138,21 @@ CEILINGS = (REPLAY, NN_IN_POOL, NN_LARGE_POOL, PARAPHRASE, PARAPHRASE_ALL, FLOOR
 GAP = minus(PARAPHRASE, FLOOR, key="gap_{kind}", published_path="ceilings.gap_{kind}")
 PARAPHRASE_MINUS_UNRELATED = minus(PARAPHRASE, UNRELATED_8)
 OF_CEILINGS = (
-    *CEILINGS,
-    GAP,
-    PARAPHRASE_MINUS_UNRELATED,
+    *(*CEILINGS, GAP, PARAPHRASE_MINUS_UNRELATED),
     _fact("replay_{kind}_fve_p50", (REPLAY,), np.nanmedian),
     _fact("mu_norm", ("mu_norm",), under=("self_mu", ("own_mu_norm",))),
     *(_fact(key, (key,)) for key in ("mu_of", "unrelated_text_pool_size")),
 )
 # Replay of the same targets in other readings, centred by μ of the pool.
-_LABELS = (
-    "as published",
-    "last token from the mask",
-    "sampled ids, no BOS",
-    "text behind BOS",
-    "sampled ids behind BOS",
-)
+_OF_IDS = ("sampled ids, no BOS", "text behind BOS", "sampled ids behind BOS")
 LADDER = tuple(
     Row(label, f"replay_cen_{step.reading}", (REPLAY,), file=CEILING_FILE)
-    for label, step in zip(_LABELS, protocol.LADDER)
+    for label, step in zip(("as published", "last token from the mask", *_OF_IDS), protocol.LADDER)
 )
 
 GREEDY = Row("greedy", "adapter_{kind}_greedy_mean", ("rollout",), _column(0), "centred_eval.greedy.{kind}")
 SAMPLED = Row("sampled (mean)", "adapter_{kind}_sampled_mean", (DRAWS,), _mean, "centred_eval.sampled_mean.{kind}")
 BEST = Row("best-of-K", "adapter_{kind}_bestofK_mean", (DRAWS,), _max, "centred_eval.best_of_k.{kind}")
-
-
 TOP_5 = Row("mean of the best 5", "adapter_{kind}_top5_mean", (DRAWS,), _top, "centred_eval.top5_of_k.{kind}")
 RETRIEVAL = Row("NN-retrieval", "nn_retrieval_{kind}_mean", ("nearest",), _same, "centred_eval.nn_retrieval.{kind}")
 # Each target against the pool, or all ordered pairs of the pool's first 512.
@@ -209,10 +199,8 @@ RANK_MINUS_CHANCE = minus(
     RECIPROCAL_RANK, CHANCE, label="mean reciprocal rank − chance", key="greedy_identification_mrr_minus_chance"
 )
 OF_ANY_TARGETS = (
-    *EVALUATION,
-    CONSTANT_MU,
-    *PAIRED,
-    *(GREEDY_MINUS_PROBE, IDENTIFIED, RECIPROCAL_RANK, RANK_MINUS_CHANCE, CHANCE),
+    *(*EVALUATION, CONSTANT_MU, *PAIRED, GREEDY_MINUS_PROBE),
+    *(IDENTIFIED, RECIPROCAL_RANK, RANK_MINUS_CHANCE, CHANCE),
     _fact("identification_chance_top1", ("greedy_rank",), lambda rank: 1 / len(rank)),
     _fact("shorter_than_limit_share", ("tokens", "T"), lambda n, t: (n[:, 1:] < t).mean()),
     *(_fact(key, (key,)) for key in ("K", "pool_size", "mu_norm", "unrelated_text_pool_size", "probe_length")),
@@ -375,15 +363,16 @@ def _slope(curve: pd.DataFrame) -> tuple[float, Optional[list[float]]]:
     return slope, metrics.interval(slopes_R)
 
 
-_of_curve, STATED = partial(_rerank, summary=_slope), "k_curve.stated_slope_per_doubling_cen"
-SLOPE = _of_curve("slope per doubling of K", "slope_per_doubling_{kind}", (CURVE,), _same, STATED)
-SLOPE_UNRELATED = _of_curve(
+_slope_row = partial(_rerank, summary=_slope)
+STATED = "k_curve.stated_slope_per_doubling_cen"
+SLOPE = _slope_row("slope per doubling of K", "slope_per_doubling_{kind}", (CURVE,), _same, STATED)
+SLOPE_UNRELATED = _slope_row(
     "slope of unrelated text", "slope_per_doubling_unrelated_text_{kind}", (CURVE_UNRELATED,), control=True
 )
-SLOPE_OTHERS = _of_curve(
+SLOPE_OTHERS = _slope_row(
     "slope of other targets' rollouts", "slope_per_doubling_shuffled_v_cen", (CURVE_OTHERS,), control=True
 )
-SLOPE_MINUS_UNRELATED = _of_curve(
+SLOPE_MINUS_UNRELATED = _slope_row(
     "slope − slope of unrelated text",
     "slope_per_doubling_{kind}_minus_unrelated_text",
     (CURVE, CURVE_UNRELATED),
@@ -392,18 +381,18 @@ SLOPE_MINUS_UNRELATED = _of_curve(
 SLOPES = (SLOPE, SLOPE_UNRELATED, SLOPE_OTHERS, SLOPE_MINUS_UNRELATED)
 
 
-def _of_line(row: Row, name: str, i: int) -> Row:
+def _line_row(row: Row, name: str, i: int) -> Row:
     """Intercept (1) or R² (2) of the line whose slope a row is."""
     return replace(row, key=f"{row.key}_{name}", published_path="", summary=lambda curve: (_line(curve)[i], None))
 
 
-SLOPE_R_SQUARED = replace(_of_line(SLOPE, "r2", 2), label="R² of the mean curve")
+SLOPE_R_SQUARED = replace(_line_row(SLOPE, "r2", 2), label="R² of the mean curve")
 OF_RERANKS = (
     *RERANKS,
     *(ANCHOR_MINUS_GREEDY, MEAN_LOGP, CURVE, CURVE_FIRST, CURVE_EXACT, CURVE_UNRELATED, CURVE_OTHERS),
     *SLOPES,
-    *(_of_line(row, "intercept", 1) for row in SLOPES),
-    *(_of_line(row, "r2", 2) for row in SLOPES),
+    *(_line_row(row, "intercept", 1) for row in SLOPES),
+    *(_line_row(row, "r2", 2) for row in SLOPES),
     _fact("ks", ("K",), metrics.k_values),
     *(_fact(key, (key,)) for key in ("K", "unrelated_text_pool_size")),
 )
