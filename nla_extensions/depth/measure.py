@@ -79,13 +79,6 @@ def _texts(targets: Targets, paraphrases: Paraphrases) -> dict[str, list[list[in
     }
 
 
-# Beside the tails.
-SHOWN = (
-    *(rows.CONSTANT_MU, rows.REPLAY, rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8, rows.RETRIEVAL),
-    rows.PARAPHRASE_MINUS_UNRELATED,
-)
-
-
 def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: int) -> Column:
     m = targets.n_eval
     tails = h["tail"].reshape(m, len(TAIL_LENGTHS), -1)
@@ -97,9 +90,11 @@ def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: in
     column = Column("corrected", m)
     column.put("mu_norm", evidence.facts["mu_norm"]["pool"])
     column.add(rows.FLOOR.raw, raw[rows.FLOOR])
-    for row in (*SHOWN, *rows.TAILS.values(), rows.minus(rows.TAILS[8], rows.RETRIEVAL)):
+    found = (rows.CONSTANT_MU, rows.REPLAY, rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8, rows.RETRIEVAL)
+    differences = (rows.PARAPHRASE_MINUS_UNRELATED, rows.minus(rows.TAILS[8], rows.RETRIEVAL))
+    for row in (*found, *rows.TAILS.values(), *differences):
         column.add(row.cen, cen[row])
-    # No rollouts are drawn here that the best of K could be told from.
+    # The evidence does not say K: there are no rollouts here.
     column.add(rows.UNRELATED.cen, cen.look_up("null", "cen")[k])
     return column
 

@@ -50,7 +50,7 @@ HEADLINE = (
     (rows.LOGP_RERANK, "cen"),
     (rows.ANCHOR_RERANK, "cen"),
 )
-MU_NORM = Row("‖μ‖", "mu_norm", "centred_eval.mu_norm")
+MU_NORM = Row("‖μ‖", "mu_norm", published_path="centred_eval.mu_norm")
 SIDE_BY_SIDE = (
     (MU_NORM, ""),
     (rows.FLOOR, "raw"),
@@ -61,7 +61,7 @@ SIDE_BY_SIDE = (
     (rows.GAP, "cen"),
     (rows.GREEDY, "cen"),
     (rows.BEST, "cen"),
-    (Row("K", "K", "centred_eval.K"), ""),
+    (Row("K", "K", published_path="centred_eval.K"), ""),
     (rows.RETRIEVAL, "cen"),
     (rows.SLOPE, "cen"),
     (rows.SPEARMAN, ""),
