@@ -24,10 +24,10 @@ class Column:
         self.ci95: dict[str, object] = {}
         self.per_target: dict[str, np.ndarray] = {}
 
-    def add(self, key: str, values_M: np.ndarray, summary: Callable = metrics.mean) -> None:
-        """Add a mean over targets, NaN rows left out, or another ``summary``."""
-        self.per_target[key] = values_M
-        self.put(key, *summary(values_M))
+    def add(self, key: str, values_M: np.ndarray) -> None:
+        """Add a mean over targets; NaN rows are left out."""
+        self.per_target[key] = np.asarray(values_M, dtype=np.float64)
+        self.put(key, *metrics.mean(values_M))
 
     def put(self, key: str, value: object, ci95: object = None) -> None:
         """Add a number as it is, with its interval if it has one."""
@@ -122,8 +122,12 @@ def score(evidence: Evidence, protocol: Protocol, chosen: Sequence[rows.Row], pa
     column = Column(protocol.reading, len(scores["cen"][chosen[0]]))
     for row in chosen:
         for kind in row.kinds:
-            if scores[kind].needed(row):
-                column.add(row.at(kind), scores[kind][row], row.summary)
+            if not scores[kind].needed(row):
+                continue
+            if row.summary is metrics.mean:
+                column.add(row.at(kind), scores[kind][row])
+            else:
+                column.put(row.at(kind), *row.summary(scores[kind][row]))
     return column
 
 
