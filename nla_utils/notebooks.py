@@ -160,15 +160,11 @@ def disk_of_run(config: RunConfig, d: int) -> int:
 
 
 def is_cached(folder: RunFolder, stage: Stage) -> bool:
-    """Whether a stage can be skipped: its artefacts load, its results were made from them, its executed notebook is
-    there. Raises ``ArtefactError`` for what is broken or of another run."""
-    if stage.results is None or not folder.file(f"executed/{stage.name}.ipynb").exists():
+    """Whether a stage can be skipped: its artefacts, its executed notebook and results made from them are there.
+    Raises ``ArtefactError`` for what is of another run."""
+    if stage.results is None or not all(folder.has(name) for name in stage.artefacts):
         return False
-    if not all(folder.has(name) for name in stage.artefacts):
-        return False
-    for name in stage.artefacts:
-        folder.load(name)
-    if not folder.file(f"results/{stage.results}.json").exists():
+    if not all(folder.file(f).exists() for f in (f"executed/{stage.name}.ipynb", f"results/{stage.results}.json")):
         return False
     made_from = folder.read_results(stage.results)["made_from"]
     if stage.results in EVIDENCED and not is_kept(folder, stage.results, made_from):
