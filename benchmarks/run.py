@@ -22,13 +22,14 @@ from clock import now, peak_memory
 
 from nla_utils.baselines import continue_prompts, prompt_ids
 from nla_utils.config import BATCH_SIZE, N_PARAPHRASES, ROOT, Profile, RunConfig
+from nla_utils.encoding import read
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.cpu import has_bfloat16
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
-from nla_utils.protocol import CORRECTED
+from nla_utils.protocol import CORRECTED, PROTOCOLS
 from nla_utils.report.tables import markdown
-from nla_utils.rollouts import published_logprobs, roll_out
+from nla_utils.rollouts import published_logprobs
 from nla_utils.run import Run, open_run
 from nla_utils.store import code_version, library_versions, write_json
 from nla_utils.targets import draw_chunk
@@ -133,9 +134,11 @@ def compare_stages(run: Run) -> tuple[list[dict], dict[str, Callable[[], int]]]:
 
     def ours_evaluation() -> int:
         # One set of rollouts for 04 and 05, encoded both ways, with both kinds of log-probability.
-        part = roll_out(backbone, av, v[:15], settings, K, row_streams(2, "benchmark", range(15), K + 1))
-        published_logprobs(backbone, av, v[:15], part, np.ones(15, dtype=bool))
-        return int(part["lengths"].sum())
+        v_Md = v[:15].cpu().numpy()
+        texts = av.write(backbone, v_Md, K, settings, row_streams(2, "benchmark", range(15), K + 1))
+        read(backbone, texts, *PROTOCOLS)
+        published_logprobs(backbone, av, v_Md, texts, np.ones(15, dtype=bool))
+        return int(texts.lengths.sum())
 
     def reference_evaluation() -> int:
         h = reference.roll_out_and_score(library, av, v[:1], K)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from nla_utils import rows
-from nla_utils.baselines import make_ablation, make_ceilings, make_probe
+from nla_utils.baselines import make_ceilings, make_probe
 from nla_utils.evidence import of_ceilings, of_rollouts
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.rollouts import make_rollouts
@@ -47,11 +47,10 @@ def run_stages(run: Run) -> dict[str, float]:
     targets = timed("01 targets", make_targets, run)
     timed("02 training", train_av, run, targets)
     ceilings = timed("03 ceilings", make_ceilings, run, targets)
-    ablation = timed("03 slip by slip", make_ablation, run, targets, ceilings)
     rollouts = timed("04 rollouts", make_rollouts, run, targets)
     probe = timed("04 probe", make_probe, run, targets)
     started = now(run.backbone.device)
-    evidence = of_ceilings(targets, ceilings, rollouts.k, ablation) | of_rollouts(targets, rollouts, ceilings, probe)
+    evidence = of_ceilings(targets, ceilings, rollouts.k) | of_rollouts(targets, rollouts, ceilings, probe)
     for protocol in PROTOCOLS:
         for chosen in (rows.OF_CEILINGS, rows.OF_ROLLOUTS, rows.OF_RERANKS):
             score(evidence, protocol, chosen).to_json()

@@ -1,12 +1,12 @@
-"""What text can reach at all: replay, paraphrase, tail oracle, and the texts of the null (PROTOCOL.md §5, §8).
+"""What text can reach at all: replay, last tokens, paraphrase, probe, and the texts of the null (PROTOCOL.md §5, §8).
 
-Everything that needs the model happens here; :mod:`nla_utils.scores` makes scores from the arrays.
+Each is a way to write texts for targets; the slip-by-slip ablation is a loop over the ways to read them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Mapping, Optional, Sequence
+from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -21,19 +21,19 @@ from nla_utils.config import (
     VALIDATION_SHARE,
     RunConfig,
 )
-from nla_utils.encoding import TEXT_BATCH, nats_per_token, re_encode
+from nla_utils.encoding import TEXT_BATCH, TEXTS_FORMAT, Texts, load_texts, nats_per_token, read, save_texts
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import Samples, SamplingSettings, pad, row_streams, sample
-from nla_utils.protocol import CORRECTED, LADDER, PROTOCOLS, PUBLISHED, Protocol, ablation_steps
-from nla_utils.rollouts import rows_at
+from nla_utils.protocol import PROTOCOLS, PUBLISHED, READINGS, Protocol
 from nla_utils.run import Run
-from nla_utils.store import SPECS, Artefact, ChunkStore, Progress, derive_seed, json_hash, require_disk
+from nla_utils.store import SPECS, ChunkStore, Progress, derive_seed, json_hash, require_disk
 from nla_utils.targets import Targets
 
 CEILINGS = "ceilings"
 PROMPT = "Paraphrase the following text using different words but the same meaning.\n\nText: {text}\n\nParaphrase:"
 
 SPECS[CEILINGS] = lambda config: {
+    **TEXTS_FORMAT,
     "n_eval": config.sizes.n_eval,
     "pool": [config.sizes.pool_size, POOL_TEXTS],
     "text_batch": TEXT_BATCH,
@@ -41,129 +41,67 @@ SPECS[CEILINGS] = lambda config: {
     "paraphrase_sampling": _paraphrase_settings(config).record(),
     "prompt": PROMPT,
     "tail_lengths": TAIL_LENGTHS,
-    "readings": [[p.name, *sorted(p.slips)] for p in (*PROTOCOLS, *LADDER)],
+    "readings": {kind: [[name, *sorted(p.slips)] for name, p in of.items()] for kind, of in READINGS.items()},
 }
 
 
-@dataclass
-class Paraphrases:
-    """8 paraphrases of each of M targets: ``ids`` (8 M, T), ``lengths`` (8 M,), and ``logp`` (8 M,), their mean token
-    log-probability under the distribution that was sampled."""
+def make_ceilings(run: Run, targets: Targets) -> dict[str, Texts]:
+    """All that notebook 03 scores, or what is on disk: texts by :meth:`~nla_utils.protocol.Protocol.texts`, each as every
+    protocol of :data:`~nla_utils.protocol.READINGS` reads it, and the ``pool``'s.
 
-    ids: np.ndarray
-    lengths: np.ndarray
-    logp: np.ndarray
-
-    @property
-    def sequences(self) -> list[list[int]]:
-        """Token ids of each, targets in order."""
-        return [row[:n].tolist() for row, n in zip(self.ids, self.lengths)]
-
-    def named(self, prefix: str) -> dict[str, np.ndarray]:
-        """The arrays by the names they are kept under."""
-        return {f"{prefix}{f.name}": getattr(self, f.name) for f in fields(self)}
-
-
-@dataclass
-class EncodedTexts:
-    """One protocol's texts, re-encoded as it does: ``replay`` (M, d), ``paraphrase`` (M, 8, d), ``tail``
-    (M, len(TAIL_LENGTHS), d), the null's ``pool_h`` (P, d); and the paraphrases as they were ``drawn``."""
-
-    replay: np.ndarray
-    paraphrase: np.ndarray
-    tail: np.ndarray
-    pool_h: np.ndarray
-    drawn: Paraphrases
-
-
-@dataclass
-class Ceilings:
-    """All that notebook 03 encodes: the texts of both protocols by name, and the replay ladder's (M, d) by reading.
-
-    ``pool_logp``: mean log-probability a token of the pool's first 256 texts behind the start token, no v in sight."""
-
-    texts: Mapping[str, EncodedTexts]
-    ladder: Mapping[str, np.ndarray]
-    sha256: str = ""
-    pool_logp: Optional[np.ndarray] = None
-
-    @classmethod
-    def of(cls, artefact: Artefact) -> "Ceilings":
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {k.removeprefix(f"{prefix}."): a for k, a in artefact.tensors.items() if k.startswith(f"{prefix}.")}
-
-        drawn = {p.name: Paraphrases(**part(f"{p.name}.drawn")) for p in PROTOCOLS}
-        names = ("replay", "paraphrase", "tail", "pool_h")
-        texts = {p: EncodedTexts(*(artefact.tensors[f"{p}.{n}"] for n in names), drawn=d) for p, d in drawn.items()}
-        return cls(texts, part("ladder"), artefact.sha256, artefact.tensors["pool_logp"])
-
-
-def make_ceilings(run: Run, targets: Targets) -> Ceilings:
-    """Encode all that notebook 03 scores, or load it if it is finished."""
+    The null's texts behind BOS are not among them: there a target's text reads as its own v. ``logp`` ``alone`` of the
+    pool's first 256 is the mean log-probability a token behind the start token, no v in sight.
+    """
     if run.folder.has(CEILINGS):
         return load_ceilings(run)
     backbone, sizes = run.backbone, run.sizes
-    require_disk(run.folder.path, 2 * (sizes.n_targets + sizes.n_eval * 40) * backbone.d * 4)
-    tensors: dict[str, np.ndarray] = {}
-    with Progress(total=6, desc="ceilings", unit="part") as bar:
-        for protocol in PROTOCOLS:
-            rows, name = targets.eval_rows(protocol), protocol.name
-            drawn = draw_paraphrases(run, targets, rows, protocol)
-            h_nd = re_encode(backbone, drawn.sequences, protocol)
-            tensors[f"{name}.paraphrase"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
-            tensors |= drawn.named(f"{name}.drawn.")
-            bar.update()
-            tensors[f"{name}.replay"] = re_encode(backbone, targets.sequences(rows), protocol)
-            tails = re_encode(backbone, tail_ids(targets, rows), protocol.on_ids)
-            tensors[f"{name}.tail"] = tails.reshape(len(rows), len(TAIL_LENGTHS), -1)
-            bar.update()
-        tensors["published.pool_h"] = re_encode(backbone, targets.sequences(targets.pool), PUBLISHED.on_ids)
-        # Behind BOS a target's text re-encodes to its own v, so every one that is not evaluated costs nothing.
-        # The pool comes first among them.
-        tensors["corrected.pool_h"] = targets.v[targets.unevaluated]
-        nats = nats_per_token(backbone, targets.sequences(targets.pool[:POOL_TEXTS]))
-        tensors["pool_logp"] = -nats.astype(np.float32)
-        bar.update()
-        ladder = _ladder(backbone, targets, tensors["published.replay"])
-        tensors |= {f"ladder.{reading}": h_Md for reading, h_Md in ladder.items()}
-        bar.update()
-    return Ceilings.of(run.folder.save(CEILINGS, tensors, made_from={"targets": targets.sha256}))
+    require_disk(run.folder.path, 2 * (sizes.pool_size + sizes.n_eval * 104) * backbone.d * 4)
+    pool = read(backbone, sources(targets, targets.pool, "pool"), PUBLISHED)
+    texts, pool.logp["alone"] = {"pool": pool}, np.full(pool.lengths.shape, np.nan, dtype=np.float32)
+    pool.logp["alone"][:POOL_TEXTS, 0] = -nats_per_token(backbone, pool.sequences[:POOL_TEXTS])
+    asked = [(kind, protocol) for kind, protocols in READINGS.items() for protocol in protocols.values()]
+    for kind, protocol in Progress(asked, desc="ceilings", unit="reading"):
+        name = protocol.texts(kind)
+        if name not in texts:
+            texts[name] = WRITERS[kind](run, targets, targets.eval_rows(protocol), protocol)
+        read(backbone, texts[name], protocol)
+    save_texts(run.folder, CEILINGS, texts, made_from={"targets": targets.sha256})
+    return texts
 
 
-def load_ceilings(run: Run) -> Ceilings:
-    """Ceilings made by notebook 03; raises ``ArtefactError`` if they are missing, of another run or broken."""
-    return Ceilings.of(run.folder.load(CEILINGS))
+def load_ceilings(run: Run) -> dict[str, Texts]:
+    """Ceilings made by notebook 03; raises as :func:`~nla_utils.encoding.load_texts` does."""
+    return load_texts(run.folder, CEILINGS)
 
 
-def _ladder(backbone: Backbone, targets: Targets, published: np.ndarray) -> dict[str, np.ndarray]:
-    """Replay (M, d) of the paper's own targets by the readings of :data:`LADDER`, the first of which is there."""
-    own = targets.sequences(targets.in_sample)
-    return {PUBLISHED.name: published} | {p.reading: re_encode(backbone, own, p) for p in LADDER if p != PUBLISHED}
+def sources(targets: Targets, rows: np.ndarray, kind: str = "source") -> Texts:
+    """The targets' own texts."""
+    return Texts(kind, rows, targets.ids[rows][:, None], targets.lengths[rows][:, None])
 
 
-def tail_ids(targets: Targets, rows: np.ndarray) -> list[list[int]]:
-    """The source's own last n tokens, target by target, n as in ``TAIL_LENGTHS``."""
-    return [targets.sequence(i)[-n:] for i in rows for n in TAIL_LENGTHS]
+def tails(targets: Targets, rows: np.ndarray) -> Texts:
+    """The source's own last n tokens, n as in ``TAIL_LENGTHS``."""
+    return Texts.of("tail", rows, [targets.sequence(i)[-n:] for i in rows for n in TAIL_LENGTHS])
 
 
 def _paraphrase_settings(config: RunConfig) -> SamplingSettings:
     return SamplingSettings(max_new_tokens=config.sizes.max_new_tokens, top_p=0.95)
 
 
-def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Protocol) -> Paraphrases:
-    """8 paraphrases per target, targets in order; what any run beside this one has drawn is taken.
+def paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Protocol) -> Texts:
+    """8 paraphrases per target; what any run beside this one has drawn is taken.
 
-    Prompts are padded on the left and begin with the start token where ``left_prompts``, else as the tokenizer does
-    by default (slip ``pad_generate``). Where the two ways give the same prompts, they give the same paraphrases, drawn
-    once. A target whose text is not known has paraphrases of no tokens.
+    Prompts are padded on the left and begin with the start token, or as the tokenizer does by default (slip
+    ``pad_generate``). Where the two ways give the same prompts, they give the same paraphrases, drawn once. A target
+    whose text is not known has paraphrases of no tokens.
     """
     backbone, settings = run.backbone, _paraphrase_settings(run.config)
-    everything, rows = rows, rows[targets.lengths[rows] > 0]
-    prompts = [prompt_ids(backbone, backbone.decode_text(targets.sequence(i)), protocol) for i in rows]
+    known_M = targets.lengths[rows] > 0
+    known = rows[known_M]
+    prompts = [prompt_ids(backbone, backbone.decode_text(targets.sequence(i)), protocol) for i in known]
     side = "left" if "pad_generate" not in protocol.slips else backbone.padding_side
-
     repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
-    streams = row_streams(run.seed, "paraphrases", rows, N_PARAPHRASES)
+    streams = row_streams(run.seed, "paraphrases", known, N_PARAPHRASES)
 
     def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
         samples = continue_prompts(backbone, repeated[part_of], settings, streams[part_of], side)
@@ -172,19 +110,23 @@ def draw_paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Pro
     # Beside a backbone's runs, under a hash of all they depend on. The layer is not among it: a sweep draws them once.
     plan = {k: v for k, v in run.folder.conditions.items() if k != "layer"}
     plan |= {"side": side, "sampling": settings.record(), "batch": backbone.sample_batch}
-    plan |= {"rows": json_hash(rows.tolist()), "prompts": json_hash(prompts)}
+    plan |= {"rows": json_hash(known.tolist()), "prompts": json_hash(prompts)}
     chunks = ChunkStore(run.folder.path.parent / "paraphrases" / json_hash(plan)[:16], plan)
-    n = len(everything) * N_PARAPHRASES
-    ids, logp = (
-        np.full((n, settings.max_new_tokens), backbone.pad_id, dtype=np.int32),
-        np.full(n, np.nan, dtype=np.float32),
-    )
-    found = Paraphrases(ids, np.zeros(n, dtype=np.int32), logp)
-    if len(rows):
-        drawn = chunks.fill(len(rows) * N_PARAPHRASES, backbone.sample_batch, draw, "paraphrasing", "text")
-        there = np.repeat(targets.lengths[everything] > 0, N_PARAPHRASES)
-        found.ids[there], found.lengths[there], found.logp[there] = drawn["ids"], drawn["lengths"], drawn["logp"]
-    return found
+    shape = len(rows), N_PARAPHRASES
+    ids, lengths = np.full((*shape, settings.max_new_tokens), backbone.pad_id, np.int32), np.zeros(shape, np.int32)
+    logp = np.full(shape, np.nan, np.float32)
+    if len(known):
+        drawn = chunks.fill(len(repeated), backbone.sample_batch, draw, "paraphrasing", "text")
+        for found, name in ((ids, "ids"), (lengths, "lengths"), (logp, "logp")):
+            found[known_M] = drawn[name].reshape(-1, *found.shape[1:])
+    return Texts("paraphrase", rows, ids, lengths, {"sampled": logp})
+
+
+WRITERS = {
+    "source": lambda run, targets, rows, protocol: sources(targets, rows),
+    "tail": lambda run, targets, rows, protocol: tails(targets, rows),
+    "paraphrase": paraphrases,
+}
 
 
 def continue_prompts(
@@ -203,101 +145,10 @@ def prompt_ids(backbone: Backbone, text: str, protocol: Protocol) -> list[int]:
     return ids
 
 
-ABLATION = "ablation"
-# The paraphrases that notebook 03 keeps: how they were prompted for, and of which targets.
-KEPT = {("pad_generate" in p.slips, "in_sample" in p.slips) for p in PROTOCOLS}
-
-STEPS: dict[str, Protocol] = {p.reading: p for way in ablation_steps().values() for p in way.values()}
-SPECS[ABLATION] = lambda config: {"n_eval": config.sizes.n_eval, "steps": list(STEPS)}
-
-
-@dataclass
-class Ablation:
-    """Replay (M, d) and paraphrases (M, 8, d) by :func:`~nla_utils.protocol.encoding_key`, and the paraphrases that
-    notebook 03 has not drawn, by the key that is the first to read them."""
-
-    replay: dict[str, np.ndarray]
-    paraphrase: dict[str, np.ndarray]
-    drawn: dict[str, Paraphrases]
-    sha256: str
-
-    @classmethod
-    def of(cls, artefact: Artefact) -> "Ablation":
-        found: dict[str, dict[str, np.ndarray]] = {"replay": {}, "paraphrase": {}, "drawn": {}}
-        for name, array in artefact.tensors.items():
-            what, _, key = name.partition(".")
-            found[what][key] = array
-        keys = sorted({key.rpartition(".")[0] for key in found["drawn"]})
-        drawn = {k: Paraphrases(*(found["drawn"][f"{k}.{f.name}"] for f in fields(Paraphrases))) for k in keys}
-        return cls(found["replay"], found["paraphrase"], drawn, artefact.sha256)
-
-
-def make_ablation(run: Run, targets: Targets, ceilings: Ceilings) -> Ablation:
-    """Replay and paraphrases encoded for every step, or what is on disk. What notebook 03 has encoded is taken."""
-    if run.folder.has(ABLATION):
-        return load_ablation(run)
-    arrays, drawn, tensors = _known(ceilings), {}, {}
-    with Progress(total=len(STEPS), desc="slip by slip", unit="step") as bar:
-        for key, protocol in STEPS.items():
-            rows = targets.eval_rows(protocol)
-            if f"replay.{key}" not in arrays:
-                arrays[f"replay.{key}"] = re_encode(run.backbone, targets.sequences(rows), protocol)
-            if f"paraphrase.{key}" not in arrays:
-                kind = ("pad_generate" in protocol.slips, "in_sample" in protocol.slips)
-                if kind not in drawn:
-                    drawn[kind] = draw_paraphrases(run, targets, rows, protocol)
-                    if kind not in KEPT:
-                        tensors |= drawn[kind].named(f"drawn.{key}.")
-                h_nd = re_encode(run.backbone, drawn[kind].sequences, protocol)
-                arrays[f"paraphrase.{key}"] = h_nd.reshape(len(rows), N_PARAPHRASES, -1)
-            bar.update()
-    tensors |= {f"{what}.{key}": arrays[f"{what}.{key}"] for key in STEPS for what in ("paraphrase", "replay")}
-    parents = {"targets": targets.sha256, "ceilings": ceilings.sha256}
-    return Ablation.of(run.folder.save(ABLATION, tensors, made_from=parents, seed=run.seed))
-
-
-def _known(ceilings: Ceilings) -> dict[str, np.ndarray]:
-    """What notebook 03 has encoded under a step's protocol: both protocols' own texts, and the replay ladder."""
-    arrays = {f"replay.{reading}": h_Md for reading, h_Md in ceilings.ladder.items()}
-    for protocol in PROTOCOLS:
-        texts, key = ceilings.texts[protocol.name], protocol.reading
-        arrays |= {f"replay.{key}": texts.replay, f"paraphrase.{key}": texts.paraphrase}
-    return arrays
-
-
-def load_ablation(run: Run) -> Ablation:
-    """The ablation's arrays; raises ``ArtefactError`` if notebook 03 has not made them."""
-    return Ablation.of(run.folder.load(ABLATION))
-
-
 PROBE = "probe"
 PROBE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHUNK = 1024
 NEAREST_ROWS = 256
-
-
-@dataclass
-class ProbeTexts:
-    """The probe's texts of some targets: ``ids`` (R, n), and their last 1, 2, 4, 8 tokens re-encoded (R, lengths, d)."""
-
-    rows: np.ndarray
-    ids: np.ndarray
-    h_bos: np.ndarray
-    h_nobos: np.ndarray
-    sha256: str
-
-    @classmethod
-    def of(cls, artefact: Artefact) -> "ProbeTexts":
-        t = artefact.tensors
-        return cls(t["rows"], *(t[f"probe_{name}"] for name in ("ids", "h_bos", "h_nobos")), artefact.sha256)
-
-    def at(self, rows: np.ndarray) -> np.ndarray:
-        """Ids (len(rows), n) of these targets' texts."""
-        return self.ids[rows_at(self.rows, rows)]
-
-    def h(self, protocol: Protocol, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), lengths, d) of these targets, as the protocol encodes it."""
-        return (self.h_bos if "bos" not in protocol.slips else self.h_nobos)[rows_at(self.rows, rows)]
 
 
 def fit_spec(config: RunConfig) -> dict:
@@ -306,34 +157,30 @@ def fit_spec(config: RunConfig) -> dict:
     return {"n_eval": s.n_eval, "tail_tokens": TAIL_TOKENS, "validation": [VALIDATION_SHARE, s.n_validate]}
 
 
-SPECS[PROBE] = lambda config: {**fit_spec(config), "ridges": PROBE_RIDGES, "lengths": PROBE_LENGTHS}
+SPECS[PROBE] = lambda config: {**TEXTS_FORMAT, **fit_spec(config), "ridges": PROBE_RIDGES, "lengths": PROBE_LENGTHS}
 
 
-def make_probe(run: Run, targets: Targets) -> ProbeTexts:
-    """The probe's texts of the in-sample and the held-out targets, or what is on disk."""
+def make_probe(run: Run, targets: Targets) -> Texts:
+    """The probe's last 1, 2, 4 and 8 tokens of the in-sample and the held-out targets, or what is on disk."""
     if run.folder.has(PROBE):
-        return ProbeTexts.of(run.folder.load(PROBE))
-    rows, n = np.concatenate([targets.in_sample, targets.held_out]), TAIL_TOKENS
+        return load_probe(run)
+    rows = np.concatenate([targets.in_sample, targets.held_out])
     train, validation = fit_split(run, targets)
     # Without texts (released vectors alone) there is nothing to fit it to: it writes no tokens.
     ids_Rn, trials = np.empty((len(rows), 0), dtype=np.int32), []
     if len(train):
-        probe, trials = fit_probe(run.backbone, [(targets, train)], targets, validation, n)
-        ids_Rn = probe.decode(targets.v[rows], n)
-    texts, shape = [row[-k:].tolist() for row in ids_Rn for k in PROBE_LENGTHS], (len(rows), len(PROBE_LENGTHS), -1)
-    tensors = {
-        "rows": rows,
-        "probe_ids": ids_Rn.astype(np.int32),
-        "probe_h_bos": re_encode(run.backbone, texts, CORRECTED.on_ids).reshape(shape),
-        "probe_h_nobos": re_encode(run.backbone, texts, PUBLISHED.on_ids).reshape(shape),
-    }
-    facts = {"seed": run.seed, "trials": trials, "train_rows": len(train)}
-    return ProbeTexts.of(run.folder.save(PROBE, tensors, made_from={"targets": targets.sha256}, **facts))
+        probe, trials = fit_probe(run.backbone, [(targets, train)], targets, validation, TAIL_TOKENS)
+        ids_Rn = probe.decode(targets.v[rows], TAIL_TOKENS)
+    texts = Texts.of("probe", rows, [row[-n:].tolist() for row in ids_Rn for n in PROBE_LENGTHS])
+    about = {"seed": run.seed, "trials": trials, "train_rows": len(train)}
+    read(run.backbone, texts, *PROTOCOLS)
+    save_texts(run.folder, PROBE, {"probe": texts}, made_from={"targets": targets.sha256}, **about)
+    return texts
 
 
-def load_probe(run: Run) -> ProbeTexts:
-    """The probe's texts; raises ``ArtefactError`` if notebook 04 has not made them."""
-    return ProbeTexts.of(run.folder.load(PROBE))
+def load_probe(run: Run) -> Texts:
+    """The probe's texts that notebook 04 has made; raises as :func:`~nla_utils.encoding.load_texts` does."""
+    return load_texts(run.folder, PROBE)["probe"]
 
 
 def fit_split(run: Run, targets: Targets) -> tuple[np.ndarray, np.ndarray]:

@@ -1,20 +1,141 @@
-"""Re-encoding under a protocol: the one place that says how a text becomes an activation again (PROTOCOL.md §5, §7)."""
+"""Texts, and the one door from a text to an activation: re-encoding under a protocol's slips (PROTOCOL.md §5, §7)."""
 
 from __future__ import annotations
 
-from typing import Sequence
+from dataclasses import dataclass, field
+from typing import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nla_utils.config import PROBE_LENGTHS, TAIL_LENGTHS
 from nla_utils.lm.backbone import Backbone, check_finite
 from nla_utils.lm.sampling import pad
-from nla_utils.protocol import Protocol
+from nla_utils.protocol import DECODED, ID_SLIPS, READING_SLIPS, Protocol
+from nla_utils.store import Artefact, ChunkStore, RunFolder
 
 TEXT_BATCH = 16
+# Of the arrays that texts are kept as; part of the spec of what holds them.
+TEXTS_FORMAT = {"texts_format": 1}
 # Texts whose own likelihood is taken together.
 LIKELIHOOD_BATCH = 256
+# Where a target's texts are no draws: how many last tokens each of them has.
+LENGTHS = {"tail": TAIL_LENGTHS, "probe": PROBE_LENGTHS}
+
+
+@dataclass
+class Texts:
+    """n texts for each of M targets, and the activations that they were read as.
+
+    ``kind`` is what they are: ``source``, ``paraphrase``, ``tail`` (the source's last tokens), ``rollout`` (text 0 is
+    greedy), ``probe`` or ``pool``. ``rows`` (M,) are the targets'; ``ids`` (M, n, T) int32, right-padded; ``lengths``
+    (M, n), 0 of a text that is not known. ``logp``: mean token log-probabilities (M, n) by how they are taken, NaN where
+    they are not. ``h``: activations (M, n, d) float32 by reading, see :func:`read`.
+    """
+
+    kind: str
+    rows: np.ndarray
+    ids: np.ndarray
+    lengths: np.ndarray
+    logp: dict[str, np.ndarray] = field(default_factory=dict)
+    h: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: str, rows: Sequence[int], sequences: Sequence[Sequence[int]]) -> "Texts":
+        """Token ids of M · n texts, target by target."""
+        lengths = np.array([len(s) for s in sequences], dtype=np.int32)
+        ids = np.zeros((len(sequences), lengths.max(initial=1)), dtype=np.int32)
+        for row, sequence in zip(ids, sequences):
+            row[: len(sequence)] = sequence
+        shape = len(rows), len(sequences) // len(rows)
+        return cls(kind, np.asarray(rows), ids.reshape(*shape, -1), lengths.reshape(shape))
+
+    @classmethod
+    def of_arrays(cls, kind: str, arrays: Mapping[str, np.ndarray]) -> "Texts":
+        """What :attr:`arrays` gave."""
+        found: dict[str, dict[str, np.ndarray]] = {"own": {}, "logp": {}, "h": {}}
+        for name, array in arrays.items():
+            what, _, key = name.rpartition("/")
+            found[what or "own"][key] = array
+        return cls(kind, **found["own"], logp=found["logp"], h=found["h"])
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything by the names that it is kept under; the first axis is the targets'."""
+        own = {"rows": self.rows, "ids": self.ids, "lengths": self.lengths}
+        own |= {f"logp/{name}": x for name, x in self.logp.items()}
+        return own | {f"h/{reading}": x for reading, x in self.h.items()}
+
+    def at(self, rows: Sequence[int]) -> "Texts":
+        """The texts of some of the targets, in the order asked for."""
+        chosen = [int(np.flatnonzero(self.rows == row)[0]) for row in rows]
+        return Texts.of_arrays(self.kind, {name: x[chosen] for name, x in self.arrays.items()})
+
+    def sequence(self, m: int, j: int = 0) -> list[int]:
+        return self.ids[m, j, : self.lengths[m, j]].tolist()
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Token ids of all M · n texts, target by target."""
+        return [self.sequence(m, j) for m, j in np.ndindex(self.lengths.shape)]
+
+    @property
+    def k(self) -> int:
+        """Texts that were drawn for each target, the greedy one aside."""
+        return self.lengths.shape[1] - 1
+
+    @property
+    def draws(self) -> Sequence[int]:
+        """What the n texts of a target are called (n,): by draw, or by length where they are last tokens."""
+        return LENGTHS.get(self.kind, range(self.k + 1))
+
+    def reading(self, protocol: Protocol) -> str:
+        """The name of how a protocol reads these texts, after the slips that act on them."""
+        return protocol.corrected_of(READING_SLIPS if self.kind in DECODED else ID_SLIPS)
+
+    def read_as(self, protocol: Protocol) -> np.ndarray:
+        """h (M, n, d) as the protocol reads them; they were read before."""
+        return self.h[self.reading(protocol)]
+
+
+def read(backbone: Backbone, texts: Texts, *protocols: Protocol) -> Texts:
+    """The same texts with their activations as each protocol reads them; a reading that is there is not made again."""
+    for protocol in protocols:
+        reading = texts.reading(protocol)
+        if reading not in texts.h:
+            acting = protocol if texts.kind in DECODED else protocol.on_ids
+            texts.h[reading] = re_encode(backbone, texts.sequences, acting).reshape(*texts.lengths.shape, -1)
+    return texts
+
+
+def write_in_chunks(
+    chunks: ChunkStore, kind: str, rows: np.ndarray, per_chunk: int, write: Callable[[np.ndarray], Texts], label: str
+) -> Texts:
+    """What ``write`` makes of the rows, some of them at a time, so that a killed stage resumes where it was."""
+    made = chunks.fill(len(rows), per_chunk, lambda _, part: write(rows[part]).arrays, label, "target")
+    return Texts.of_arrays(kind, made)
+
+
+def save_texts(folder: RunFolder, artefact: str, texts: Mapping[str, Texts], **about) -> None:
+    """Keep named texts with their readings in one artefact; a name begins with the kind."""
+    arrays = {f"{name}/{key}": x for name, own in texts.items() for key, x in own.arrays.items()}
+    folder.save(artefact, arrays, **about)
+
+
+def texts_of(artefact: Artefact) -> dict[str, Texts]:
+    """The texts of an artefact by name."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in artefact.tensors.items():
+        text, separator, key = name.partition("/")
+        if separator:
+            found.setdefault(text, {})[key] = array
+    return {name: Texts.of_arrays(name.partition(".")[0], arrays) for name, arrays in found.items()}
+
+
+def load_texts(folder: RunFolder, artefact: str) -> dict[str, Texts]:
+    """Texts that a notebook has kept; raises ``ArtefactError`` if they are missing, of another run or broken."""
+    return texts_of(folder.load(artefact))
 
 
 def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: Protocol) -> np.ndarray:

@@ -19,15 +19,14 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from nla_utils import metrics
-from nla_utils.config import FLOOR_ROWS, N_PARAPHRASES, POOL_TEXTS, PROBE_LENGTHS, TAIL_LENGTHS
+from nla_utils.config import FLOOR_ROWS, N_PARAPHRASES, POOL_TEXTS
 from nla_utils.errors import ArtefactError
 from nla_utils.metrics import fve, fve_matrix
-from nla_utils.protocol import CORRECTED, PROTOCOLS, PUBLISHED, Protocol
+from nla_utils.protocol import CORRECTED, PROTOCOLS, PUBLISHED, READINGS, Protocol
 from nla_utils.store import RunFolder, atomic_write
 
 if TYPE_CHECKING:
-    from nla_utils.baselines import Ablation, Ceilings, ProbeTexts
-    from nla_utils.rollouts import Rollouts
+    from nla_utils.encoding import Texts
     from nla_utils.run import Run
     from nla_utils.targets import Targets
     from nla_utils.verbalizer import SourceLoss
@@ -213,12 +212,11 @@ def is_kept(folder: RunFolder, results: str, made_from: Mapping[str, str]) -> bo
 # Directions of the pool that coordinates are kept on, other targets that a rollout is scored against, and blocks of the
 # pool that the null is taken without.
 N_DIRECTIONS, N_OTHERS, N_BLOCKS = 4, 8, 10
-BY_NAME = {p.name: p for p in PROTOCOLS}
+# Columns of log-probabilities, after how they are taken.
+LOGP = {"sampled": "logp", "published": "logp_published"}
 # Rollouts and the probe's texts are never centred by the targets' own mean.
 CENTRINGS_OF = dict.fromkeys(("source", "paraphrase", "tail"), CENTRINGS)
 CENTRINGS_OF |= dict.fromkeys(("rollout", "probe"), CENTRINGS[:2])
-# The protocol that evaluates a part.
-OWN = {part_of(p): p for p in PROTOCOLS}
 
 
 class Scorer:
@@ -282,39 +280,42 @@ class Part:
     """The targets that one protocol evaluates, and what texts of theirs score.
 
     Args:
-        pool_h: the null's texts (P, d) as that protocol reads them, ``None`` where they are not needed.
+        null_Pd: the null's texts as that protocol reads them.
     """
 
-    def __init__(self, targets: Targets, name: str, pool_h: Optional[np.ndarray] = None):
-        self.targets, self.name, self.rows = targets, name, targets.eval_rows(OWN[name])
+    def __init__(self, targets: Targets, protocol: Protocol, null_Pd: np.ndarray):
+        self.targets, self.own, self.name, self.rows = targets, protocol, part_of(protocol), targets.eval_rows(protocol)
         self.v, self.pool, self.mu = targets.v[self.rows], targets.v[targets.pool], targets.mu
         self.own_mu = self.v.mean(axis=0)
         centres = {"raw": None, "cen": self.mu, "own": self.own_mu}
         self.scorers = {kind: Scorer(self.v, self.pool, mu) for kind, mu in centres.items()}
         self.directions_4d = metrics.principal_directions(self.pool, N_DIRECTIONS)
         self.anchor_Md = self.pool[self.scorers["cen"].against_pool.argmax(axis=1)]
-        self.null_MP = None if pool_h is None else np.sort(self.scorers["cen"].against(_known(pool_h)), axis=1)
+        self.null_MP = np.sort(self.scorers["cen"].against(null_Pd), axis=1)
 
     def place(self, h: np.ndarray) -> dict[str, np.ndarray]:
         """‖h − μ‖ and the coordinates of h (…, d) on the pool's first principal directions."""
         gap = h.astype(np.float64) - self.mu
         return {"norm": np.linalg.norm(gap, axis=-1), "pc": gap @ self.directions_4d.T}
 
-    def texts(self, kind: str, reading: str, h_Mnd: np.ndarray, draws: Sequence[int], tokens, **more) -> pa.Table:
-        """Rows of texts, n of each target. Where they lie, and their rank among the null's texts, is kept with the reading
-        of the protocol that evaluates the part."""
-        columns = {centring: self.scorers[centring].own(h_Mnd) for centring in CENTRINGS_OF[kind]}
-        if reading == OWN[self.name].name:
+    def texts(self, texts: Texts, protocol: Protocol, once: bool, **more) -> pa.Table:
+        """Rows of texts as a protocol reads them. Where they lie, and their rank among the null's texts, is kept with the
+        protocol that evaluates the part; what does not depend on the reading is kept ``once``."""
+        h_Mnd = texts.read_as(protocol)
+        columns = {centring: self.scorers[centring].own(h_Mnd) for centring in CENTRINGS_OF[texts.kind]}
+        if protocol.reading == self.own.reading:
             pairs = zip(self.null_MP, columns["cen"])
             rank = np.stack([len(null) - np.searchsorted(null, own, "left") for null, own in pairs])
             # NaN sorts last: a null that is not known has it at its end.
             unknown = np.isnan(columns["cen"]) | np.isnan(self.null_MP[:, -1:])
-            columns["rank"] = np.where(unknown, np.nan, rank)
-            columns |= self.place(h_Mnd)
-        return block(kind, self.name, reading, self.rows, draws, **columns, tokens=tokens, **more)
+            columns |= {"rank": np.where(unknown, np.nan, rank), **self.place(h_Mnd)}
+        if once:
+            columns |= {"ids": texts.sequences} | {LOGP[how]: logp_Mn for how, logp_Mn in texts.logp.items()}
+        columns |= {"tokens": texts.lengths, **more}
+        return block(texts.kind, self.name, protocol.reading, self.rows, texts.draws, **columns)
 
-    def target(self, reading: str, pool_h: np.ndarray, ks: Sequence[int]) -> pa.Table:
-        """A row a target: where it lies, its neighbours and floors, and the null's curve of the texts of ``pool_h``."""
+    def target(self, reading: str, null_Pd: np.ndarray, ks: Sequence[int]) -> pa.Table:
+        """A row a target: where it lies, its neighbours and floors, and the null's curve."""
         columns = self.place(self.v) | {"constant_mu": fve(self.mu, self.v)}
         for centring, scorer in self.scorers.items():
             others = metrics.off_diagonal(fve_matrix(self.v, self.v, scorer.mu))
@@ -323,10 +324,10 @@ class Part:
                 f"floor_{centring}": scorer.floor,
                 f"nearest_other_{centring}": others.max(axis=1),
                 f"pair_floor_{centring}": others.mean(axis=1),
-                f"null_{centring}": metrics.exact_k_curve(scorer.against(pool_h), ks),
+                f"null_{centring}": metrics.exact_k_curve(scorer.against(null_Pd), ks),
             }
-        if reading == OWN[self.name].name:
-            columns["null_left_out"] = metrics.curves_without_blocks(self.scorers["cen"].against(pool_h), ks, N_BLOCKS)
+        if reading == self.own.name:
+            columns["null_left_out"] = metrics.curves_without_blocks(self.scorers["cen"].against(null_Pd), ks, N_BLOCKS)
         return block("target", self.name, reading, self.rows, **{k: np.asarray(x)[:, None] for k, x in columns.items()})
 
     def others(self, reading: str, h_MKd: np.ndarray) -> pa.Table:
@@ -340,84 +341,83 @@ class Part:
         columns["greedy_rank"] = metrics.rank_of_own(h_MKd[:, 0], self.v, self.mu)
         return block("others", self.name, reading, self.rows, **{k: x[:, None] for k, x in columns.items()})
 
-    def pool_texts(self, reading: str, h_Pd: np.ndarray, logp: np.ndarray) -> pa.Table:
-        """Rows of the pool's first texts, each scored against every target of the part; with the published reading, of
-        the first 512, which the published floor is made of."""
-        n, rows = min(POOL_TEXTS, len(h_Pd)), self.targets.pool
+    def pool_texts(self, pool: Texts) -> pa.Table:
+        """Rows of the pool's first texts, each scored against every target of the part; in sample, of the first 512, which
+        the published floor is made of."""
+        h_Pd = self.pool if "bos" not in self.own.slips else pool.read_as(self.own)[:, 0]
+        n = kept = min(POOL_TEXTS, len(h_Pd))
         scores, place = self.scorers["cen"].against(h_Pd[:n]).T, self.place(h_Pd[:n])
+        floors = {}
+        if self.own == PUBLISHED:
+            kept = min(FLOOR_ROWS, len(h_Pd))
+            for kind in ("raw", "cen"):
+                others = metrics.off_diagonal(fve_matrix(self.pool[:kept], self.pool[:kept], self.scorers[kind].mu))
+                floors[f"floor_{kind}"] = others.mean(axis=1, keepdims=True)
         columns = {
             "against": [*scores.astype(np.float32)],
             "norm": [*place["norm"]],
             "pc": [*place["pc"].astype(np.float32)],
-            "logp": [*logp[:n]],
-            "ids": self.targets.sequences(rows[:n]),
+            "logp": [*pool.logp["alone"][:n, 0]],
+            "ids": pool.sequences[:n],
         }
-        floors, kept = {}, n
-        if reading == PUBLISHED.name:
-            kept = min(FLOOR_ROWS, len(rows))
-            first = self.pool[:kept]
-            for centring in ("raw", "cen"):
-                others = metrics.off_diagonal(fve_matrix(first, first, self.scorers[centring].mu))
-                floors[f"floor_{centring}"] = others.mean(axis=1, keepdims=True)
         columns = {name: x + [None] * (kept - n) for name, x in columns.items()}
-        tokens = self.targets.lengths[rows[:kept]][:, None]
-        return block("pool", self.name, reading, rows[:kept], tokens=tokens, **columns, **floors)
+        return block(
+            "pool", self.name, self.own.name, pool.rows[:kept], tokens=pool.lengths[:kept], **columns, **floors
+        )
 
 
-def of_ceilings(targets: Targets, ceilings: Ceilings, k: int, ablation: Optional[Ablation] = None) -> Evidence:
+def null_texts(targets: Targets, ceilings: Mapping[str, Texts], protocol: Protocol) -> np.ndarray:
+    """The null's texts (P, d) as a protocol reads them; those that are not known are left out, unless none is.
+
+    Behind BOS a target's text reads as its own v, so there are as many as no protocol evaluates, the pool first.
+    """
+    behind_bos = "bos" not in protocol.slips
+    h_Pd = targets.v[targets.unevaluated] if behind_bos else ceilings["pool"].read_as(protocol)[:, 0]
+    known = np.isfinite(h_Pd[:, 0])
+    return h_Pd[known] if known.any() else h_Pd
+
+
+def of_ceilings(targets: Targets, ceilings: Mapping[str, Texts], k: int) -> Evidence:
     """What notebook 03 scores: targets, sources, paraphrases, last tokens and the pool's texts.
 
-    ``k``: draws that best-of-K is taken of, for which the null is wanted. Without ``ablation`` the readings between the
-    two protocols are left out. Of protocols that the ceilings do not hold, nothing is made.
+    ``k``: draws that best-of-K is taken of, for which the null is wanted. Of texts and readings that the ceilings do not
+    hold, nothing is made.
     """
-    held = {name: ceilings.texts[p.name] for name, p in OWN.items() if p.name in ceilings.texts}
-    parts = {name: Part(targets, name, texts.pool_h) for name, texts in held.items()}
+    held = [p for p in PROTOCOLS if p.texts("source") in ceilings]
+    null = {p.name: null_texts(targets, ceilings, p) for p in held}
+    parts = {part_of(p): Part(targets, p, null[p.name]) for p in held}
+    null_k = {name: sorted({*metrics.k_values(len(h_Pd)), k, N_PARAPHRASES}) for name, h_Pd in null.items()}
+    norms = {"pool": targets.mu} | {name: part.own_mu for name, part in parts.items()}
     facts = {
         "sizes": {"M": targets.n_eval, "pool": targets.pool_size},
-        "mu_norm": {
-            "pool": float(np.linalg.norm(targets.mu)),
-            **{name: float(np.linalg.norm(part.own_mu)) for name, part in parts.items()},
-        },
-        "null_pool": {},
-        "null_k": {},
+        "mu_norm": {name: float(np.linalg.norm(mu)) for name, mu in norms.items()},
+        "null_pool": {name: len(h_Pd) for name, h_Pd in null.items()},
+        "null_k": null_k,
     }
-    tables, replay, paraphrase = [], {}, {}
-    for name, texts in ceilings.texts.items():
-        null_Pd = _known(texts.pool_h)
-        ks = sorted({*metrics.k_values(len(null_Pd)), k, N_PARAPHRASES})
-        facts["null_pool"][name], facts["null_k"][name] = len(null_Pd), ks
-        replay[name], paraphrase[name] = texts.replay, texts.paraphrase
-        tables += [part.target(name, null_Pd, ks) for part in parts.values()]
-        own = parts[part_of(BY_NAME[name])]
-        lengths = np.minimum(TAIL_LENGTHS, targets.lengths[own.rows][:, None])
-        tables.append(
-            own.texts("tail", name, texts.tail, TAIL_LENGTHS, lengths, ids=_tails(targets, own.rows, lengths))
-        )
-        if ceilings.pool_logp is not None:
-            pool_h = texts.pool_h if name == PUBLISHED.name else own.pool
-            tables.append(own.pool_texts(name, pool_h, ceilings.pool_logp))
-    replay |= ceilings.ladder
-    if ablation is not None:
-        replay, paraphrase = replay | ablation.replay, paraphrase | ablation.paraphrase
-    # In an order of their own: artefacts that are read back have another than those just made.
-    for reading, h_Md in sorted(replay.items()):
-        part = parts[part_of_reading(reading)]
-        ids = {"ids": targets.sequences(part.rows)} if reading in BY_NAME else {}
-        tables.append(part.texts("source", reading, h_Md[:, None], [0], targets.lengths[part.rows][:, None], **ids))
-    drawn = {name: texts.drawn for name, texts in ceilings.texts.items()} | (ablation.drawn if ablation else {})
-    written = {_prompted(reading): texts for reading, texts in drawn.items()}
-    for reading, h_Mnd in sorted(paraphrase.items()):
-        part, texts = parts[part_of_reading(reading)], written[_prompted(reading)]
-        once = {"ids": texts.sequences, "logp": texts.logp} if reading in drawn else {}
-        tables.append(part.texts("paraphrase", reading, h_Mnd, range(N_PARAPHRASES), texts.lengths, **once))
+    tables = []
+    for own in parts.values():
+        name = own.own.name
+        tables += [part.target(name, null[name], null_k[name]) for part in parts.values()]
+        tables.append(own.texts(ceilings[own.own.texts("tail")], own.own, once=True))
+        if "pool" in ceilings:
+            tables.append(own.pool_texts(ceilings["pool"]))
+    for kind in ("source", "paraphrase"):
+        first: dict[str, str] = {}
+        for reading, protocol in READINGS[kind].items():
+            first.setdefault(protocol.texts(kind), reading)
+        for reading, protocol in sorted(READINGS[kind].items()):
+            texts = ceilings.get(protocol.texts(kind))
+            if texts is not None and texts.reading(protocol) in texts.h:
+                once = reading == first[protocol.texts(kind)]
+                tables.append(parts[part_of(protocol)].texts(texts, protocol, once))
     return Evidence(pa.concat_tables(tables), facts)
 
 
 def of_rollouts(
     targets: Targets,
-    rollouts: Rollouts,
-    ceilings: Ceilings,
-    probe: ProbeTexts,
+    rollouts: Texts,
+    ceilings: Mapping[str, Texts],
+    probe: Texts,
     loss: Optional[SourceLoss] = None,
     ceiling: str = "paraphrase_bestof8",
 ) -> Evidence:
@@ -425,21 +425,16 @@ def of_rollouts(
 
     ``ceiling``: the row of notebook 03 that ρ takes as ceiling in ``published``.
     """
-    tables, n = [], max(PROBE_LENGTHS)
-    for name, protocol in OWN.items():
-        part = Part(targets, name, ceilings.texts[protocol.name].pool_h)
-        own = rollouts.at(part.rows)
-        for reading, as_read in BY_NAME.items():
-            h_MKd = own.h(as_read)
-            more = _first_reading(part, own, h_MKd) if as_read == protocol else {}
-            tables.append(part.texts("rollout", reading, h_MKd, range(own.k + 1), own.lengths, **more))
-            tables.append(part.others(reading, h_MKd))
-            h_Mnd, ids_Mn = probe.h(as_read, part.rows), probe.at(part.rows)
-            ids = (
-                {"ids": [row[n - j :].tolist() for row in ids_Mn for j in PROBE_LENGTHS]} if as_read == protocol else {}
-            )
-            lengths = np.tile(PROBE_LENGTHS, (len(part.rows), 1))
-            tables.append(part.texts("probe", reading, h_Mnd, PROBE_LENGTHS, lengths, **ids))
+    tables = []
+    for own in PROTOCOLS:
+        part = Part(targets, own, null_texts(targets, ceilings, own))
+        rolled, probed = rollouts.at(part.rows), probe.at(part.rows)
+        for protocol in PROTOCOLS:
+            once, h_MKd = protocol == own, rolled.read_as(protocol)
+            more = _against_anchor_and_others(part, h_MKd) if once else {}
+            tables.append(part.texts(rolled, protocol, once, **more))
+            tables.append(part.others(protocol.name, h_MKd))
+            tables.append(part.texts(probed, protocol, once))
     if loss is not None:
         tables.append(of_losses(loss).table)
     return Evidence(pa.concat_tables(tables), {"K": rollouts.k, "T": rollouts.ids.shape[2], "ceiling": ceiling})
@@ -453,34 +448,8 @@ def of_losses(loss: SourceLoss) -> Evidence:
     return Evidence(block("source_loss", part, reading, loss.rows, tokens=lengths[:, None], **nats))
 
 
-def _known(h_Pd: np.ndarray) -> np.ndarray:
-    """The rows of texts that are known; where none is (released vectors alone), all of them, which are NaN."""
-    known = np.isfinite(h_Pd[:, 0])
-    return h_Pd[known] if known.any() else h_Pd
-
-
-def part_of_reading(reading: str) -> str:
-    """The part whose sources and paraphrases a reading is of."""
-    return "held_out" if reading == CORRECTED.name or "in_sample" in reading.split("+") else "in_sample"
-
-
-def _prompted(reading: str) -> tuple[bool, str]:
-    """Which paraphrases a reading is of: how they were prompted for, and of which part."""
-    return reading == CORRECTED.name or "pad_generate" in reading.split("+"), part_of_reading(reading)
-
-
-def _tails(targets: Targets, rows: np.ndarray, lengths_Mn: np.ndarray) -> list[list[int]]:
-    return [targets.sequence(i)[-n:] for i, lengths in zip(rows, lengths_Mn) for n in lengths]
-
-
-def _first_reading(part: Part, own: Rollouts, h_MKd: np.ndarray) -> dict:
-    """What is kept of rollouts once, with the reading of the protocol that evaluates them."""
-    no_greedy = np.full((len(own.rows), 1), np.nan)
-    shifts = range(1, min(N_OTHERS, len(own.rows) - 1) + 1)
-    return {
-        "ids": [own.sequence(m, j) for m in range(len(own.rows)) for j in range(own.k + 1)],
-        "logp": np.hstack([no_greedy, own.logp]),
-        "logp_published": np.hstack([no_greedy, own.logp_published]),
-        "anchor": fve(h_MKd, part.anchor_Md[:, None], part.mu),
-        "others": np.stack([fve(h_MKd, np.roll(part.v, -s, axis=0)[:, None], part.mu) for s in shifts], axis=-1),
-    }
+def _against_anchor_and_others(part: Part, h_MKd: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of rollouts against the stored v that is nearest to their target's, and against the v of other targets."""
+    shifts = range(1, min(N_OTHERS, len(part.v) - 1) + 1)
+    others = [fve(h_MKd, np.roll(part.v, -s, axis=0)[:, None], part.mu) for s in shifts]
+    return {"anchor": fve(h_MKd, part.anchor_Md[:, None], part.mu), "others": np.stack(others, axis=-1)}

@@ -57,7 +57,7 @@ class Stage:
 STAGES = (
     Stage("01_extract_targets", (targets.TARGETS,), "targets"),
     Stage("02_train_av", (verbalizer.BEST_AV,), "training", (1,)),
-    Stage("03_ceilings", (baselines.CEILINGS, baselines.ABLATION), CEILING_FILE, (1,)),
+    Stage("03_ceilings", (baselines.CEILINGS,), CEILING_FILE, (1,)),
     Stage("04_centred_eval", (rollouts.ROLLOUTS, baselines.PROBE, verbalizer.SOURCE_LOSS), EVALUATION_FILE, (1, 2, 3)),
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),

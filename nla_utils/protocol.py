@@ -7,6 +7,7 @@ scoring, the slip-by-slip ablation and the audit ask for them by name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Iterable, Sequence
 
 from nla_utils.errors import ConfigError, nearest
 
@@ -68,19 +69,32 @@ class Protocol:
         """The same for sampled ids that are never decoded: rollouts, tails, and the texts of the null."""
         return self.fix("left_pad", "eos_text")
 
+    def corrected_of(self, slips: Sequence[str]) -> str:
+        """Which of some slips it corrects, by name; ``published`` for none of them, ``corrected`` for all."""
+        fixed = [slip for slip in slips if slip not in self.slips]
+        return CORRECTED.name if len(fixed) == len(slips) else "+".join(fixed) or PUBLISHED.name
+
     @property
     def reading(self) -> str:
-        """How it re-encodes: the slips of re-encoding that are corrected; ``published`` if none, ``corrected`` if all."""
-        fixed = [s for s in ENCODING_SLIPS if s not in self.slips]
-        return CORRECTED.name if len(fixed) == len(ENCODING_SLIPS) else "+".join(fixed) or PUBLISHED.name
+        """How it re-encodes: the slips of re-encoding that it corrects."""
+        return self.corrected_of(ENCODING_SLIPS)
+
+    def texts(self, kind: str) -> str:
+        """The name of the texts of one kind that it reads, after the slips that choose them."""
+        return f"{kind}.{self.corrected_of(CHOOSING_SLIPS[kind])}"
 
 
 CORRECTED = Protocol("corrected")
 PUBLISHED = Protocol("published", frozenset(slip.id for slip in SLIPS.values() if slip.both_ways))
 PROTOCOLS = (PUBLISHED, CORRECTED)
 
+# Slips of re-encoding: how a text is read, and of each kind which texts there are to read. Of ids that are never decoded
+# (last tokens, rollouts, the probe's texts, the null's) one alone decides how they are read.
+READING_SLIPS, ID_SLIPS = ("left_pad", "bos", "eos_text"), ("bos",)
+DECODED = ("source", "paraphrase")
+CHOOSING_SLIPS = {"source": ("in_sample",), "paraphrase": ("pad_generate", "in_sample"), "tail": ("in_sample",)}
+ENCODING_SLIPS = (*READING_SLIPS, *CHOOSING_SLIPS["paraphrase"])
 # The slip-by-slip ablation: the first five change what is encoded, the last two only how it is scored.
-ENCODING_SLIPS = ("left_pad", "bos", "eos_text", "pad_generate", "in_sample")
 ABLATED = (*ENCODING_SLIPS, "self_mu", "k_mismatch")
 
 
@@ -100,3 +114,16 @@ LADDER = (
     PUBLISHED.fix("left_pad", "bos"),
     PUBLISHED.fix("left_pad", "bos", "eos_text"),
 )
+
+
+def _by_reading(protocols: Iterable[Protocol]) -> dict[str, Protocol]:
+    return {protocol.reading: protocol for protocol in protocols}
+
+
+_STEPS = [protocol for way in ablation_steps().values() for protocol in way.values()]
+# What is read in notebook 03: of each kind of text the protocols that read it, by reading.
+READINGS = {
+    "source": _by_reading([*_STEPS, *LADDER]),
+    "paraphrase": _by_reading(_STEPS),
+    "tail": _by_reading(PROTOCOLS),
+}

@@ -19,7 +19,7 @@ from nla_utils.encoding import text_hidden
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import check_frozen
-from nla_utils.lm.sampling import SamplingSettings, pad, sample
+from nla_utils.lm.sampling import SamplingSettings, pad
 from nla_utils.lm.weights import fetch_av, resolve
 from nla_utils.metrics import fve
 from nla_utils.run import Run
@@ -119,15 +119,11 @@ def pair_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, texts:
     return backbone.cross_entropy(hidden_nd, ids_BT[valid_BT])
 
 
-@torch.inference_mode()
 def greedy_rollouts(backbone: Backbone, av: ActivationVerbalizer, v_Nd: np.ndarray) -> list[list[int]]:
     """Token ids of the AV's greedy text for each v."""
-    greedy, ids = SamplingSettings(max_new_tokens=av.config.max_new_tokens, temperature=0.0), []
-    for first in range(0, len(v_Nd), backbone.sample_batch):
-        v_Bd = torch.from_numpy(v_Nd[first : first + backbone.sample_batch]).to(backbone.device)
-        samples = sample(backbone, av(v_Bd, backbone.dtype), greedy, None)
-        ids += [samples.sequence(i) for i in range(len(v_Bd))]
-    return ids
+    greedy, n = SamplingSettings(av.config.max_new_tokens, temperature=0.0), backbone.sample_batch
+    parts = [v_Nd[first : first + n] for first in range(0, len(v_Nd), n)]
+    return [ids for v_Bd in parts for ids in av.write(backbone, v_Bd, 0, greedy).sequences]
 
 
 def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: TextPairs) -> dict:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from nla_utils import workers
 from nla_utils.config import VALIDATION_SHARE, AVConfig
-from nla_utils.encoding import text_logprobs
+from nla_utils.encoding import Texts, text_logprobs
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import SamplingSettings, pad
+from nla_utils.lm.sampling import SamplingSettings, pad, sample
 from nla_utils.run import Run
 from nla_utils.store import SPECS, Artefact, Progress, arrays_hash, atomic_write, derive_seed, json_hash, write_json
 from nla_utils.targets import Targets
@@ -116,6 +116,30 @@ class ActivationVerbalizer(nn.Module):
     def sampling(self, max_new_tokens: int) -> SamplingSettings:
         """How the AV's rollouts are sampled: at its configuration's temperature and top_p."""
         return SamplingSettings(max_new_tokens, temperature=self.config.temperature, top_p=self.config.top_p)
+
+    @torch.inference_mode()
+    def write(
+        self,
+        backbone: Backbone,
+        v_Md: np.ndarray,
+        k: int,
+        settings: SamplingSettings,
+        streams_B: Optional[np.ndarray] = None,
+        rows: Optional[np.ndarray] = None,
+    ) -> Texts:
+        """The greedy text of each v (M, d) and k draws, decoded in one batch; each of the M (1 + k) has a random stream.
+
+        ``streams_B`` may be left out where nothing is drawn; ``rows`` are those of the targets, 0 … M − 1 if not given."""
+        rows, shape = np.arange(len(v_Md)) if rows is None else rows, (len(v_Md), k + 1)
+        v_Bd = torch.from_numpy(v_Md).to(backbone.device)
+        prompt_BPd = self(v_Bd, backbone.dtype).repeat_interleave(k + 1, dim=0)
+        greedy_B = torch.arange(len(prompt_BPd), device=backbone.device) % (k + 1) == 0
+        samples = sample(backbone, prompt_BPd, settings, streams_B, greedy_B=greedy_B)
+        logp_Mn = samples.mean_logprob.reshape(shape)
+        # No greedy text is sampled.
+        logp_Mn[:, 0] = np.nan
+        lengths_Mn = samples.lengths.reshape(shape)
+        return Texts("rollout", rows, samples.ids.reshape(*shape, -1), lengths_Mn, {"sampled": logp_Mn})
 
     def trainable(self) -> dict[str, Tensor]:
         """The authors' names for the parameters, on the CPU in float32."""

@@ -169,16 +169,13 @@ def probe(scored_run):
 @pytest.fixture(scope="session")
 def evidence(scored_run, probe):
     """All that the results of ``scored_run`` are made of."""
-    from nla_utils.baselines import make_ablation
     from nla_utils.evidence import of_ceilings, of_rollouts
     from nla_utils.training import load_av
     from nla_utils.verbalizer import make_source_loss
 
     run, targets, ceilings, rollouts = scored_run
-    ablation = make_ablation(run, targets, ceilings)
     loss = make_source_loss(run, targets, load_av(run))
-    compared = of_ceilings(targets, ceilings, run.sizes.n_rollouts, ablation)
-    return compared | of_rollouts(targets, rollouts, ceilings, probe, loss)
+    return of_ceilings(targets, ceilings, run.sizes.n_rollouts) | of_rollouts(targets, rollouts, ceilings, probe, loss)
 
 
 @pytest.fixture(scope="session")

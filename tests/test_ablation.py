@@ -1,15 +1,12 @@
 """Slip by slip: the ends are the two protocols, and each correction moves only what it may."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from nla_utils import baselines as ablation_module
 from nla_utils import rows
-from nla_utils.baselines import make_ablation
+from nla_utils.encoding import read
 from nla_utils.errors import ConfigError
-from nla_utils.protocol import ABLATED, CORRECTED, PUBLISHED, SLIPS, ablation_steps
+from nla_utils.protocol import ABLATED, CORRECTED, PUBLISHED, READINGS, SLIPS, ablation_steps
 from nla_utils.report.tables import MOVES
 from nla_utils.scores import score, score_ablation
 
@@ -41,17 +38,17 @@ def test_every_slip_is_corrected_once_in_order_and_once_alone():
     assert PUBLISHED.reading == "published" and CORRECTED.reading == "corrected"
 
 
-def test_what_notebook_03_has_encoded_is_not_encoded_again(scored_run, tmp_path, monkeypatch):
-    """Taken from the ceilings or encoded anew, the arrays are the same."""
+def test_every_step_reads_texts_that_are_there(scored_run, monkeypatch):
+    """Of each kind the same texts are written once, and what was read is not read again."""
     run, targets, ceilings, _ = scored_run
-    taken = make_ablation(run, targets, ceilings)
-    apart = dataclasses.replace(run, folder=dataclasses.replace(run.folder, path=tmp_path / "apart"))
-    monkeypatch.setattr(ablation_module, "_known", lambda _: {})
-    anew = make_ablation(apart, targets, ceilings)
-    for ours, theirs in ((taken.replay, anew.replay), (taken.paraphrase, anew.paraphrase)):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+    monkeypatch.setattr(type(run.backbone), "encode_layers", None)
+    for kind, protocols in READINGS.items():
+        for protocol in protocols.values():
+            texts = ceilings[protocol.texts(kind)]
+            np.testing.assert_array_equal(texts.rows, targets.eval_rows(protocol))
+            assert read(run.backbone, texts, protocol).read_as(protocol).shape == (*texts.lengths.shape, run.backbone.d)
+    kinds = [name.split(".")[0] for name in ceilings]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"pool": 1, "source": 2, "paraphrase": 4, "tail": 2}
 
 
 @pytest.mark.parametrize("end", [PUBLISHED, CORRECTED], ids=lambda p: p.name)

@@ -76,7 +76,7 @@ def test_the_chain_runs(name, shard, tmp_path):
     scored = score(of_ceilings(targets, ceilings, run.sizes.n_rollouts), CORRECTED, rows.OF_CEILINGS)
     assert scored.values[rows.REPLAY.cen] == pytest.approx(1.0, abs=1e-4)
     rollouts = make_rollouts(run, targets)
-    assert np.isfinite(rollouts.h_bos).all()
+    assert np.isfinite(rollouts.h["corrected"]).all()
 
 
 @pytest.mark.parametrize("name", RECURRENT)

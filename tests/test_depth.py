@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from conftest import with_out
 
@@ -62,15 +61,13 @@ def test_the_readers_numbers_are_those_of_notebook_07(reached):
         own = run.at(layer)
         targets = load_targets(own)
         v, sources = targets.v[targets.held_out], targets.sequences(targets.held_out)
-        rollouts = read_rollouts(
-            load_reader(own), own.backbone, torch.from_numpy(v), 1, row_streams(0, "t", range(len(v)), 2)
-        )
-        others, _ = Scorer(v, targets.v[targets.pool], targets.mu).others(rollouts["h_bos"])
-        greedy = fve(rollouts["h_bos"][:, 0], v, targets.mu)
+        rollouts = read_rollouts(load_reader(own), own.backbone, v, 1, row_streams(0, "t", range(len(v)), 2))
+        others, _ = Scorer(v, targets.v[targets.pool], targets.mu).others(rollouts.h["corrected"])
+        greedy = fve(rollouts.h["corrected"][:, 0], v, targets.mu)
         found = record["layers"][str(layer)]["reader"]
         assert found["adapter_cen_greedy_mean"] == pytest.approx(greedy.mean(), abs=1e-6)
         assert found["shuffled_v_cen_greedy_mean"] == pytest.approx(others.mean(), abs=1e-6)
-        hits = [ids[-1] == s[-1] for ids, s in zip(rollouts["ids"][:, 0], sources)]
+        hits = [ids[-1] == s[-1] for ids, s in zip(rollouts.ids[:, 0], sources)]
         assert found["names_last_token"] == np.mean(hits)
         gap = found["adapter_cen_greedy_mean"] - record["layers"][str(layer)]["corrected"]["nn_retrieval_cen_mean"]
         assert found[rows.GREEDY_MINUS_RETRIEVAL.cen] == pytest.approx(gap)

@@ -16,7 +16,7 @@ from nla_utils import evidence as module
 from nla_utils import metrics
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError
-from nla_utils.evidence import FILE, SCHEMA, Evidence, keep, load, part_of, part_of_reading
+from nla_utils.evidence import FILE, SCHEMA, Evidence, keep, load, null_texts, part_of
 from nla_utils.metrics import fve_matrix
 from nla_utils.notebooks import STAGES, is_cached
 from nla_utils.protocol import LADDER, PROTOCOLS
@@ -76,12 +76,12 @@ def test_texts_against_loops(evidence, scored_run):
     first = vectors[:, eigenvalues.argmax()]
     for p in PROTOCOLS:
         part, rows = part_of(p), targets.eval_rows(p)
-        v, h = targets.v[rows].astype(float), rollouts.at(rows).h(p).astype(float)
+        v, h = targets.v[rows].astype(float), rollouts.at(rows).read_as(p).astype(float)
 
         def kept(column):
             return evidence.texts("rollout", part, p.name, column)  # noqa: B023
 
-        null = [naive.fve(x, v[2], mu) for x in ceilings.texts[p.name].pool_h.astype(float)]
+        null = [naive.fve(x, v[2], mu) for x in null_texts(targets, ceilings, p).astype(float)]
         assert kept("raw")[2, 1] == pytest.approx(naive.fve(h[2, 1], v[2]), abs=1e-6)
         assert kept("cen")[2, 1] == pytest.approx(naive.fve(h[2, 1], v[2], mu), abs=1e-6)
         assert kept("rank")[2, 1] == sum(s >= naive.fve(h[2, 1], v[2], mu) for s in null)
@@ -93,13 +93,13 @@ def test_texts_against_loops(evidence, scored_run):
         assert kept("anchor")[2, 1] == pytest.approx(naive.fve(h[2, 1], anchor, mu), abs=1e-6)
         np.testing.assert_array_equal(kept("tokens"), rollouts.at(rows).lengths)
         assert kept("ids")[2, 1, :3].tolist() == rollouts.at(rows).sequence(2, 1)[:3]
-        np.testing.assert_array_equal(kept("logp")[:, 1:], rollouts.at(rows).logp)
+        np.testing.assert_array_equal(kept("logp")[:, 1:], rollouts.at(rows).logp["sampled"][:, 1:])
 
 
 def test_targets_against_the_arrays(evidence, scored_run):
     _, targets, ceilings, rollouts = scored_run
     for p in PROTOCOLS:
-        part, v, pool_h = part_of(p), targets.v[targets.eval_rows(p)], ceilings.texts[p.name].pool_h
+        part, v, pool_h = part_of(p), targets.v[targets.eval_rows(p)], null_texts(targets, ceilings, p)
         scores, ks = fve_matrix(v, pool_h, targets.mu), evidence.facts["null_k"][p.name]
         assert evidence.facts["null_pool"][p.name] == len(pool_h) and ks[0] == 1 and ks[-1] == len(pool_h)
         whole = evidence.texts("target", part, p.name, "null_cen")
@@ -110,13 +110,15 @@ def test_targets_against_the_arrays(evidence, scored_run):
         expected = metrics.exact_k_curve(np.delete(scores, third, axis=1), ks[:3])
         np.testing.assert_allclose(left_out[:, 2, :3], expected, atol=1e-6)
         assert np.isnan(left_out[:, :, -1]).all()
-        greedy = rollouts.at(targets.eval_rows(p)).h(p)[:, 0]
+        greedy = rollouts.at(targets.eval_rows(p)).read_as(p)[:, 0]
         own = fve_matrix(greedy, v, targets.mu)
         rank = [(row >= row[i]).sum() for i, row in enumerate(own)]
         assert evidence.texts("others", part, p.name, "greedy_rank").tolist() == rank
         against = evidence.texts("pool", part, p.name, "against")
         np.testing.assert_allclose(against[3], fve_matrix(v, pool_h[3:4], targets.mu)[:, 0], atol=1e-6)
-        np.testing.assert_array_equal(evidence.texts("pool", part, p.name, "logp"), ceilings.pool_logp)
+        np.testing.assert_array_equal(
+            evidence.texts("pool", part, p.name, "logp"), ceilings["pool"].logp["alone"][:, 0]
+        )
 
 
 def test_every_text_has_its_ids_once(evidence, scored_run):
@@ -135,10 +137,12 @@ def test_every_text_has_its_ids_once(evidence, scored_run):
         "pool": 2 * targets.pool_size,
     }
     # Behind BOS a source's replay is v itself, whatever it was read as before.
-    key = LADDER[-1].reading
-    assert evidence.texts("source", part_of_reading(key), key, "cen").min() > 1 - 1e-5
-    drawn = ceilings.texts["corrected"].drawn
-    assert evidence.texts("paraphrase", "held_out", "corrected", "tokens").ravel().tolist() == drawn.lengths.tolist()
+    assert evidence.texts("source", part_of(LADDER[-1]), LADDER[-1].reading, "cen").min() > 1 - 1e-5
+    drawn = ceilings["paraphrase.corrected"]
+    assert (
+        evidence.texts("paraphrase", "held_out", "corrected", "tokens").ravel().tolist()
+        == drawn.lengths.ravel().tolist()
+    )
 
 
 def apart(run, tmp_path):

@@ -121,7 +121,7 @@ def test_another_sampling_temperature_is_refused(gemma_run, monkeypatch):
         ("best_av", "validation", "nla_utils.training", "VALIDATION_SHARE", 0.1),
         ("ceilings", "prompt", "nla_utils.baselines", "PROMPT", "Say: {text}"),
         ("ceilings", "tail_lengths", "nla_utils.baselines", "TAIL_LENGTHS", (1, 2)),
-        ("ceilings", "readings", "nla_utils.baselines", "PROTOCOLS", (protocol.CORRECTED,)),
+        ("ceilings", "readings", "nla_utils.baselines", "READINGS", {"source": {"corrected": protocol.CORRECTED}}),
         ("rollouts", "rollout_sampling", "nla_utils.config.AVConfig", "temperature", 0.7),
         ("probe", "ridges", "nla_utils.baselines", "PROBE_RIDGES", (1.0,)),
         ("source_loss", "n_others", "nla_utils.verbalizer", "N_OTHERS", 4),

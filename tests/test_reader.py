@@ -165,7 +165,8 @@ def test_nearest_tokens_is_the_largest_centred_cosine():
 def test_probe_writes_as_many_tokens_as_the_reader(tiny_run):
     run, targets = tiny_run
     probe = make_probe(run, targets)
-    assert probe.ids.shape == (2 * len(targets.held_out), 8) and probe.h_bos.shape[1] == len(PROBE_LENGTHS)
+    assert probe.ids.shape == (2 * len(targets.held_out), len(PROBE_LENGTHS), 8)
+    assert probe.h.keys() == {"corrected", "published"}
     assert probe.ids.min() >= 0 and probe.ids.max() < len(run.backbone.embedding_table())
     assert len(run.folder.load("probe").sidecar["trials"]) > 1
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from nla_utils import rollouts as rollouts_module
 from nla_utils.baselines import make_ceilings
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
@@ -14,6 +13,7 @@ from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
 from nla_utils.targets import make_targets
 from nla_utils.training import load_av, train_av
+from nla_utils.verbalizer import ActivationVerbalizer
 
 
 def test_column_zero_is_greedy_and_the_others_are_not(scored_run):
@@ -32,7 +32,7 @@ def test_h_is_read_without_the_prefix(scored_run):
     run, targets, _, rollouts = scored_run
     chosen = rollouts.at(targets.held_out)
     h = run.backbone.encode([chosen.sequence(0, 1)], start=True)[0]
-    np.testing.assert_allclose(chosen.h_bos[0, 1], h, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(chosen.h["corrected"][0, 1], h, rtol=1e-3, atol=1e-3)
 
 
 def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkeypatch):
@@ -43,15 +43,15 @@ def test_killed_rollouts_resume_to_the_same_bytes(tiny_folders, tmp_path, monkey
         targets = make_targets(run)
         train_av(run, targets)
         if name == "cut":
-            roll, calls = rollouts_module.roll_out, []
+            write, calls = ActivationVerbalizer.write, []
 
             def killed_in_the_third_chunk(*args):
                 calls.append(1)
                 if len(calls) == 3:
                     raise KeyboardInterrupt
-                return roll(*args)
+                return write(*args)
 
-            monkeypatch.setattr(rollouts_module, "roll_out", killed_in_the_third_chunk)
+            monkeypatch.setattr(ActivationVerbalizer, "write", killed_in_the_third_chunk)
             with pytest.raises(KeyboardInterrupt):
                 make_rollouts(run, targets)
             assert not run.folder.has("rollouts")

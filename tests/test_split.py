@@ -10,10 +10,11 @@ from accelerate import dispatch_model
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
+from nla_utils.encoding import read
 from nla_utils.errors import BackboneError
 from nla_utils.lm.loading import check_backbone, load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
-from nla_utils.rollouts import roll_out
+from nla_utils.protocol import PROTOCOLS
 from nla_utils.training import pair_loss
 from nla_utils.verbalizer import ActivationVerbalizer
 
@@ -50,10 +51,8 @@ def test_blocks_that_lie_elsewhere_change_nothing(tiny_folders, tmp_path, name):
         av = ActivationVerbalizer.fresh(backbone)
         loss = pair_loss(backbone, av, v_Md, texts[:2])
         loss.backward()
-        rolled = roll_out(
-            backbone, av, v_Md, SamplingSettings(max_new_tokens=6), 3, row_streams(1, "t", range(len(v_Md)), 4)
-        )
-        found.append({"loss": loss.detach(), "slope": av.proj.weight.grad, **rolled})
+        rolled = av.write(backbone, v_Md.numpy(), 3, SamplingSettings(6), row_streams(1, "t", range(len(v_Md)), 4))
+        found.append({"loss": loss.detach(), "slope": av.proj.weight.grad, **read(backbone, rolled, *PROTOCOLS).arrays})
     for key, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][key], err_msg=key)
     check_backbone(split)

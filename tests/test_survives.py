@@ -33,7 +33,7 @@ KILLS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2}
 
 def left(folder):
     """What a run of §11 leaves, provenance aside."""
-    names = ("targets", "best_av", "ceilings", "ablation", "rollouts", "probe")
+    names = ("targets", "best_av", "ceilings", "rollouts", "probe")
     arrays = {name: (folder / f"{name}.safetensors").read_bytes() for name in names}
     results = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
     found = golden.results_of(folder)

@@ -19,6 +19,7 @@ from nla_utils.config import RunConfig, parse_seeds
 from nla_utils.errors import ConfigError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.notebooks import STAGES
+from nla_utils.protocol import CORRECTED
 from nla_utils.report import pages as appendix
 from nla_utils.report.results import RunResults, find_results, without_variants
 from nla_utils.report.tables import seed_groups, seeds_table
@@ -88,11 +89,11 @@ def test_another_layer_takes_the_paraphrases_that_are_there(gemma_run, tmp_path,
     run, made = with_out(gemma_run[0], tmp_path), []
     for layer in (1, 2):
         own = run.at(layer)
-        made.append(ceilings.make_ceilings(own, make_targets(own)).texts)
+        made.append(ceilings.make_ceilings(own, make_targets(own)))
         monkeypatch.setattr(ceilings, "continue_prompts", None)
     for name in ("published", "corrected"):
-        np.testing.assert_array_equal(made[0][name].drawn.ids, made[1][name].drawn.ids)
-    assert not np.array_equal(made[0]["corrected"].paraphrase, made[1]["corrected"].paraphrase)
+        np.testing.assert_array_equal(*(own[f"paraphrase.{name}"].ids for own in made))
+    assert not np.array_equal(*(own["paraphrase.corrected"].read_as(CORRECTED) for own in made))
 
 
 @pytest.mark.parametrize("text, found", [("all", [1, 2, 3]), ("2", [2]), ("3, 1", [1, 3]), ("2,2", [2])])

@@ -12,6 +12,7 @@ from nla_utils import rows
 from nla_utils.baselines import PROMPT, prompt_ids
 from nla_utils.config import TAIL_LENGTHS
 from nla_utils.encoding import re_encode
+from nla_utils.evidence import null_texts
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PROTOCOLS, PUBLISHED
@@ -38,10 +39,13 @@ def test_bos(scored_run):
         chosen = rollouts.at(targets.eval_rows(protocol))
         for m, k in ((0, 0), (1, 2), (7, 4)):
             expected = naive.hidden(model, layer, head + chosen.sequence(m, k))
-            np.testing.assert_allclose(chosen.h(protocol)[m, k], expected, rtol=1e-3, atol=1e-3)
-    same = fve(ceilings.texts["corrected"].replay, targets.v[targets.held_out], targets.mu)
+            np.testing.assert_allclose(chosen.read_as(protocol)[m, k], expected, rtol=1e-3, atol=1e-3)
+    same = fve(ceilings["source.corrected"].read_as(CORRECTED)[:, 0], targets.v[targets.held_out], targets.mu)
     np.testing.assert_allclose(same, 1, atol=1e-5)
-    assert fve(ceilings.ladder["left_pad+eos_text"], targets.v[targets.in_sample], targets.mu).mean() < 0.999
+    assert (
+        fve(ceilings["source.published"].h["left_pad+eos_text"][:, 0], targets.v[targets.in_sample], targets.mu).mean()
+        < 0.999
+    )
 
 
 def test_left_pad(tiny_run):
@@ -73,7 +77,7 @@ def test_no_null(scored_run, columns):
     _, targets, ceilings, rollouts = scored_run
     for p, (_, evaluation, curve) in columns.items():
         v = targets.v[targets.eval_rows(BY_NAME[p])]
-        scores = fve_matrix(v, ceilings.texts[p].pool_h, targets.mu)
+        scores = fve_matrix(v, null_texts(targets, ceilings, BY_NAME[p]), targets.mu)
         draws = np.random.default_rng(0).permuted(np.tile(scores, (300, 1, 1)), axis=2)[:, :, :4].max(axis=2)
         assert evaluation.values["unrelated_text_cen_bestofK_mean"] == pytest.approx(draws.mean(), abs=0.01)
         assert curve.values["kcurve_unrelated_text_cen"]["4"] == pytest.approx(draws.mean(), abs=0.01)
@@ -85,8 +89,8 @@ def test_null_texts_are_encoded_as_the_rollouts_are(scored_run):
     model, layer, start = run.backbone.model, run.backbone.layer, run.backbone.start_id
     without = naive.hidden(model, layer, targets.sequence(i))
     behind = naive.hidden(model, layer, [start, *targets.sequence(i)])
-    np.testing.assert_allclose(ceilings.texts["published"].pool_h[3], without, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(ceilings.texts["corrected"].pool_h[3], behind, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(null_texts(targets, ceilings, PUBLISHED)[3], without, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(null_texts(targets, ceilings, CORRECTED)[3], behind, rtol=1e-3, atol=1e-3)
 
 
 def test_self_mu(scored_run, columns):
@@ -116,24 +120,24 @@ def test_logp_embeds_and_top_k(scored_run):
     run, targets, _, rollouts = scored_run
     backbone = run.backbone
     av = load_av(run)
-    assert np.isnan(rollouts.at(targets.held_out).logp_published).all()
+    assert np.isnan(rollouts.at(targets.held_out).logp["published"]).all()
     chosen = rollouts.at(targets.in_sample)
     with torch.no_grad():
         prompt = av(torch.from_numpy(targets.v[chosen.rows[:1]]), backbone.dtype)
     ids = chosen.sequence(0, 1)
     truncated = naive.token_logprobs(backbone.model, prompt, ids, top_k=50)
-    assert chosen.logp[0, 0] == pytest.approx(np.mean(truncated), abs=2e-3)
+    assert chosen.logp["sampled"][0, 1] == pytest.approx(np.mean(truncated), abs=2e-3)
     module = backbone.model.get_input_embeddings()
     raw_table = torch.cat([prompt, module.weight[torch.tensor([ids])]], 1)
     with torch.no_grad():
         logits = backbone.model(inputs_embeds=raw_table).logits[0].float()
     n = prompt.shape[1]
     whole = [float(torch.log_softmax(logits[n - 1 + t], 0)[i]) for t, i in enumerate(ids)]
-    assert chosen.logp_published[0, 0] == pytest.approx(np.mean(whole), abs=2e-3)
-    assert chosen.logp[0, 0] > np.mean(naive.token_logprobs(backbone.model, prompt, ids, top_k=None))
+    assert chosen.logp["published"][0, 1] == pytest.approx(np.mean(whole), abs=2e-3)
+    assert chosen.logp["sampled"][0, 1] > np.mean(naive.token_logprobs(backbone.model, prompt, ids, top_k=None))
     scaled = "gemma" in backbone.name
     proper = np.mean(naive.token_logprobs(backbone.model, prompt, ids, top_k=None))
-    assert (abs(chosen.logp_published[0, 0] - proper) > 1e-2) == scaled
+    assert (abs(chosen.logp["published"][0, 1] - proper) > 1e-2) == scaled
     assert SamplingSettings().top_k == 50
 
 
@@ -153,7 +157,7 @@ def test_pad_generate(tiny_run, monkeypatch, tmp_path):
     asked, draw = [], ceilings_module.continue_prompts
     monkeypatch.setattr(ceilings_module, "continue_prompts", lambda *args: asked.append(args) or draw(*args))
     rows, apart = targets.in_sample[:2], dataclasses.replace(run, folder=RunFolder(tmp_path / "run", {}))
-    texts = [ceilings_module.draw_paraphrases(apart, targets, rows, p).sequences for p in (CORRECTED, PUBLISHED)]
+    texts = [ceilings_module.paraphrases(apart, targets, rows, p).sequences for p in (CORRECTED, PUBLISHED)]
     # Where the tokenizer begins with the start token and pads on the left, both ways are one, drawn once.
     same = run.backbone.padding_side == "left" and run.backbone.tokenizer("a").input_ids[0] == run.backbone.start_id
     assert [side for *_, side in asked] == (["left"] if same else ["left", run.backbone.padding_side])
@@ -172,7 +176,7 @@ def test_first_k(scored_run, columns):
     _, targets, _, rollouts = scored_run
     for p in ("published", "corrected"):
         chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
-        scores = fve(chosen.h(BY_NAME[p])[:, 1:], targets.v[chosen.rows][:, None], targets.mu)
+        scores = fve(chosen.read_as(BY_NAME[p])[:, 1:], targets.v[chosen.rows][:, None], targets.mu)
         first = np.mean([max(row[:2]) for row in scores])
         exact = np.mean([naive.expected_max(row, 2) for row in scores])
         own = columns[p][2].values["kcurve_oracle_top1_cen"]["2"]
@@ -194,7 +198,7 @@ def test_floor_kind(scored_run, columns):
     _, targets, _, rollouts = scored_run
     for p in ("published", "corrected"):
         chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
-        v, h, mu = targets.v[chosen.rows], chosen.h(BY_NAME[p]), targets.mu
+        v, h, mu = targets.v[chosen.rows], chosen.read_as(BY_NAME[p]), targets.mu
         m = len(v)
         greedy = [naive.fve(h[j, 0], v[i], mu) for i in range(m) for j in range(m) if i != j]
         best = [max(naive.fve(x, v[i], mu) for x in h[j, 1:]) for i in range(m) for j in range(m) if i != j]
@@ -233,7 +237,7 @@ def test_one_span_tail_oracle(scored_run, columns):
     for j, n in enumerate(TAIL_LENGTHS[:3]):
         tail = [run.backbone.start_id, *targets.sequence(i)[-n:]]
         expected = naive.hidden(run.backbone.model, run.backbone.layer, tail)
-        np.testing.assert_allclose(ceilings.texts["corrected"].tail[0, j], expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(ceilings["tail.corrected"].read_as(CORRECTED)[0, j], expected, rtol=1e-3, atol=1e-3)
     assert columns["corrected"][0].values["tail_oracle_32_cen_fve_mean"] == pytest.approx(1, abs=1e-5)
 
 
@@ -242,7 +246,7 @@ def test_rows_against_loops(scored_run, columns):
     _, targets, ceilings, rollouts = scored_run
     for p in ("published", "corrected"):
         chosen = rollouts.at(targets.eval_rows(BY_NAME[p]))
-        v, h = targets.v[chosen.rows], chosen.h(BY_NAME[p])
+        v, h = targets.v[chosen.rows], chosen.read_as(BY_NAME[p])
         pool = targets.v[targets.pool]
         for kind, mu in (("raw", None), ("cen", naive.mean_vector(pool.astype(float).tolist()))):
             scores = [[naive.fve(x, a, mu) for x in row] for a, row in zip(v, h)]
@@ -255,7 +259,7 @@ def test_rows_against_loops(scored_run, columns):
             for key, values in expected.items():
                 assert columns[p][1].values[key] == pytest.approx(sum(values) / len(values), abs=1e-5)
             mu = naive.mean_vector(v.astype(float).tolist()) if p == "published" and mu is not None else mu
-            paraphrase = ceilings.texts[p].paraphrase
+            paraphrase = ceilings[f"paraphrase.{p}"].read_as(BY_NAME[p])
             best = [max(naive.fve(x, a, mu) for x in row) for a, row in zip(v, paraphrase)]
             key = f"paraphrase_bestof8_{kind}_fve_mean"
             assert columns[p][0].values[key] == pytest.approx(sum(best) / len(best), abs=1e-5)

@@ -10,16 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Optional, Sequence
 
-import numpy as np
 import torch
 
 from nla_extensions.depth.layers import extract_layers
 from nla_extensions.tail_reader.reader import fit_readers, load_reader, read_greedy
 from nla_extensions.tail_reader.scores import names_last_token
 from nla_utils import rows
-from nla_utils.baselines import Ceilings, EncodedTexts, Paraphrases, draw_paraphrases, tail_ids
-from nla_utils.config import N_PARAPHRASES, TAIL_LENGTHS, TAIL_TOKENS
-from nla_utils.encoding import re_encode
+from nla_utils.baselines import paraphrases, sources, tails
+from nla_utils.config import TAIL_TOKENS
+from nla_utils.encoding import Texts, read
 from nla_utils.evidence import of_ceilings
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PUBLISHED
@@ -48,12 +47,15 @@ def reach_of_text(run: Run, layers: Sequence[int], sequences: Optional[Path] = N
     for start in range(0, len(layers), together):
         fit_readers([(at[x], load_targets(at[x])) for x in layers[start : start + together]])
     first = load_targets(at[layers[0]])
-    drawn = draw_paraphrases(run, first, first.held_out, CORRECTED)
-    h = {name: run.backbone.encode_layers(ids, True, layers) for name, ids in _texts(first, drawn).items()}
+    held_out = first.held_out
+    written = [sources(first, held_out), tails(first, held_out), paraphrases(run, first, held_out, CORRECTED)]
+    h = [run.backbone.encode_layers(texts.sequences, True, layers) for texts in written]
     columns, parents = {}, {}
     for i, layer in enumerate(Progress(layers, desc="scoring layers", unit="layer")):
         own, targets = at[layer], load_targets(at[layer])
-        corrected = _score(targets, {name: h_LNd[i] for name, h_LNd in h.items()}, drawn, run.sizes.n_rollouts)
+        for texts, h_LNd in zip(written, h):
+            texts.h = {texts.reading(CORRECTED): h_LNd[i].reshape(*texts.lengths.shape, -1)}
+        corrected = _score(targets, written, run.sizes.n_rollouts)
         found = {
             "published": _published_replay(own, targets),
             "corrected": corrected,
@@ -69,23 +71,9 @@ def _layers_in(room: int, d: int, n_targets: int) -> int:
     return max(1, room // (4 * n_targets * d + 8 * TAIL_TOKENS * d * d))
 
 
-def _texts(targets: Targets, paraphrases: Paraphrases) -> dict[str, list[list[int]]]:
-    """Ids of what is written of the held-out targets: all of it, its ends, its paraphrases; the same at each layer."""
-    held_out = targets.held_out
-    return {
-        "replay": targets.sequences(held_out),
-        "tail": tail_ids(targets, held_out),
-        "paraphrase": paraphrases.sequences,
-    }
-
-
-def _score(targets: Targets, h: dict[str, np.ndarray], drawn: Paraphrases, k: int) -> Column:
+def _score(targets: Targets, written: Sequence[Texts], k: int) -> Column:
     m = targets.n_eval
-    tails = h["tail"].reshape(m, len(TAIL_LENGTHS), -1)
-    paraphrases = h["paraphrase"].reshape(m, N_PARAPHRASES, -1)
-    # Behind BOS a target's text re-encodes to its own v.
-    texts = EncodedTexts(h["replay"], paraphrases, tails, targets.v[targets.unevaluated], drawn)
-    evidence = of_ceilings(targets, Ceilings({CORRECTED.name: texts}, {}), k)
+    evidence = of_ceilings(targets, {CORRECTED.texts(texts.kind): texts for texts in written}, k)
     raw, cen = (Scores(evidence, CORRECTED, kind) for kind in ("raw", "cen"))
     column = Column("corrected", m)
     column.put("mu_norm", evidence.facts["mu_norm"]["pool"])
@@ -121,7 +109,6 @@ def _read(run: Run, targets: Targets, texts_column: Column) -> Column:
 def _published_replay(run: Run, targets: Targets) -> Column:
     chosen = targets.eval_rows(PUBLISHED)
     column = Column("published", len(chosen))
-    replayed = re_encode(run.backbone, targets.sequences(chosen), PUBLISHED)
-    v = targets.v[chosen]
-    column.add(rows.REPLAY.cen, fve(replayed, v, v.mean(axis=0)))
+    replayed, v = read(run.backbone, sources(targets, chosen), PUBLISHED), targets.v[chosen]
+    column.add(rows.REPLAY.cen, fve(replayed.read_as(PUBLISHED)[:, 0], v, v.mean(axis=0)))
     return column

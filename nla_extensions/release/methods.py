@@ -10,7 +10,6 @@ from nla_extensions.release.baselines import lens_tokens, patchscope
 from nla_extensions.release.bundle import Bundle
 from nla_extensions.tail_reader.reader import read_tails
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import sample
 
 # Those that draw texts; the guided search goes on from the reader's.
 DRAWING = ("reader", "av", "lens", "patchscope")
@@ -31,17 +30,11 @@ def draw_texts(
         # As long as the reader's.
         flat = patchscope(backbone, v_Bd, bundle.reader.n, streams_B, greedy_B)
     elif method == "av":
-        flat = _av(backbone, bundle, v_Bd, streams_B, greedy_B)
+        settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
+        flat = bundle.av.write(backbone, v_Md, k, settings, streams_B).sequences
     else:
         flat = read_tails(bundle.reader, v_Bd, streams_B, greedy_B.cpu())[0].tolist()
     return [flat[first : first + k + 1] for first in range(0, len(flat), k + 1)]
-
-
-@torch.inference_mode()
-def _av(backbone: Backbone, bundle: Bundle, v_Bd: Tensor, streams_B: np.ndarray, greedy_B: Tensor) -> list[list[int]]:
-    settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
-    samples = sample(backbone, bundle.av(v_Bd, backbone.dtype), settings, streams_B, greedy_B=greedy_B)
-    return [samples.sequence(i) for i in range(len(v_Bd))]
 
 
 def _lens(backbone: Backbone, v_Md: Tensor, k: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ The K draws and the greedy text are kept like an AV's rollouts, so that the same
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -13,12 +14,11 @@ import torch
 from nla_extensions.tail_reader.reader import ARTEFACT as READER_ARTEFACT
 from nla_extensions.tail_reader.reader import TOP_K, TailReader, load_reader, read_tails
 from nla_utils.config import RunConfig
-from nla_utils.encoding import nats_per_token, re_encode
+from nla_utils.encoding import TEXTS_FORMAT, Texts, nats_per_token, read, texts_of, write_in_chunks
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
-from nla_utils.protocol import CORRECTED, PUBLISHED
-from nla_utils.rollouts import Rollouts
+from nla_utils.protocol import CORRECTED, PROTOCOLS
 from nla_utils.run import Run
 from nla_utils.store import SPECS, Artefact, ChunkStore
 from nla_utils.targets import Targets
@@ -38,6 +38,7 @@ def tails_spec(config: RunConfig, k: int) -> dict:
     """What the reader's tails depend on beside the run's identity, its targets and its reader."""
     s = config.sizes
     return {
+        **TEXTS_FORMAT,
         "n_eval": s.n_eval,
         "pool_size": s.pool_size,
         "k": k,
@@ -137,15 +138,14 @@ def _best(ids: np.ndarray, h: np.ndarray, worth: np.ndarray) -> tuple[np.ndarray
 class ReaderRollouts:
     """The reader's texts of the in-sample and the held-out targets, and the guided search of the held-out ones."""
 
-    rollouts: Rollouts
+    rollouts: Texts
     guided: GuidedSearch
-    sha256: str
 
     @classmethod
     def of(cls, artefact: Artefact) -> "ReaderRollouts":
         t = artefact.tensors
         guided = GuidedSearch(*(t[f"guided_{name}"] for name in ("ids", "h", "curve", "spent")))
-        return cls(Rollouts.of(artefact), guided, artefact.sha256)
+        return cls(texts_of(artefact)["rollout"], guided)
 
 
 def make_reader_rollouts(run: Run, targets: Targets) -> ReaderRollouts:
@@ -156,12 +156,14 @@ def make_reader_rollouts(run: Run, targets: Targets) -> ReaderRollouts:
     if run.folder.has(ARTEFACT):
         return ReaderRollouts.of(run.folder.load(ARTEFACT))
     rows = np.concatenate([targets.in_sample, targets.held_out])
-    tensors, stages = write_tails(run, targets, rows, run.sizes.n_rollouts)
+    rollouts, guided, stages = write_tails(run, targets, rows, run.sizes.n_rollouts)
     parents = {"targets": targets.sha256, READER_ARTEFACT: run.folder.sha256_of(READER_ARTEFACT)}
-    artefact = run.folder.save(ARTEFACT, {"rows": rows, **tensors}, made_from=parents)
+    tensors = {f"rollout/{name}": x for name, x in rollouts.arrays.items()}
+    tensors |= {f"guided_{name}": x for name, x in vars(guided).items()}
+    run.folder.save(ARTEFACT, tensors, made_from=parents)
     for chunks in stages:
         chunks.clear()
-    return ReaderRollouts.of(artefact)
+    return ReaderRollouts(rollouts, guided)
 
 
 def av_forward_tokens(config: RunConfig) -> int:
@@ -169,24 +171,24 @@ def av_forward_tokens(config: RunConfig) -> int:
     return config.sizes.n_rollouts * (2 * config.sizes.max_new_tokens + 1)
 
 
-def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[dict[str, np.ndarray], list[ChunkStore]]:
+def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[Texts, GuidedSearch, list[ChunkStore]]:
     """Greedy and K drawn tails of each row, and what guided search makes of those of the held-out targets.
 
-    ``rows`` end with the held-out targets. Returns the arrays of :func:`read_rollouts` and ``guided_*``, and the
-    chunks that they came from: the caller clears them once it has saved what it makes, so that nothing is done twice.
+    ``rows`` end with the held-out targets. The chunks that both came from are returned too: the caller clears them once
+    it has saved what it makes, so that nothing is done twice.
     """
     backbone, folder, reader, held_out = run.backbone, run.folder, load_reader(run), targets.held_out
     made_from = {"targets": targets.sha256, READER_ARTEFACT: folder.sha256_of(READER_ARTEFACT)}
     plan = {**folder.conditions, **made_from, **tails_spec(run.config, k), "rows": len(rows)}
     tails, searches = (ChunkStore(folder.file(f"{name}{k}.chunks"), plan) for name in ("readings", "guided"))
 
-    def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
-        chosen = rows[part_of]
-        v_Md = torch.from_numpy(targets.v[chosen]).to(backbone.device)
-        return read_rollouts(reader, backbone, v_Md, k, row_streams(run.seed, "readings", chosen, k + 1))
+    def write(chosen: np.ndarray) -> Texts:
+        streams_B = row_streams(run.seed, "readings", chosen, k + 1)
+        return read_rollouts(reader, backbone, targets.v[chosen], k, streams_B, chosen)
 
-    drawn = tails.fill(len(rows), max(1, ROW_BATCH // (k + 1)), draw, "reading tails", "target")
-    ids_MKn, h_MKd = (drawn[name][-len(held_out) :, 1:] for name in ("ids", "h_bos"))
+    drawn = write_in_chunks(tails, "rollout", rows, max(1, ROW_BATCH // (k + 1)), write, "reading tails")
+    own = drawn.at(held_out)
+    ids_MKn, h_MKd = own.ids[:, 1:], own.read_as(CORRECTED)[:, 1:]
 
     def search(c: int, m: slice) -> dict[str, np.ndarray]:
         v_Md = targets.v[held_out[m]]
@@ -195,24 +197,21 @@ def write_tails(run: Run, targets: Targets, rows: np.ndarray, k: int) -> tuple[d
         return {**vars(found), "spent": np.tile(found.spent, (len(v_Md), 1))}
 
     found = searches.fill(len(held_out), GUIDED_BATCH, search, "guided search", "target")
-    found["spent"] = found["spent"][0]
-    return {**drawn, **{f"guided_{name}": x for name, x in found.items()}}, [tails, searches]
+    return drawn, GuidedSearch(**found | {"spent": found["spent"][0]}), [tails, searches]
 
 
 def read_rollouts(
-    reader: TailReader, backbone: Backbone, v_Md: torch.Tensor, k: int, streams_B: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The greedy and k drawn tails of each target as the arrays of :class:`~nla_utils.verbalizer.Rollouts`; each of the
-    M (1 + k) has a random stream."""
-    m = len(v_Md)
-    greedy = torch.arange(m * (k + 1)) % (k + 1) == 0
-    ids_Bn, logp_B = read_tails(reader, v_Md.repeat_interleave(k + 1, dim=0), streams_B, greedy)
-    flat = ids_Bn.tolist()
-    return {
-        "ids": ids_Bn.int().numpy().reshape(m, k + 1, -1),
-        "lengths": np.full((m, k + 1), reader.n, dtype=np.int32),
-        "h_bos": re_encode(backbone, flat, CORRECTED.on_ids).reshape(m, k + 1, -1),
-        "h_nobos": re_encode(backbone, flat, PUBLISHED.on_ids).reshape(m, k + 1, -1),
-        "logp": logp_B.float().numpy().reshape(m, k + 1)[:, 1:],
-        "logp_published": np.full((m, k), np.nan, dtype=np.float32),
-    }
+    reader: TailReader, backbone: Backbone, v_Md: np.ndarray, k: int, streams_B: np.ndarray, rows: Sequence[int] = ()
+) -> Texts:
+    """The greedy and k drawn tails of each target, re-encoded; each of the M (1 + k) has a random stream. ``rows`` are
+    those of the targets, 0 … M − 1 if not given."""
+    shape = len(v_Md), k + 1
+    v_Bd = torch.from_numpy(v_Md).to(backbone.device).repeat_interleave(k + 1, dim=0)
+    ids_Bn, logp_B = read_tails(reader, v_Bd, streams_B, torch.arange(len(v_Bd)) % (k + 1) == 0)
+    logp_Mn = logp_B.float().numpy().reshape(shape)
+    logp_Mn[:, 0] = np.nan
+    logp = {"sampled": logp_Mn, "published": np.full(shape, np.nan, dtype=np.float32)}
+    lengths_Mn = np.full(shape, reader.n, dtype=np.int32)
+    rows = np.asarray(rows) if len(rows) else np.arange(len(v_Md))
+    texts = Texts("rollout", rows, ids_Bn.int().numpy().reshape(*shape, -1), lengths_Mn, logp)
+    return read(backbone, texts, *PROTOCOLS)

@@ -13,13 +13,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from nla_extensions.tail_reader.rollouts import ReaderRollouts
 from nla_utils import metrics, rows
-from nla_utils.baselines import Ceilings, ProbeTexts
 from nla_utils.config import cache_dir
+from nla_utils.encoding import Texts
 from nla_utils.evidence import Evidence, Scorer, of_ceilings, of_rollouts
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import check_hash, download_wheels, read_member
 from nla_utils.protocol import CORRECTED, Protocol
-from nla_utils.rollouts import Rollouts
 from nla_utils.scores import Column, Scores, score
 from nla_utils.targets import Targets
 
@@ -77,14 +76,12 @@ def sentence_embeddings(texts: Sequence[str]) -> np.ndarray:
     return torch.nn.functional.normalize(torch.cat(parts), dim=1).numpy()
 
 
-def reader_evidence(targets: Targets, reader: ReaderRollouts, ceilings: Ceilings, probe: ProbeTexts) -> Evidence:
+def reader_evidence(targets: Targets, reader: ReaderRollouts, ceilings: dict[str, Texts], probe: Texts) -> Evidence:
     """Evidence of the reader's texts in the place of an AV's rollouts; not kept."""
     return of_ceilings(targets, ceilings, reader.rollouts.k) | of_rollouts(targets, reader.rollouts, ceilings, probe)
 
 
-def score_reader(
-    evidence: Evidence, targets: Targets, reader: ReaderRollouts, av: Rollouts, protocol: Protocol
-) -> Column:
+def score_reader(evidence: Evidence, targets: Targets, reader: ReaderRollouts, av: Texts, protocol: Protocol) -> Column:
     """The reader's column of one protocol, with paired differences from the AV's of the same protocol.
 
     ``corrected`` also holds the guided search and the distance to the tail oracles of 4 and 8 tokens.
@@ -92,7 +89,7 @@ def score_reader(
     chosen = targets.eval_rows(protocol)
     column = score(evidence, protocol, rows.OF_ROLLOUTS)
     scorer = Scorer(targets.v[chosen], targets.v[targets.pool], targets.mu)
-    own = scorer.own(av.at(chosen).h(protocol))
+    own = scorer.own(av.at(chosen).read_as(protocol))
     for (name, row), theirs in zip(COMPARED, (own[:, 0], own[:, 1:].max(axis=1))):
         column.add(f"reader_minus_av_cen_{name}", column.per_target[row.cen] - theirs)
     if protocol == CORRECTED:
@@ -112,7 +109,7 @@ def _add_oracles(column: Column, scorer: Scorer, reader: ReaderRollouts, centred
     column.add("guided_identification_mrr", 1 / rank)
 
 
-def compute_curves(targets: Targets, av: Rollouts, reader: ReaderRollouts) -> dict[str, list[dict]]:
+def compute_curves(targets: Targets, av: Texts, reader: ReaderRollouts) -> dict[str, list[dict]]:
     """Centred score against forward tokens per target, held out, ``corrected``: ``{name: [{tokens, mean, ci95}]}``.
 
     An AV's text of T tokens costs T to write and T + 1 to read behind BOS; an unrelated text only the reading;
@@ -121,8 +118,8 @@ def compute_curves(targets: Targets, av: Rollouts, reader: ReaderRollouts) -> di
     scorer = Scorer(targets.v[targets.held_out], targets.v[targets.pool], targets.mu)
     length, n = av.ids.shape[2], reader.rollouts.ids.shape[2]
 
-    def draws(rollouts: Rollouts) -> np.ndarray:
-        return scorer.own(rollouts.at(targets.held_out).h(CORRECTED))[:, 1:]
+    def draws(rollouts: Texts) -> np.ndarray:
+        return scorer.own(rollouts.at(targets.held_out).read_as(CORRECTED))[:, 1:]
 
     curves = {
         "AV": _curve(draws(av), 2 * length + 1),
@@ -142,15 +139,13 @@ def _point(tokens: int, score_M: np.ndarray) -> dict:
     return {"tokens": tokens, "mean": float(score_M.mean()), "ci95": metrics.ci95(score_M)}
 
 
-def greedy_texts(
-    targets: Targets, av: Rollouts, reader: ReaderRollouts, probe: ProbeTexts
-) -> dict[str, list[list[int]]]:
+def greedy_texts(targets: Targets, av: Texts, reader: ReaderRollouts, probe: Texts) -> dict[str, list[list[int]]]:
     """Token ids of each verbalizer's text of the held-out targets; all but the guided one chosen without v."""
     held_out = targets.held_out
     greedy = [[r.sequence(m, 0) for m in range(len(held_out))] for r in (av.at(held_out), reader.rollouts.at(held_out))]
     return {
         "AV, greedy": greedy[0],
-        "probe decode": probe.ids[-len(held_out) :].tolist(),
+        "probe decode": probe.at(held_out).ids[:, -1].tolist(),
         "reader, greedy": greedy[1],
         "reader, guided": reader.guided.ids.tolist(),
     }

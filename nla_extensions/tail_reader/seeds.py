@@ -15,6 +15,7 @@ from nla_utils.baselines import fit_split
 from nla_utils.evidence import Scorer
 from nla_utils.lm.backbone import Backbone
 from nla_utils.metrics import fve
+from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
 from nla_utils.scores import Column
 from nla_utils.store import SPECS, Artefact
@@ -64,12 +65,13 @@ def make_claims(run: Run, targets: Targets) -> Artefact:
     if run.folder.has(ARTEFACT):
         return run.folder.load(ARTEFACT)
     held_out = targets.held_out
-    tails, stages = write_tails(run, targets, held_out, DRAWS)
+    tails, guided, stages = write_tails(run, targets, held_out, DRAWS)
+    h_MKd = tails.read_as(CORRECTED)
     tensors = {
-        "score": fve(tails["h_bos"], targets.v[held_out][:, None], targets.mu),
-        "greedy_h": tails["h_bos"][:, 0],
-        "guided_curve": tails["guided_curve"],
-        "guided_spent": tails["guided_spent"],
+        "score": fve(h_MKd, targets.v[held_out][:, None], targets.mu),
+        "greedy_h": h_MKd[:, 0],
+        "guided_curve": guided.curve,
+        "guided_spent": guided.spent,
     }
     made_from = {"targets": targets.sha256, READER_ARTEFACT: run.folder.sha256_of(READER_ARTEFACT)}
     artefact = run.folder.save(ARTEFACT, tensors, made_from=made_from, k=DRAWS, seed=run.seed)

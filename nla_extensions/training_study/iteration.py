@@ -19,6 +19,7 @@ from nla_utils import rows
 from nla_utils.config import BATCH_SIZE
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve
+from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
 from nla_utils.store import ChunkStore, arrays_hash, json_hash
 from nla_utils.targets import Targets
@@ -115,8 +116,8 @@ def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teach
 
     def search(c: int, part: slice) -> dict[str, np.ndarray]:
         v_Md, streams_B = targets.v[chosen[part]], row_streams(run.seed, "taught", chosen[part], k + 1)
-        drawn = read_rollouts(reader, backbone, torch.from_numpy(v_Md).to(backbone.device), k, streams_B)
-        ids, h, budget = drawn["ids"][:, 1:], drawn["h_bos"][:, 1:], av_forward_tokens(run.config)
+        drawn = read_rollouts(reader, backbone, v_Md, k, streams_B)
+        ids, h, budget = drawn.ids[:, 1:], drawn.read_as(CORRECTED)[:, 1:], av_forward_tokens(run.config)
         found = guided_search(reader, backbone, v_Md, targets.mu, ids, h, budget)
         return {"ids": found.ids, "score": found.curve[:, -1]}
 

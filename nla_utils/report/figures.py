@@ -25,8 +25,8 @@ from nla_utils.rows import SPEARMAN, Row
 from nla_utils.scores import Column
 
 if TYPE_CHECKING:
+    from nla_utils.encoding import Texts
     from nla_utils.lm.backbone import Backbone
-    from nla_utils.rollouts import Rollouts
     from nla_utils.targets import Targets
 
 
@@ -360,7 +360,7 @@ def spearman_histogram(columns: Mapping[str, Column], backbone: str) -> Figure:
 def verbalizations(
     backbone: Backbone,
     targets: Targets,
-    rollouts: Rollouts,
+    rollouts: Texts,
     protocol: Protocol,
     chosen: Optional[Sequence[int]] = None,
     best: int = 0,
@@ -368,7 +368,7 @@ def verbalizations(
 ) -> str:
     """Source, best rollout and greedy with their scores: of the ``chosen`` targets, or of the ``best`` and ``worst``
     by their best rollout."""
-    score_MK = fve(rollouts.h(protocol), targets.v[rollouts.rows][:, None], targets.mu)
+    score_MK = fve(rollouts.read_as(protocol), targets.v[rollouts.rows][:, None], targets.mu)
     order = np.argsort(-score_MK[:, 1:].max(axis=1))
     blocks = []
     for m in chosen if chosen is not None else [*order[:best], *order[len(order) - worst :]]:
@@ -383,9 +383,9 @@ def verbalizations(
 
 
 @styled
-def score_histogram(targets: Targets, rollouts: Rollouts, protocol: Protocol, backbone: str) -> Figure:
+def score_histogram(targets: Targets, rollouts: Texts, protocol: Protocol, backbone: str) -> Figure:
     """Centred scores of all rollouts against their own target and against the other targets."""
-    v, h = targets.v[rollouts.rows], rollouts.h(protocol)
+    v, h = targets.v[rollouts.rows], rollouts.read_as(protocol)
     own = fve(h, v[:, None], targets.mu)
     other = [fve_matrix(np.delete(v, m, axis=0), h[m], targets.mu).ravel() for m in range(len(v))]
     fig, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")

@@ -30,7 +30,7 @@ from nla_extensions.cli import app
 from nla_utils import notebooks, training
 from nla_utils import store as artefacts
 from nla_utils import targets as stage_targets
-from nla_utils.baselines import load_ceilings, make_ablation, make_ceilings, make_probe
+from nla_utils.baselines import load_ceilings, make_ceilings, make_probe
 from nla_utils.evidence import keep, of_ceilings, of_rollouts
 from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
@@ -101,9 +101,8 @@ def second(run):
 def third(run):
     targets = load_targets(run)
     ceilings = make_ceilings(run, targets)
-    ablation = make_ablation(run, targets, ceilings)
-    made_from = {"targets": targets.sha256, "ceilings": ceilings.sha256, "ablation": ablation.sha256}
-    compared = of_ceilings(targets, ceilings, run.config.sizes.n_rollouts, ablation)
+    made_from = {name: run.folder.sha256_of(name) for name in ("targets", "ceilings")}
+    compared = of_ceilings(targets, ceilings, run.config.sizes.n_rollouts)
     run.write_results("oracle_ceiling", oracle_ceiling(keep(run, "oracle_ceiling", compared, made_from)), made_from)
 
 
@@ -111,7 +110,7 @@ def fourth(run):
     targets, ceilings = load_targets(run), load_ceilings(run)
     rollouts, probe = make_rollouts(run, targets), make_probe(run, targets)
     loss = make_source_loss(run, targets, training.load_av(run))
-    made_from = {"rollouts": rollouts.sha256, "probe": probe.sha256, "source_loss": loss.sha256}
+    made_from = {name: run.folder.sha256_of(name) for name in ("rollouts", "probe", "source_loss")}
     compared = of_rollouts(targets, rollouts, ceilings, probe, loss, run.backbone.spec.ceiling)
     run.write_results("centered_eval", centered_eval(keep(run, "centered_eval", compared, made_from)), made_from)
 
