@@ -58,7 +58,7 @@ def test_the_cards_tables_are_whole_in_the_tables_of_each_backbone(run):
 def test_what_the_card_states_beside_its_tables_is_in_the_section_and_its_print():
     text = PAGE.text()
     tables_tex = "".join(t.files["tex"] for t in PAGE.tables)
-    in_print = (PAGE.tex(ROOT / "paper" / "section11.tex") + tables_tex).replace("$-$", "-")
+    in_print = (PAGE.text(form="tex") + tables_tex).replace("$-$", "-")
     for name, value in card()["statements"].items():
         # ‖μ‖ is printed with one digit more than the card has.
         number = value.split(".")[0] if name.startswith("mu_norm") else value.lstrip("-")
@@ -94,7 +94,7 @@ def test_the_author_on_bos_is_quoted_with_both_numbers():
 
 
 def test_every_work_that_is_cited_is_in_the_list_and_every_listed_one_is_cited():
-    cited = set(re.findall(r"\\cite\{(\w+)\}", PAGE.tex(ROOT / "paper" / "section11.tex")))
+    cited = set(re.findall(r"\\cite\{(\w+)\}", PAGE.text(form="tex")))
     assert cited == set(PAGE.values["references"])
     for work in PAGE.values["references"].values():
         assert PAGE.text().count(f"]({work['url']})") == 2

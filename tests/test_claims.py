@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nla_extensions.comparison import tables as comparison
 from nla_extensions.tail_reader import page as reader_page
 from nla_extensions.tail_reader import tables as reader
-from nla_utils import metrics
+from nla_utils import metrics, rows
 from nla_utils.config import ROOT
 from nla_utils.report import claims as findings
 from nla_utils.report.claims import (
@@ -148,7 +148,7 @@ def test_what_a_notebook_decides_is_one_family_of_its_own_file():
         gained = run.source_loss
         said = findings.answered(run.data["centered_eval"])["in this run"]
         assert len(said) == sum(q.notebook == "04" for q in findings.QUESTIONS)
-        for q in (q for q in findings.QUESTIONS if q.source_loss and gained):
+        for q in (q for q in findings.QUESTIONS if q.row in rows.NATS_GAINED and gained):
             low, high = gained["ci95"][q.row.key]
             assert f"[{low:+.3f}, {high:+.3f}]" in said[q.ask]
             # Holm only ever takes a verdict away.
@@ -207,9 +207,7 @@ def findings_figures(runs):
         f
         for q in findings.QUESTIONS
         for r in runs
-        for f in figures_of(
-            r.source_loss if q.source_loss else r.column(q.row.file, q.protocol), q.row.cen, q.low, q.high
-        )
+        for f in figures_of(r.of(q.row, q.protocol), q.row.cen, q.low, q.high)
     ]
 
 

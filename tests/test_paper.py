@@ -65,7 +65,7 @@ def _names_weights(text, spec):
 def test_what_names_a_backbone_names_its_weights():
     """Pages, README, NOTICE, cards and the bundles' records say what the registry says of the weights."""
     texts = {name: page.text() for name, page in PAGES.items()}
-    texts["tex"] = PAGES["section11"].tex(ROOT / "paper" / "section11.tex")
+    texts["tex"] = PAGES["section11"].text(form="tex")
     texts |= {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "NOTICE")}
     texts |= {r.title: model_card(r) + dataset_card(r, ROOT) for r in EVERYTHING}
     texts |= {str(p): p.read_text(encoding="utf-8") for p in (ROOT / "bundles").glob("*/bundle.json")}
@@ -145,7 +145,7 @@ def test_the_section_stands_on_published_numbers_alone(tmp_path):
 
 
 def test_the_section_is_one_to_print():
-    assert PAGES["section11"].tex(ROOT / "paper" / "section11.tex") == (ROOT / "paper" / "section11.tex").read_text()
+    assert PAGES["section11"].text(form="tex") == (ROOT / "paper" / "section11.tex").read_text()
 
 
 @pytest.mark.skipif(not TEX_ENGINE, reason="no TeX engine is installed")

@@ -1,7 +1,7 @@
 """The paper's claims as data, the test that each must pass, and the verdicts on runs.
 
-Verdicts follow the one rule of :mod:`nla_utils.report.claims`; the verdicts of one run's scorecard, under both
-protocols, are one family. Published numbers come without intervals, so they are shown beside the test and not judged.
+A table's verdicts are one family (:func:`decide`). Published numbers come without intervals, so they are shown beside
+the test and not judged.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Callable, Hashable, Mapping, Optional, Sequence, TypeVar
 import pandas as pd
 
 from nla_utils import metrics, rows
-from nla_utils.report import claims, tables
-from nla_utils.report.results import SECTION_11, TITLES, RunResults, k_curve, largest, look_up, published
+from nla_utils.report.results import PROTOCOLS, SECTION_11, TITLES, RunResults, k_curve, largest, look_up, published
 from nla_utils.report.tables import number, signed, with_interval
 from nla_utils.rows import Row
 
 YES, NO, UNDECIDED = "yes", "no", "not decided"
 # A value without an interval is shown and not judged; what was not measured is a dash.
-VALUE_ONLY, UNMEASURED = "value only", "–"
+VALUE_ONLY, UNMEASURED = "value only", number(None)
 LEVEL = 0.05
 NORMAL = NormalDist()
 Key = TypeVar("Key", bound=Hashable)
@@ -64,7 +63,7 @@ class Claimed:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: the i-th smallest of m (from 0) times m − i, never falling, at most 1."""
+    """Holm's adjusted p-values in the order given: the i-th smallest of m (from 0) times m − i, never falling, ≤ 1."""
     adjusted, largest = [1.0] * len(p_values), 0.0
     for i, j in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - i) * p_values[j]))
@@ -87,7 +86,16 @@ def _word(figure: Claimed, p: Optional[float]) -> str:
     return YES if figure.low < figure.value < figure.high else NO
 
 
-PROTOCOLS = ("published", "corrected")
+def claimed(column: dict, key: str, low: float = -math.inf, high: float = math.inf) -> Claimed:
+    """A figure of one protocol's column with the bounds of a claim about it."""
+    return Claimed(column.get(key), column["ci95"].get(key), low, high)
+
+
+def cell(column: dict, key: str, word: str, sign: str = "+") -> str:
+    """The verdict and what it is about, ``yes: +0.035 [+0.024, +0.046]``."""
+    if word == UNMEASURED:
+        return UNMEASURED
+    return f"{word}: {with_interval(column, key, sign='' if word == VALUE_ONLY else sign)}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Claim:
     if_false: str = ""
     low: float = -math.inf
     high: float = math.inf
-    stated: tuple[str, ...] = ()
+    stated: Sequence[str] = ()
 
     @property
     def test(self) -> str:
@@ -120,14 +128,12 @@ class Claim:
         return f"> {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
 
 
-def read(kind: str) -> list[dict]:
-    """The entries of one kind, ``claim`` or ``question``, in ``claims.toml`` beside this file."""
-    return tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))[kind]
+def _read_claims() -> tuple[Claim, ...]:
+    entries = tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))["claim"]
+    return tuple(Claim(**{**entry, "row": getattr(rows, entry["row"])}) for entry in entries)
 
 
-CLAIMS = tuple(
-    Claim(**{**e, "row": getattr(rows, e["row"]), "stated": tuple(e.get("stated", ()))}) for e in read("claim")
-)
+CLAIMS = _read_claims()
 
 
 def stated_value(claim: Claim, name: str) -> Optional[float]:
@@ -139,47 +145,34 @@ def stated_value(claim: Claim, name: str) -> Optional[float]:
         "k_curve.r_squared": metrics.slope_per_doubling(list(curve), list(curve.values()))[2],
         "k_curve.best_of_8": curve[8],
     }
-    values = [derived.get(path) or look_up(published(name), path) for path in claim.stated]
-    return values[0] if len(values) == 1 else values[0] - values[1]
-
-
-def claimed(column: dict, key: str, low: float = -math.inf, high: float = math.inf) -> Claimed:
-    """A figure of one protocol's column with the bounds of a claim about it."""
-    return Claimed(column.get(key), column["ci95"].get(key), low, high)
-
-
-def cell(column: dict, key: str, word: str) -> str:
-    """The verdict and what it is about, ``yes: +0.035 [+0.024, +0.046]``."""
-    if word == UNMEASURED:
-        return UNMEASURED
-    return f"{word}: {number(column[key]) if word == VALUE_ONLY else signed(column, key)}"
+    first, *less = (derived.get(path) or look_up(published(name), path) for path in claim.stated)
+    return first - less[0] if less else first
 
 
 def verdicts(results: RunResults) -> dict[tuple[str, str], str]:
     """The verdict on every claim and control of a run, by its id and the protocol: one family."""
     return decide(
-        {(c.id, p): claimed(results.column(c.row.file, p), c.row.cen, c.low, c.high) for c in CLAIMS for p in PROTOCOLS}
+        {(c.id, p): claimed(results.of(c.row, p), c.row.cen, c.low, c.high) for c in CLAIMS for p in PROTOCOLS}
     )
+
+
+def verdict_counts(results: RunResults) -> str:
+    """How many of §11's own claims got which verdict, corrected: ``yes 4 · no 2 · not decided 1 · value only 1``."""
+    found = verdicts(results)
+    words = [found[c.id, "corrected"] for c in CLAIMS if c.where != "control"]
+    return " · ".join(f"{word} {words.count(word)}" for word in (YES, NO, UNDECIDED, VALUE_ONLY))
 
 
 def scorecard(results: RunResults) -> pd.DataFrame:
     """Every claim: the published value, ours under both protocols, and the verdicts."""
     table, words = [], verdicts(results)
     for claim in CLAIMS:
-        stated = stated_value(claim, SECTION_11)
-        row = {"claim": claim.sentence, "where": claim.where, "quantity": f"{claim.quantity}: {claim.test}"}
-        row[f"published, {TITLES[SECTION_11]} (value only)"] = UNMEASURED if stated is None else f"{stated:+.3f}"
-        for protocol, label in zip(PROTOCOLS, ("as published", "corrected")):
-            row[label] = cell(results.column(claim.row.file, protocol), claim.row.cen, words[claim.id, protocol])
-        table.append(row)
-    return pd.DataFrame(table).set_index("claim")
-
-
-def decided(asked: Sequence[Claim], column: dict) -> pd.DataFrame:
-    """The verdicts on some claims from one protocol's column, ``asked`` being one family."""
-    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in asked})
-    table = [{"claim": c.sentence, "test": c.test, "in this run": cell(column, c.row.cen, words[c.id])} for c in asked]
-    return pd.DataFrame(table).set_index("claim")
+        stated = number(stated_value(claim, SECTION_11), sign="+")
+        ours = (cell(results.of(claim.row, p), claim.row.cen, words[claim.id, p]) for p in PROTOCOLS)
+        table.append((claim.sentence, claim.where, f"{claim.quantity}: {claim.test}", stated, *ours))
+    published_column = f"published, {TITLES[SECTION_11]} (value only)"
+    columns = ["claim", "where", "quantity", published_column, "as published", "corrected"]
+    return pd.DataFrame(table, columns=columns).set_index("claim")
 
 
 def short_scorecard(results: RunResults) -> pd.DataFrame:
@@ -190,34 +183,71 @@ def short_scorecard(results: RunResults) -> pd.DataFrame:
     return full.rename(index=lambda sentence: f"control: {sentence}" if sentence in controls else sentence)
 
 
+def decided(asked: Sequence[Claim], column: dict) -> pd.DataFrame:
+    """The verdicts on some claims from one protocol's column, ``asked`` being one family."""
+    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in asked})
+    table = [(c.sentence, c.test, cell(column, c.row.cen, words[c.id])) for c in asked]
+    return pd.DataFrame(table, columns=["claim", "test", "in this run"]).set_index("claim")
+
+
 def claims_table() -> pd.DataFrame:
     """The claims as data: where each stands, its test, and what a pass and a fail mean."""
-    table = [
-        {
-            "claim": c.sentence,
-            "where": c.where,
-            "test": f"{c.quantity} {c.test}",
-            "a pass means": c.if_true,
-            "a fail means": c.if_false,
-        }
-        for c in CLAIMS
-    ]
-    return pd.DataFrame(table).set_index("claim")
+    table = [(c.sentence, c.where, f"{c.quantity} {c.test}", c.if_true, c.if_false) for c in CLAIMS]
+    return pd.DataFrame(table, columns=["claim", "where", "test", "a pass means", "a fail means"]).set_index("claim")
 
 
 def gap_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """The claim that the centred gap (paraphrase − floor) is a property of the backbone: one row a run."""
-    table = [
-        (r.title, *(with_interval(r.column("oracle_ceiling", p), rows.GAP.cen) for p in PROTOCOLS)) for r in everything
-    ]
+    table = [(r.title, *(with_interval(r.of(rows.GAP, p), rows.GAP.cen) for p in PROTOCOLS)) for r in everything]
     return pd.DataFrame(table, columns=["run", *PROTOCOLS]).set_index("run")
 
 
+# The first table
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of the first table: yes where the figure lies between ``low`` and ``high``."""
+
+    ask: str
+    row: Row
+    notebook: str
+    low: float = 0.0
+    high: float = math.inf
+    protocol: str = "corrected"
+
+    def claimed(self, results: RunResults) -> Claimed:
+        """The figure with its interval and the bounds."""
+        return claimed(results.of(self.row, self.protocol), self.row.cen, self.low, self.high)
+
+    def cell(self, results: RunResults, word: str) -> str:
+        """The verdict, and the figure: a difference with its sign."""
+        return cell(results.of(self.row, self.protocol), self.row.cen, word, "+" if self.low == 0 else "")
+
+
+# What is asked of every backbone, chosen by what §11 claims and should have tested, not by the answer.
+QUESTIONS = (
+    Question("Does the same text score 1 (within 0.02), as published?", rows.REPLAY, "03", 0.98, 1.02, "published"),
+    Question("Does it, corrected?", rows.REPLAY, "03", 0.98, 1.02),
+    Question(
+        "Is the best of K rollouts closer than the best of 8 paraphrases (§11's headline)?",
+        rows.BEST_MINUS_PARAPHRASE,
+        "04",
+    ),
+    Question("Is the best of K rollouts closer than the best of K unrelated texts?", rows.BEST_MINUS_UNRELATED, "04"),
+    Question("Is greedy text closer to its own v than other targets' greedy text?", rows.GREEDY_MINUS_OTHERS, "04"),
+    Question("Is greedy text closer than what a linear probe reads off v?", rows.GREEDY_MINUS_PROBE, "04"),
+    Question("Is greedy text closer than the nearest stored text?", rows.GREEDY_MINUS_RETRIEVAL, "04"),
+    Question(
+        "Does its own v make a source more likely than another's v, in nats a token?", rows.NATS_OTHER_MINUS_OWN, "04"
+    ),
+    Question("Does its own v make a source more likely than μ, in nats a token?", rows.NATS_MEAN_MINUS_OWN, "04"),
+)
 STUDY = "training_study"
 ITERATION = "expert_iteration"
+COMPARISON = "comparison"
 # The parts of a study where reading v is easy.
 EASY = ("positive control", "by heart")
-COMPARISON = "comparison"
 # The kinds of vector that say whether the score is gamed, the last as it should be.
 VECTORS = ("Gaussian", "difference of two means", "an activation")
 FIRST = "question (held out, centred)"
@@ -228,91 +258,49 @@ def variance_explained(results: RunResults, row: Row) -> float:
 
     All three inner products that it takes are in the results: of h with v, of v with the pool, and within the pool.
     """
-    with_v, with_pool = (2 * results.column(r.file, "corrected")[r.raw] - 1 for r in (row, rows.FLOOR))
-    within_pool = results.data["targets"]["unrelated_cosine_raw_mean"]
+    with_v, with_pool = (2 * results.of(r)[r.raw] - 1 for r in (row, rows.FLOOR))
+    within_pool = results.targets["unrelated_cosine_raw_mean"]
     return 1 - (2 - 2 * with_v) / (1 - 2 * with_pool + within_pool)
 
 
 def three_scales(results: RunResults, row: Row) -> str:
     """A row as centred ½(1 + cos), as plain centred cosine, and as variance explained."""
-    score = results.column(row.file, "corrected")[row.cen]
+    score = results.of(row)[row.cen]
     return f"{score:.3f} · {2 * score - 1:.3f} · {variance_explained(results, row):.2f}"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of the first table, from ``claims.toml``: yes where the figure lies between ``low`` and ``high``."""
-
-    ask: str
-    row: Row
-    notebook: str
-    low: float = -math.inf
-    high: float = math.inf
-    protocol: str = "corrected"
-    source_loss: bool = False
-
-    def column(self, results: RunResults) -> dict:
-        """The column of a run's results that has the figure; empty where it was not measured."""
-        found = results.source_loss if self.source_loss else results.column(self.row.file, self.protocol)
-        return found or {"ci95": {}}
-
-    def claimed(self, results: RunResults) -> Claimed:
-        """The figure with its interval and the bounds."""
-        return claims.claimed(self.column(results), self.row.cen, self.low, self.high)
-
-    def cell(self, results: RunResults, word: str) -> str:
-        """The verdict, and the figure: a difference with its sign."""
-        column, key = self.column(results), self.row.cen
-        return claims.cell(column, key, word) if self.low == 0 else f"{word}: {tables.with_interval(column, key)}"
-
-
-def _read_questions() -> tuple[Question, ...]:
-    return tuple(Question(**{**entry, "row": getattr(rows, entry["row"])}) for entry in claims.read("question"))
-
-
-QUESTIONS = _read_questions()
 
 
 def _pair(a: Row, b: Row, kind: str) -> Callable[[RunResults], str]:
     """Two figures of one column, shown without a verdict: results have no interval of their difference."""
-
-    def shown(results: RunResults) -> str:
-        values = (tables.number(results.column(row.file, "corrected")[row.at(kind)]) for row in (a, b))
-        return f"{VALUE_ONLY}: {' against '.join(values)}"
-
-    return shown
+    return lambda r: f"{VALUE_ONLY}: {' against '.join(number(r.of(row)[row.at(kind)]) for row in (a, b))}"
 
 
 def gamed(results: RunResults) -> str:
-    """What the guided search scores on vectors of three kinds; in brackets the chance that the best of as many unrelated
-    texts scores less."""
+    """What the guided search scores on vectors of three kinds; in brackets the chance that the best of as many
+    unrelated texts scores less."""
     record = results.optional(COMPARISON)
     if record is None:
         return UNMEASURED
     found = {row["kind"]: row for row in record["directions"] if row["method"] == "guided"}
-    return " · ".join(f"{tables.number(found[k]['score'])} ({found[k]['percentile']:.0%})" for k in VECTORS)
+    return " · ".join(f"{number(found[k]['score'])} ({found[k]['percentile']:.0%})" for k in VECTORS)
 
 
-# What is shown beside the verdicts, by question: figures that no rule judges.
-VALUES: tuple[tuple[str, str, Callable[[RunResults], str]], ...] = (
-    ("Is the best of K rollouts closer than the nearest stored text?", "04", _pair(rows.BEST, rows.RETRIEVAL, "cen")),
-    (
-        "Raw, is the best of K rollouts closer than μ, which says nothing?",
-        "04",
+# What is shown beside the verdicts, by question: figures that no rule judges, and the notebook.
+VALUES: dict[str, tuple[Callable[[RunResults], str], str]] = {
+    "Is the best of K rollouts closer than the nearest stored text?": (_pair(rows.BEST, rows.RETRIEVAL, "cen"), "04"),
+    "Raw, is the best of K rollouts closer than μ, which says nothing?": (
         _pair(rows.BEST, rows.CONSTANT_MU, "raw"),
-    ),
-    (
-        "What does greedy text score: ½(1 + cos) · cosine · variance explained?",
         "04",
+    ),
+    "What does greedy text score: ½(1 + cos) · cosine · variance explained?": (
         lambda r: three_scales(r, rows.GREEDY),
+        "04",
     ),
-    (
-        "Is the score gamed? Guided search on a Gaussian vector · a difference of two means · a real activation",
-        "09",
+    "Is the score gamed? Guided search on a Gaussian vector · a difference of two means · a real activation": (
         gamed,
+        "09",
     ),
-    ("How do §11's own claims fare in the scorecard?", "06", lambda r: verdict_counts(r)),
-)
+    "How do §11's own claims fare in the scorecard?": (verdict_counts, "06"),
+}
 
 
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
@@ -320,92 +308,77 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     family."""
     shown = largest(everything)
     words = decide({(q.ask, r.label): q.claimed(r) for q in QUESTIONS for r in shown})
-    table = [
-        {FIRST: q.ask, **{r.label: q.cell(r, words[q.ask, r.label]) for r in shown}, "notebook": q.notebook}
-        for q in QUESTIONS
-    ]
-    table += [{FIRST: ask, **{r.label: show(r) for r in shown}, "notebook": notebook} for ask, notebook, show in VALUES]
-    return pd.DataFrame(table).set_index(FIRST)
+    table = [(q.ask, *(q.cell(r, words[q.ask, r.label]) for r in shown), q.notebook) for q in QUESTIONS]
+    table += [(ask, *map(show, shown), notebook) for ask, (show, notebook) in VALUES.items()]
+    return pd.DataFrame(table, columns=[FIRST, *(r.label for r in shown), "notebook"]).set_index(FIRST)
 
 
 def answered(record: dict) -> pd.DataFrame:
     """The verdicts on the questions that one results file answers by itself, one family."""
-    identity, name = record["identity"], record["name"]
-    alone = RunResults(identity["backbone"], record["profile"], {name: record}, Path())
+    name = record["name"]
+    alone = RunResults(record["identity"]["backbone"], record["profile"], {name: record}, Path())
     asked = [q for q in QUESTIONS if q.row.file == name]
     words = decide({q.ask: q.claimed(alone) for q in asked})
-    return pd.DataFrame([{FIRST: q.ask, "in this run": q.cell(alone, words[q.ask])} for q in asked]).set_index(FIRST)
+    table = [(q.ask, q.cell(alone, words[q.ask])) for q in asked]
+    return pd.DataFrame(table, columns=[FIRST, "in this run"]).set_index(FIRST)
+
+
+# What an AV reads of v
 
 
 def reading_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """Nats a token of the held-out sources behind their own v, and what it saves; greedy text and best-of-K beside it."""
-    table = []
-    for r in everything:
-        column = r.source_loss
-        if column is None:
-            continue
-        evaluation, other, mean = r.column("centered_eval", "corrected"), *rows.NATS_GAINED[:2]
-        table.append(
-            {
-                "run": r.label,
-                "steps": str(r.data["training"]["steps"]),
-                "own v": tables.number(column[rows.NATS_OWN.key]),
-                "another's − own": tables.signed(column, other.key),
-                "μ − own": tables.signed(column, mean.key),
-                "greedy − others' greedy": tables.signed(evaluation, rows.GREEDY_MINUS_OTHERS.cen),
-                "best-of-K − unrelated": tables.signed(evaluation, rows.BEST_MINUS_UNRELATED.cen),
-            }
-        )
-    columns = [
-        "run",
-        "steps",
-        "own v",
-        "another's − own",
-        "μ − own",
-        "greedy − others' greedy",
-        "best-of-K − unrelated",
+    """Nats a token of the held-out sources behind their own v, and what it saves; greedy text and best-of-K beside."""
+    other, mean = rows.NATS_OTHER_MINUS_OWN, rows.NATS_MEAN_MINUS_OWN
+    shown = {
+        "another's − own": other,
+        "μ − own": mean,
+        "greedy − others' greedy": rows.GREEDY_MINUS_OTHERS,
+        "best-of-K − unrelated": rows.BEST_MINUS_UNRELATED,
+    }
+    table = [
+        (r.label, str(r.training["steps"]), number(r.source_loss[rows.NATS_OWN.key]))
+        + tuple(signed(r.of(row), row.cen) for row in shown.values())
+        for r in everything
+        if r.source_loss
     ]
-    return pd.DataFrame(table, columns=columns).set_index("run")
+    return pd.DataFrame(table, columns=["run", "steps", "own v", *shown]).set_index("run")
 
 
 def study_table(results: RunResults) -> pd.DataFrame:
     """The variants of a training study, one line each."""
-    other, mean = (row.key for row in rows.NATS_GAINED[:2])
-    table = []
-    for v in results.optional(STUDY)["variants"]:
-        tokens = f", sources of {v['tokens']} tokens" if v.get("tokens") else ""
-        table.append(
-            {
-                "variant": v["label"],
-                "part": v["part"],
-                "measured on": v["asked_on"] + tokens,
-                "pairs": str(v["pairs"]),
-                "steps": str(v["steps"]),
-                "rate": f"{v['recipe']['learning_rate']:g}",
-                "norm of v": "its own" if v["recipe"]["inject_norm"] is None else f"{v['recipe']['inject_norm']:.1f}",
-                "own v": tables.number(v[rows.NATS_OWN.key]),
-                "another's − own": tables.signed(v, other),
-                "μ − own": tables.signed(v, mean),
-                "greedy": tables.with_interval(v, rows.GREEDY.cen),
-                "greedy − others' greedy": tables.signed(v, rows.GREEDY_MINUS_OTHERS.cen),
-                "same as its source": f"{v['greedy_is_source']:.0%}",
-            }
-        )
+    table = [
+        {
+            "variant": v["label"],
+            "part": v["part"],
+            "measured on": v["asked_on"] + (f", sources of {v['tokens']} tokens" if v.get("tokens") else ""),
+            "pairs": str(v["pairs"]),
+            "steps": str(v["steps"]),
+            "rate": f"{v['recipe']['learning_rate']:g}",
+            "norm of v": "its own" if v["recipe"]["inject_norm"] is None else f"{v['recipe']['inject_norm']:.1f}",
+            "own v": number(v[rows.NATS_OWN.key]),
+            "another's − own": signed(v, rows.NATS_OTHER_MINUS_OWN.key),
+            "μ − own": signed(v, rows.NATS_MEAN_MINUS_OWN.key),
+            "greedy": with_interval(v, rows.GREEDY.cen),
+            "greedy − others' greedy": signed(v, rows.GREEDY_MINUS_OTHERS.cen),
+            "same as its source": f"{v['greedy_is_source']:.0%}",
+        }
+        for v in results.optional(STUDY)["variants"]
+    ]
     return pd.DataFrame(table).set_index("variant")
 
 
 def iteration_table(results: RunResults) -> pd.DataFrame:
-    """Search made into a policy: what an AV takes from v and writes, before and after training on texts that were found."""
-    other, margin = rows.NATS_GAINED[0].key, rows.GREEDY_MINUS_OTHERS.cen
+    """What an AV takes from v and writes, before and after training on texts that a search found."""
+    margin = rows.GREEDY_MINUS_OTHERS.cen
     table = [
         {
             "AV, trained on": r["label"],
             "texts": str(r.get("pairs", "–")),
-            "their score": tables.number(r.get("teachers_cen")),
-            "another's − own": tables.signed(r, other),
-            "greedy": tables.with_interval(r, rows.GREEDY.cen),
-            "greedy − others' greedy": tables.signed(r, margin),
-            "that margin, gained": tables.signed(r, f"{margin}_gained"),
+            "their score": number(r.get("teachers_cen")),
+            "another's − own": signed(r, rows.NATS_OTHER_MINUS_OWN.key),
+            "greedy": with_interval(r, rows.GREEDY.cen),
+            "greedy − others' greedy": signed(r, margin),
+            "that margin, gained": signed(r, f"{margin}_gained"),
         }
         for r in results.optional(ITERATION)["rounds"]
     ]
@@ -415,19 +388,9 @@ def iteration_table(results: RunResults) -> pd.DataFrame:
 def easy_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """The variants of studies where reading v is easy: what such an AV takes from v, its greedy text's score, and how
     many sources it repeats; empty where no run has any."""
-    table = []
-    for results in (r for r in everything if r.optional(STUDY)):
-        full = study_table(results).reset_index()
-        shown = full[full["part"].isin(EASY)]
-        table += shown.assign(backbone=results.name).to_dict("records")
-    columns = ["variant", "backbone", "measured on", "another's − own", "greedy", "same as its source"]
-    return pd.DataFrame(table, columns=columns).set_index("variant")
-
-
-def verdict_counts(results: RunResults) -> str:
-    """How many of §11's own claims got which verdict, corrected: ``yes 4 · no 2 · not decided 1 · value only 1``."""
-    own = [c.id for c in claims.CLAIMS if c.where != "control"]
-    words = [
-        word for (name, protocol), word in claims.verdicts(results).items() if name in own and protocol == "corrected"
-    ]
-    return " · ".join(f"{word} {words.count(word)}" for word in (YES, NO, UNDECIDED, VALUE_ONLY))
+    studies = [study_table(r).assign(backbone=r.name) for r in everything if r.optional(STUDY)]
+    if not studies:
+        return pd.DataFrame()
+    table = pd.concat(studies)
+    columns = ["backbone", "measured on", "another's − own", "greedy", "same as its source"]
+    return table.loc[table["part"].isin(EASY), columns]

@@ -1,4 +1,4 @@
-"""Results files: the numbers of runs as JSON, in the authors' key names, with what they were made from."""
+"""Results files of our runs, with what they were made from, and the figures that the paper prints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Optional
 
-from nla_utils import metrics
+from nla_utils import metrics, rows
 from nla_utils.config import DATA, PROFILES, ROOT, RunConfig
 from nla_utils.lm import weights
 from nla_utils.store import read_json, read_record, sha256_file
@@ -19,6 +20,7 @@ COMMITTED = ROOT / "paper" / "results"
 CORPUS = re.compile(r"-corpus-(.+)$")
 # The files of §11; a run that lacks one is not shown. What extensions write beside them is optional.
 NAMES = ("targets", "training", "oracle_ceiling", "centered_eval", "rerank_eval")
+PROTOCOLS = ("published", "corrected")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class RunResults:
         return f"{self.backbone} · {self.profile}"
 
     @property
+    def stem(self) -> str:
+        """The title as the beginning of file names."""
+        return f"{self.backbone}-{self.profile}"
+
+    @property
     def spec(self) -> weights.BackboneSpec:
         """The registry's entry of the backbone, or one that knows its name alone."""
-        return weights.REGISTRY.get(self.backbone.partition("@")[0]) or weights.BackboneSpec(
-            self.backbone, self.backbone
-        )
+        name = self.backbone
+        return weights.REGISTRY.get(name.partition("@")[0]) or weights.BackboneSpec(name, name)
 
     @property
     def name(self) -> str:
@@ -47,16 +53,35 @@ class RunResults:
         return self.spec.title or self.backbone
 
     @property
-    def size(self) -> str:
-        """How many targets, and of which corpus if it has one: ``30,000 targets``."""
-        return f"{self.data['targets']['sizes']['N']:,} targets" + (f" of {self.corpus}" if self.corpus else "")
+    def targets(self) -> dict:
+        return self.data["targets"]
+
+    @property
+    def training(self) -> dict:
+        return self.data["training"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return self.targets["sizes"]
+
+    @property
+    def layer(self) -> int:
+        return self.targets["identity"]["layer"]
+
+    @property
+    def seed(self) -> int:
+        return self.targets["identity"]["seed"]
 
     @property
     def corpus(self) -> Optional[str]:
         """The name of the corpus that the targets are from; ``None`` for the model's own samples."""
-        facts = self.data["targets"]
-        older = CORPUS.search(self.profile) if "corpus_sha256" in facts else None
-        return facts.get("corpus", older and older[1])
+        older = CORPUS.search(self.profile) if "corpus_sha256" in self.targets else None
+        return self.targets.get("corpus", older and older[1])
+
+    @property
+    def size(self) -> str:
+        """How many targets, and of which corpus if it has one: ``30,000 targets``."""
+        return f"{self.sizes['N']:,} targets" + (f" of {self.corpus}" if self.corpus else "")
 
     @property
     def label(self) -> str:
@@ -64,46 +89,37 @@ class RunResults:
         return f"{self.spec.shown}, {self.size}"
 
     @property
-    def stem(self) -> str:
-        """The title as the beginning of file names."""
-        return f"{self.backbone}-{self.profile}"
-
-    @property
-    def layer(self) -> int:
-        return self.data["targets"]["identity"]["layer"]
-
-    @property
-    def seed(self) -> int:
-        return self.data["targets"]["identity"]["seed"]
-
-    @property
     def family(self) -> str:
         """Runs of one family differ in layer and seed alone: their sizes are the same, and what they were given."""
-        facts, training = self.data["targets"], self.data["training"]
-        given = [facts.get("corpus_sha256"), facts.get("released_targets"), training.get("av_sha256")]
-        return json.dumps([facts["sizes"], given])
+        given = [self.targets.get(k) for k in ("corpus_sha256", "released_targets")]
+        return json.dumps([self.sizes, [*given, self.training.get("av_sha256")]])
 
     @property
     def undertrained(self) -> bool:
         """Whether the run's AV was trained on fewer targets than the paper's."""
-        return self.data["targets"]["sizes"]["N"] < PROFILES["full"].n_targets
+        return self.sizes["N"] < PROFILES["full"].n_targets
 
     @property
     def is_variant(self) -> bool:
-        """Whether the run is one of a sweep, of another layer than the backbone's own or another seed than 1, and not to be
-        shown on its own."""
-        depth = self.data["targets"].get("num_layers")
+        """Whether the run is one of a sweep, of another layer than the backbone's own or another seed than 1."""
+        depth = self.targets.get("num_layers")
         own = self.spec.layer or (round(0.73 * depth) if depth else self.layer)
         return (self.layer, self.seed) != (own, 1)
-
-    def column(self, name: str, protocol: str) -> dict:
-        """One protocol's numbers in a results file."""
-        return self.data[name]["protocols"][protocol]
 
     @property
     def source_loss(self) -> Optional[dict]:
         """What v is worth to the AV in nats of the sources; ``None`` in results from before it was measured."""
         return self.data["centered_eval"].get("source_loss")
+
+    def column(self, name: str, protocol: str) -> dict:
+        """One protocol's numbers in a results file."""
+        return self.data[name]["protocols"][protocol]
+
+    def of(self, row: rows.Row, protocol: str = "corrected") -> dict:
+        """The column that has a row; without any rows where it was not measured."""
+        if row in (*rows.NATS, *rows.NATS_GAINED):
+            return self.source_loss or {"ci95": {}}
+        return self.column(row.file, protocol)
 
     def optional(self, name: str) -> Optional[dict]:
         """A results file that not every run has; ``None`` without it."""
@@ -115,8 +131,7 @@ class RunResults:
 
 
 def load_results(folder: Path) -> Optional[RunResults]:
-    """Results in ``folder`` (``…/<backbone>/<profile>``, files there or under ``results/``); ``None`` if
-    not all files of §11 exist yet."""
+    """Results in ``folder`` (files there or under ``results/``); ``None`` if not all files of §11 exist yet."""
     inner = folder / "results" if (folder / "results").is_dir() else folder
     if not all((inner / f"{n}.json").exists() for n in NAMES):
         return None
@@ -125,13 +140,9 @@ def load_results(folder: Path) -> Optional[RunResults]:
 
 
 def find_results(roots: Iterable[Path] = (COMMITTED,)) -> list[RunResults]:
-    """Results of complete runs below the roots, sorted by backbone and profile; a later root wins over an earlier."""
-    found: dict[tuple[str, str], RunResults] = {}
-    for root in roots:
-        for folder in sorted(p for p in Path(root).glob("*/*") if p.is_dir()):
-            results = load_results(folder)
-            if results is not None:
-                found[results.backbone, results.profile] = results
+    """Results of complete runs below the roots (``<backbone>/<profile>``), sorted; a later root wins."""
+    folders = [folder for root in roots for folder in sorted(Path(root).glob("*/*")) if folder.is_dir()]
+    found = {(r.backbone, r.profile): r for folder in folders if (r := load_results(folder))}
     return [found[k] for k in sorted(found)]
 
 
@@ -141,7 +152,7 @@ def device_of(record: dict) -> str:
 
 
 def weights_note(everything: Iterable[RunResults]) -> str:
-    """What the weights of the runs' backbones are, one sentence each, as the registry has it."""
+    """What the registry says of the weights of the runs' backbones."""
     return weights.weights_note(r.backbone for r in everything)
 
 
@@ -153,20 +164,19 @@ def without_variants(everything: Iterable[RunResults], own: Optional[tuple[str, 
 def largest(everything: Iterable[RunResults]) -> list[RunResults]:
     """The results with the most targets of each backbone, the largest first."""
     best: dict[str, RunResults] = {}
-    for results in everything:
-        size = results.data["targets"]["sizes"]["N"]
-        if results.backbone not in best or size > best[results.backbone].data["targets"]["sizes"]["N"]:
-            best[results.backbone] = results
-    return sorted(best.values(), key=lambda r: -r.data["targets"]["sizes"]["N"])
+    for results in sorted(everything, key=lambda r: -r.sizes["N"]):
+        best.setdefault(results.backbone, results)
+    return list(best.values())
 
 
-def foremost(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> Optional[RunResults]:
-    """The run that a section is about: ``own``, else the largest one of the default backbone, else of the first."""
-    shown = list(everything)
-    for results in shown:
-        if (results.backbone, results.profile) == own:
-            return results
-    return max(largest(shown), key=lambda r: r.backbone == RunConfig.backbone, default=None)
+def section_runs(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> list[RunResults]:
+    """The runs that a section is about: first ``own``, else that of the default backbone; then the largest of each
+    other backbone."""
+    everything = list(everything)
+    found = largest(everything)
+    mine = [r for r in everything if (r.backbone, r.profile) == own]
+    first = mine or [r for r in found if r.backbone == RunConfig.backbone] or found[:1]
+    return first + [r for r in found if r.backbone != first[0].backbone]
 
 
 def group(everything: Iterable[RunResults], alike, varied, least: int) -> list[dict[int, RunResults]]:
@@ -195,34 +205,27 @@ def published(name: str) -> dict:
     return read_json(DATA / "paper" / "published" / f"{name}.json")
 
 
+def card() -> dict:
+    """§11's model card: its tables and statements as text, digit for digit."""
+    return published(f"{SECTION_11}_card")
+
+
 def look_up(record: dict, path: str) -> Optional[Any]:
-    """Value at a dotted path, ``None`` where the paper does not give one."""
-    for key in path.split("."):
-        if not isinstance(record, dict) or key not in record:
-            return None
-        record = record[key]
-    return record
+    """Value at a dotted path, ``None`` where the paper does not give one, or the path is empty."""
+    return reduce(lambda found, key: found.get(key) if isinstance(found, dict) else None, path.split("."), record)
 
 
-def k_curve(name: str, kind: str = "cen") -> dict[int, float]:
-    """Published K-curve; where the paper averages two runs, so does this."""
+def k_curve(name: str) -> dict[int, float]:
+    """Published centred K-curve; where the paper averages two runs, so does this."""
     record = published(name)["k_curve"]
-    if f"runs_{kind}" in record:
-        runs = record[f"runs_{kind}"]
-        return {int(k): sum(r[k] for r in runs) / len(runs) for k in runs[0]}
-    return {int(k): v for k, v in record[kind].items()}
+    runs = record.get("runs_cen", [record.get("cen")])
+    return {int(k): sum(r[k] for r in runs) / len(runs) for k in runs[0]}
 
 
 def ceiling(name: str) -> tuple[float, float]:
     """(floor, ceiling), centred, as ρ uses them."""
     record = published(name)
-    rows = record["ceilings"]
-    return rows["random_floor"]["cen"], rows[record["ceiling_used"]]["cen"]
-
-
-def card() -> dict:
-    """§11's model card: its tables and statements as text, digit for digit."""
-    return published(f"{SECTION_11}_card")
+    return record["ceilings"]["random_floor"]["cen"], record["ceilings"][record["ceiling_used"]]["cen"]
 
 
 def null_at(points: Mapping[int, float], k: int) -> float:
@@ -233,18 +236,16 @@ def null_at(points: Mapping[int, float], k: int) -> float:
 
 
 def published_null(name: str, k: int) -> tuple[float, float]:
-    """(best of k unrelated texts, best of k rollouts), centred, from what the paper itself prints.
+    """(best of k unrelated texts, best of K rollouts), centred, from what the paper itself prints.
 
     NN-in-pool among 200 and NN-retrieval from 2,000 are the best of 199 and of 2,000 unrelated texts: two
     points of a line against log K, read off at k. Unlike the rollouts those texts are encoded behind BOS,
     and the first point uses the 200 targets' own mean.
     """
     record = published(name)
-    points = {
-        TARGETS - 1: look_up(record, "ceilings.nn_in_pool.cen"),
-        POOL: look_up(record, "centred_eval.nn_retrieval.cen"),
-    }
-    return null_at(points, k), look_up(record, "centred_eval.best_of_k.cen")
+    evaluation = record["centred_eval"]
+    points = {TARGETS - 1: record["ceilings"]["nn_in_pool"]["cen"], POOL: evaluation["nn_retrieval"]["cen"]}
+    return null_at(points, k), evaluation["best_of_k"]["cen"]
 
 
 def later_nulls() -> Iterator[tuple[str, int, float, float]]:
@@ -253,9 +254,13 @@ def later_nulls() -> Iterator[tuple[str, int, float, float]]:
     They print no NN-in-pool, so the line runs from one text (the floor) to NN-retrieval from the pool. A null curve
     bends down against log K, so it lies above that line between its ends, and the difference is an upper bound.
     """
-    gpt_oss, gemma_4 = published("gpt_oss_20b"), published("gemma4_31b")
-    parts = ((TITLES["gpt_oss_20b"], gpt_oss), ("gemma-4-31B-it", gemma_4["it"]), ("gemma-4-31B", gemma_4["base"]))
-    for title, record in parts:
+    gemma_4 = published("gemma4_31b")
+    parts = {
+        TITLES["gpt_oss_20b"]: published("gpt_oss_20b"),
+        "gemma-4-31B-it": gemma_4["it"],
+        "gemma-4-31B": gemma_4["base"],
+    }
+    for title, record in parts.items():
         anchors, curve = record["ceilings"], record["k_curve"]["cen"]
         k = max(map(int, curve))
         points = {1: anchors["random_floor"]["cen"], anchors["pool"]: anchors["nn_retrieval"]["cen"]}
