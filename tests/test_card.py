@@ -48,7 +48,7 @@ def test_the_cards_tables_are_whole_in_the_tables_of_each_backbone(run):
             assert frame.loc[int(kind)].iloc[0] == text
         elif kind == "rho_cen":
             (line,) = [r.title for r in rows.RHO if r.published_path == f"centred_eval.{row}.rho_cen"]
-            assert of_run["rho-short"].frame.loc[line].iloc[0] == text
+            assert of_run["rho"].frame.loc[line].iloc[0] == text
         else:
             label = (labels if table == "ceilings" else evaluated)[row]
             word = "raw" if kind == "raw" else "centred"

@@ -147,12 +147,12 @@ def test_what_a_notebook_decides_is_one_family_of_its_own_file():
         assert [text.split(":")[0] for text in shown] == [words[c.id] for c in asked]
         gained = run.source_loss
         said = findings.answered(run.data["centered_eval"])["in this run"]
-        assert len(said) == sum(q.notebook == "04" for q in findings.QUESTIONS)
+        assert len(said) == sum(q.where == "04" for q in findings.QUESTIONS)
         for q in (q for q in findings.QUESTIONS if q.row in rows.NATS_GAINED and gained):
             low, high = gained["ci95"][q.row.key]
-            assert f"[{low:+.3f}, {high:+.3f}]" in said[q.ask]
+            assert f"[{low:+.3f}, {high:+.3f}]" in said[q.sentence]
             # Holm only ever takes a verdict away.
-            assert said[q.ask].startswith("not decided") if low <= 0 <= high else True
+            assert said[q.sentence].startswith("not decided") if low <= 0 <= high else True
 
 
 def test_published_numbers_are_shown_where_they_suffice():
@@ -261,11 +261,6 @@ def test_a_table_prints_the_verdicts_that_the_rule_gives(stem):
 def test_no_page_prints_a_verdict_that_is_in_none_of_these_tables():
     pages = [*(ROOT / "paper").glob("*.md"), ROOT / "README.md"]
     allowed = {tuple(printed(stem)) for stem in FAMILIES}
-    allowed |= {
-        tuple(printed(stem.replace("scorecard", "verdicts")))
-        for stem in FAMILIES
-        if (ROOT / "paper" / "tables" / f"{stem.replace('scorecard', 'verdicts')}.md").exists()
-    }
     seen = 0
     for page in pages:
         for block in re.split(r"\n(?!\|)", page.read_text(encoding="utf-8")):
@@ -273,13 +268,6 @@ def test_no_page_prints_a_verdict_that_is_in_none_of_these_tables():
                 assert words in allowed, (page.name, words)
                 seen += 1
     assert seen >= len(FAMILIES)
-
-
-def test_the_sections_scorecard_has_the_verdicts_of_the_appendix():
-    shown = [p for p in (ROOT / "paper" / "tables").glob("*-verdicts.md")]
-    assert shown
-    for path in shown:
-        assert printed(path.stem) == printed(path.stem.replace("verdicts", "scorecard"))
 
 
 def test_the_bound_that_came_with_the_rule_is_what_leaves_the_claim_on_log_probability_open():

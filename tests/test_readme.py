@@ -80,6 +80,6 @@ def test_two_runs_spread_as_far_as_is_said():
 def test_the_margin_that_the_text_calls_unsettled_is_yes_in_one_table_and_not_decided_in_the_other():
     run = RUNS["smollm2-135m", "full"]
     (asked,) = [q for q in QUESTIONS if q.row is rows.GREEDY_MINUS_OTHERS]
-    assert findings_table(list(RUNS.values())).loc[asked.ask, run.label].startswith("yes: +0.019")
+    assert findings_table(list(RUNS.values())).loc[asked.sentence, run.label].startswith("yes: +0.019")
     assert claims.verdicts(run)["greedy_beats_other_greedy", "corrected"] == "not decided"
     assert "+0.019 is *yes* among the verdicts of this table and *not decided* among" in PROSE

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nla_utils.errors import ArtefactError, SourceError
 from nla_utils.lm.weights import REGISTRY, explain, failures, weights_note
-from nla_utils.report.pages import appendix_tables_of_run, render
+from nla_utils.report.pages import render, tables_of_run
 from nla_utils.report.results import RunResults, load_results
 from nla_utils.store import RunFolder, atomic_write, sha256_file
 
@@ -73,7 +73,7 @@ def model_card(results: RunResults) -> str:
         sizes=facts["sizes"],
         training=training,
         commit=commit["code"]["git_commit"],
-        tables=appendix_tables_of_run(results),
+        tables=tables_of_run(results).values(),
         license=_license(facts),
         weights=weights_note([facts["identity"]["backbone"]]),
     )

@@ -59,7 +59,7 @@ SHARED = ("last_token", "last_token_other", "overlap", "overlap_other", "similar
 
 
 def _claim(name: str, sentence: str, row: Row, low: float = 0.0) -> Claim:
-    return Claim(name, "beside §11", sentence, row.label, row, low=low)
+    return Claim(sentence, "beside §11", row, low, id=name)
 
 
 # Judged in the reader's own column of the results, under the corrected protocol.
@@ -118,7 +118,7 @@ def scorecard(results: RunResults) -> pd.DataFrame:
     table = [
         {
             "claim": c.sentence,
-            "quantity": f"{c.quantity}: {c.test}",
+            "quantity": f"{c.row.label}: {c.test}",
             "tail reader": cell(column, c.row.cen, words[c.id]),
         }
         for c in CLAIMS

@@ -100,22 +100,23 @@ def cell(column: dict, key: str, word: str, sign: str = "+") -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim. ``low`` and ``high`` bound the values of the quantity for which it is true.
+    """A claim that is true, or a question that is answered yes, where the figure of ``row`` lies between ``low`` and
+    ``high``.
 
-    ``where`` is the part of §11 that makes it, or ``control`` for what it should have tested. ``row`` is where the
-    quantity stands in the results; ``stated`` are the paths in a published record that it is (or is the difference of),
-    none where the paper prints too little. ``if_true`` and ``if_false`` say what a pass and a fail mean.
+    ``where`` is the part of §11 that makes it, ``control`` for what it should have tested, or the notebook that answers
+    it. ``stated`` are the paths in a published record that it is (or is the difference of), none where the paper prints
+    too little. ``if_true`` and ``if_false`` say what a pass and a fail mean.
     """
 
-    id: str
-    where: str
     sentence: str
-    quantity: str
+    where: str
     row: Row
-    if_true: str = ""
-    if_false: str = ""
     low: float = -math.inf
     high: float = math.inf
+    protocol: str = "corrected"
+    id: str = ""
+    if_true: str = ""
+    if_false: str = ""
     stated: Sequence[str] = ()
 
     @property
@@ -126,6 +127,13 @@ class Claim:
         if self.low == -self.high:
             return f"within ±{self.high:g}"
         return f"> {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+
+
+def judge(family: Mapping[Key, tuple[Claim, dict]]) -> dict[Key, str]:
+    """The verdict on each claim from a column that has its row, with the figure, as :func:`cell` shows it: a score
+    (of a bound above 0) without a sign."""
+    words = decide({key: claimed(column, c.row.cen, c.low, c.high) for key, (c, column) in family.items()})
+    return {key: cell(column, c.row.cen, words[key], "" if c.low > 0 else "+") for key, (c, column) in family.items()}
 
 
 def _read_claims() -> tuple[Claim, ...]:
@@ -164,35 +172,26 @@ def verdict_counts(results: RunResults) -> str:
 
 
 def scorecard(results: RunResults) -> pd.DataFrame:
-    """Every claim: the published value, ours under both protocols, and the verdicts."""
-    table, words = [], verdicts(results)
-    for claim in CLAIMS:
-        stated = number(stated_value(claim, SECTION_11), sign="+")
-        ours = (cell(results.of(claim.row, p), claim.row.cen, words[claim.id, p]) for p in PROTOCOLS)
-        table.append((claim.sentence, claim.where, f"{claim.quantity}: {claim.test}", stated, *ours))
-    published_column = f"published, {TITLES[SECTION_11]} (value only)"
-    columns = ["claim", "where", "quantity", published_column, "as published", "corrected"]
-    return pd.DataFrame(table, columns=columns).set_index("claim")
-
-
-def short_scorecard(results: RunResults) -> pd.DataFrame:
     """Every claim with the test it must pass, its published value, and ours under both protocols with the verdicts."""
-    full = scorecard(results).drop(columns=["where", "quantity"])
-    full.insert(0, "test", [c.test for c in CLAIMS])
-    controls = {c.sentence for c in CLAIMS if c.where == "control"}
-    return full.rename(index=lambda sentence: f"control: {sentence}" if sentence in controls else sentence)
+    cells, table = judge({(c.id, p): (c, results.of(c.row, p)) for c in CLAIMS for p in PROTOCOLS}), []
+    for c in CLAIMS:
+        sentence = f"control: {c.sentence}" if c.where == "control" else c.sentence
+        stated = number(stated_value(c, SECTION_11), sign="+")
+        table.append((sentence, c.test, stated, *(cells[c.id, p] for p in PROTOCOLS)))
+    columns = ["claim", "test", f"published, {TITLES[SECTION_11]} (value only)", "as published", "corrected"]
+    return pd.DataFrame(table, columns=columns).set_index("claim")
 
 
 def decided(asked: Sequence[Claim], column: dict) -> pd.DataFrame:
     """The verdicts on some claims from one protocol's column, ``asked`` being one family."""
-    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in asked})
-    table = [(c.sentence, c.test, cell(column, c.row.cen, words[c.id])) for c in asked]
+    cells = judge({c.id: (c, column) for c in asked})
+    table = [(c.sentence, c.test, cells[c.id]) for c in asked]
     return pd.DataFrame(table, columns=["claim", "test", "in this run"]).set_index("claim")
 
 
 def claims_table() -> pd.DataFrame:
     """The claims as data: where each stands, its test, and what a pass and a fail mean."""
-    table = [(c.sentence, c.where, f"{c.quantity} {c.test}", c.if_true, c.if_false) for c in CLAIMS]
+    table = [(c.sentence, c.where, f"{c.row.label} {c.test}", c.if_true, c.if_false) for c in CLAIMS]
     return pd.DataFrame(table, columns=["claim", "where", "test", "a pass means", "a fail means"]).set_index("claim")
 
 
@@ -205,43 +204,27 @@ def gap_table(everything: Sequence[RunResults]) -> pd.DataFrame:
 # The first table
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question of the first table: yes where the figure lies between ``low`` and ``high``."""
-
-    ask: str
-    row: Row
-    notebook: str
-    low: float = 0.0
-    high: float = math.inf
-    protocol: str = "corrected"
-
-    def claimed(self, results: RunResults) -> Claimed:
-        """The figure with its interval and the bounds."""
-        return claimed(results.of(self.row, self.protocol), self.row.cen, self.low, self.high)
-
-    def cell(self, results: RunResults, word: str) -> str:
-        """The verdict, and the figure: a difference with its sign."""
-        return cell(results.of(self.row, self.protocol), self.row.cen, word, "+" if self.low == 0 else "")
-
-
 # What is asked of every backbone, chosen by what §11 claims and should have tested, not by the answer.
 QUESTIONS = (
-    Question("Does the same text score 1 (within 0.02), as published?", rows.REPLAY, "03", 0.98, 1.02, "published"),
-    Question("Does it, corrected?", rows.REPLAY, "03", 0.98, 1.02),
-    Question(
+    Claim("Does the same text score 1 (within 0.02), as published?", "03", rows.REPLAY, 0.98, 1.02, "published"),
+    Claim("Does it, corrected?", "03", rows.REPLAY, 0.98, 1.02),
+    Claim(
         "Is the best of K rollouts closer than the best of 8 paraphrases (§11's headline)?",
-        rows.BEST_MINUS_PARAPHRASE,
         "04",
+        rows.BEST_MINUS_PARAPHRASE,
+        0.0,
     ),
-    Question("Is the best of K rollouts closer than the best of K unrelated texts?", rows.BEST_MINUS_UNRELATED, "04"),
-    Question("Is greedy text closer to its own v than other targets' greedy text?", rows.GREEDY_MINUS_OTHERS, "04"),
-    Question("Is greedy text closer than what a linear probe reads off v?", rows.GREEDY_MINUS_PROBE, "04"),
-    Question("Is greedy text closer than the nearest stored text?", rows.GREEDY_MINUS_RETRIEVAL, "04"),
-    Question(
-        "Does its own v make a source more likely than another's v, in nats a token?", rows.NATS_OTHER_MINUS_OWN, "04"
+    Claim("Is the best of K rollouts closer than the best of K unrelated texts?", "04", rows.BEST_MINUS_UNRELATED, 0.0),
+    Claim("Is greedy text closer to its own v than other targets' greedy text?", "04", rows.GREEDY_MINUS_OTHERS, 0.0),
+    Claim("Is greedy text closer than what a linear probe reads off v?", "04", rows.GREEDY_MINUS_PROBE, 0.0),
+    Claim("Is greedy text closer than the nearest stored text?", "04", rows.GREEDY_MINUS_RETRIEVAL, 0.0),
+    Claim(
+        "Does its own v make a source more likely than another's v, in nats a token?",
+        "04",
+        rows.NATS_OTHER_MINUS_OWN,
+        0.0,
     ),
-    Question("Does its own v make a source more likely than μ, in nats a token?", rows.NATS_MEAN_MINUS_OWN, "04"),
+    Claim("Does its own v make a source more likely than μ, in nats a token?", "04", rows.NATS_MEAN_MINUS_OWN, 0.0),
 )
 STUDY = "training_study"
 ITERATION = "expert_iteration"
@@ -307,8 +290,8 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """What is asked of each backbone's largest run, and the answer with its number. The verdicts on all of them are one
     family."""
     shown = largest(everything)
-    words = decide({(q.ask, r.label): q.claimed(r) for q in QUESTIONS for r in shown})
-    table = [(q.ask, *(q.cell(r, words[q.ask, r.label]) for r in shown), q.notebook) for q in QUESTIONS]
+    cells = judge({(q, r.label): (q, r.of(q.row, q.protocol)) for q in QUESTIONS for r in shown})
+    table = [(q.sentence, *(cells[q, r.label] for r in shown), q.where) for q in QUESTIONS]
     table += [(ask, *map(show, shown), notebook) for ask, (show, notebook) in VALUES.items()]
     return pd.DataFrame(table, columns=[FIRST, *(r.label for r in shown), "notebook"]).set_index(FIRST)
 
@@ -317,10 +300,8 @@ def answered(record: dict) -> pd.DataFrame:
     """The verdicts on the questions that one results file answers by itself, one family."""
     name = record["name"]
     alone = RunResults(record["identity"]["backbone"], record["profile"], {name: record}, Path())
-    asked = [q for q in QUESTIONS if q.row.file == name]
-    words = decide({q.ask: q.claimed(alone) for q in asked})
-    table = [(q.ask, q.cell(alone, words[q.ask])) for q in asked]
-    return pd.DataFrame(table, columns=[FIRST, "in this run"]).set_index(FIRST)
+    cells = judge({q.sentence: (q, alone.of(q.row, q.protocol)) for q in QUESTIONS if q.row.file == name})
+    return pd.DataFrame({"in this run": cells}).rename_axis(FIRST)
 
 
 # What an AV reads of v

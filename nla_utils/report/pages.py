@@ -55,7 +55,8 @@ CITATION = re.compile(r"@\[(\w+)\]")
 
 def references() -> dict[str, dict]:
     """What the section cites, by key."""
-    return tomllib.loads(Path(__file__).with_name("references.toml").read_text(encoding="utf-8"))
+    found = tomllib.loads(Path(__file__).with_name("references.toml").read_text(encoding="utf-8"))
+    return {key: dict(zip(("authors", "year", "title", "url"), work)) for key, work in found.items()}
 
 
 def fill(text: str) -> str:
@@ -193,13 +194,13 @@ FIGURE_1 = FigureSpec(
     "fig1_k_curves",
     figures.figure_1,
     "The best of K texts, centred. Above, as published: curves with their ceilings (dashed) and floors (dotted). "
-    "Diamonds are the headline best of K, of another evaluation than the curve: Qwen's is of the final checkpoint, its "
-    "curve of an earlier one; Llama's has fewer targets, and its ceiling is NN-in-pool, that of the others the best of "
-    "eight paraphrases. Of gemma-4 only the triangles are printed. The paper prints no intervals. Below, ours, held out "
-    "and corrected: the rise with K is there for texts that have nothing to do with v. Two such nulls lie close "
-    "together: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots). What the AV adds is its "
-    "distance from them. The best of eight paraphrases and the nearest stored text are levels, not curves. Bands are "
-    "95 % intervals over targets.",
+    "Diamonds are the headline best of K, of another evaluation than the curve: Qwen's is of the final checkpoint, "
+    "its curve of an earlier one; Llama's has fewer targets, and its ceiling is NN-in-pool, that of the others the "
+    "best of eight paraphrases. Of gemma-4 only the triangles are printed. The paper prints no intervals. Below, "
+    "ours, held out and corrected: the rise with K is there for texts that have nothing to do with v. Two such nulls "
+    "lie close together: unrelated texts (wide pale line) and the AV's rollouts of other targets (dots). What the AV "
+    "adds is its distance from them. The best of eight paraphrases and the nearest stored text are levels, not "
+    "curves. Bands are 95 % intervals over targets.",
 )
 READING = FigureSpec(
     "fig8_reading",
@@ -208,18 +209,18 @@ READING = FigureSpec(
     "μ. Above zero it reads v. Lines are validation texts; their spread was not kept, so they have no intervals. Marks "
     "with a black edge are the kept AV on the held-out targets, with 95 % intervals over targets.",
 )
-# Widths of a label, a published and two columns with intervals; and of a label and three pairs, raw and centred.
-NARROW, WIDE = (28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13)
-# The same with a column, or a pair, of the released AV.
-NARROW_RELEASED, WIDE_RELEASED = (24, 10, 20, 20, 20), (13, 7, 7, 11, 11, 11, 11, 11, 11)
+# Widths of a label, a published and two columns with intervals; of a label and three pairs, raw and centred; of the
+# K-curve. The same with a column, or a pair, of the released AV.
+WIDTHS = ((28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13), (8, 9, 15, 15, 15, 15, 15))
+WIDTHS_RELEASED = ((24, 10, 20, 20, 20), (13, 7, 7, 11, 11, 11, 11, 11, 11), (7, 7, 12, 12, 12, 12, 12, 12))
 
 
 def tables_of_run(results: RunResults, released: Optional[RunResults] = None) -> dict[str, Table]:
-    """The tables of §11 and the scorecard for one run, by name; with ``released``, our run of the AV that was released
-    for §11's backbone, its numbers stand beside the published ones."""
+    """All tables of one run by name: the scorecard, those of §11 and what they show when slips are corrected, and what
+    extensions measured. With ``released``, our run of the AV that was released for §11's backbone, its numbers stand
+    beside the published ones."""
     beside = released is not None and released is not results
-    narrow, wide = (NARROW_RELEASED, WIDE_RELEASED) if beside else (NARROW, WIDE)
-    curve = (8, 8, 15, 15, 15, 15, 15) if beside else (12, 10, 16, 17, 16, 17)
+    narrow, wide, curve = WIDTHS_RELEASED if beside else WIDTHS
     ceilings = partial(tables.both_kinds_table, rows.CEILINGS)
     evaluation = partial(tables.both_kinds_table, (*rows.EVALUATION, rows.CONSTANT_MU))
 
@@ -227,13 +228,20 @@ def tables_of_run(results: RunResults, released: Optional[RunResults] = None) ->
         return tables.with_released(make, results, released)
 
     made = {
+        "scorecard": ("Scorecard", claims.scorecard(results), (29, 11, 11, 19, 19)),
+        "headline": ("Headline of §11", tables.headline_table(results)),
         "ceilings": ("Table 1. Ceilings", shown(ceilings), wide),
         "evaluation": ("Table 2. Evaluation", shown(evaluation), wide),
-        "rho-short": ("Table 3. The same as ρ, centred", shown(tables.rho_table), narrow),
-        "k-curve": ("Table 4. The best of K, centred", shown(tables.short_k_curve_table), curve),
+        "rho": ("Table 3. The same as ρ, centred", shown(tables.rho_table), narrow),
+        "k-curve": ("Table 4. The best of K, centred", shown(tables.k_curve_table), curve),
         "reranks": ("Table 5. Cheap reranks, centred", shown(tables.rerank_table), narrow),
-        "verdicts": ("Scorecard", claims.short_scorecard(results), (29, 11, 11, 19, 19)),
+        "slips": ("Audit: what each slip moves", tables.audit_table(results)),
     }
+    if results.optional(STUDY):
+        caption = "Training in other ways, measured at the last step; the run's own AV at the step that was kept, "
+        made["study"] = (f"{caption}{results.training['best_step']}", claims.study_table(results))
+    if results.optional(ITERATION):
+        made["iteration"] = ("Search made into a policy", claims.iteration_table(results))
     return {key: Table(f"{results.stem}-{key}", *what, of=results.label) for key, what in made.items()}
 
 
@@ -285,7 +293,8 @@ def _how_made(results: RunResults) -> str:
 
 
 def said(about: Sequence[RunResults]) -> dict[str, object]:
-    """The numbers of the section's sentences, as text; those of runs one after the other, always in the same order."""
+    """The numbers of the section's sentences, as text, those of runs one after the other in the same order; ``of`` and
+    ``gained`` give those of a row."""
 
     def each(text: Callable[[RunResults], str], runs: Sequence[RunResults] = about) -> str:
         found = [text(r) for r in runs]
@@ -294,8 +303,8 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
     def of(row: rows.Row, protocol: str = "corrected", kind: str = "cen") -> str:
         return each(lambda r: number(r.of(row, protocol)[row.at(kind)]))
 
-    def gained(row: rows.Row, runs: Sequence[RunResults] = about) -> str:
-        return each(lambda r: signed(r.of(row), row.cen), runs)
+    def gained(row: rows.Row) -> str:
+        return each(lambda r: signed(r.of(row), row.cen), [r for r in about if row.cen in r.of(row)])
 
     evaluations = {name: published(name)["centred_eval"] for name in BACKBONES}
     margins = {}
@@ -316,14 +325,8 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
             for name, e in evaluations.items()
         ),
         "later": published("gemma4_31b"),
-        "replay": of(rows.REPLAY, "published"),
-        "replay_corrected": of(rows.REPLAY),
-        "best": of(rows.BEST),
-        "unrelated": of(rows.UNRELATED),
-        "gained": gained(rows.BEST_MINUS_UNRELATED),
-        "greedy": gained(rows.GREEDY_MINUS_OTHERS),
-        "nearest": gained(rows.GREEDY_MINUS_RETRIEVAL),
-        "nats": gained(rows.NATS_OTHER_MINUS_OWN, [r for r in about if r.source_loss]),
+        "of": of,
+        "gained": gained,
         "within": bool(same) and all(0 < min(margins.values()) < tables.null_mismatch(r) for r in same),
         "same": each(lambda r: r.name, same),
         "mismatch": each(lambda r: number(tables.null_mismatch(r)), same),
@@ -333,8 +336,6 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         "ks": each(lambda r: str(r.sizes["K"])),
         "made": each(_how_made),
         "held_out": each(lambda r: str(r.sizes["M"])),
-        "mu": of(rows.CONSTANT_MU, kind="raw"),
-        "best_raw": of(rows.BEST, kind="raw"),
     }
 
 
@@ -358,6 +359,7 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
         "counts": {r.label: claims.verdict_counts(r) for r in about},
         "reads": _reading_runs(read),
         "said": said(about),
+        "rows": rows,
         "weights": weights_note(shown),
         "references": references(),
     }
@@ -424,30 +426,6 @@ def keys_table() -> pd.DataFrame:
     return pd.DataFrame(table, columns=columns).set_index("table")
 
 
-def appendix_tables_of_run(results: RunResults) -> list[Table]:
-    """All tables of §11 for one run, beside the published numbers of §11's backbone."""
-    made = [("scorecard", "Scorecard", claims.scorecard(results))]
-    made.append(("headline", "Headline of §11", tables.headline_table(results)))
-    for kind, word in (("cen", "centred"), ("raw", "raw")):
-        made.append((f"ceilings-{kind}", f"Ceilings, {word} fve_nrm", tables.ceilings_table(results, kind)))
-        made.append((f"evaluation-{kind}", f"Evaluation, {word} fve_nrm", tables.evaluation_table(results, kind)))
-    made += [
-        ("rho", "ρ_cen", tables.rho_table(results)),
-        ("k-curve-all", "K-curve, centred fve_nrm", tables.k_curve_table(results)),
-        ("reranks-cen", "Cheap reranks, centred fve_nrm", tables.rerank_table(results)),
-        ("slips", "Audit: what each slip moves", tables.audit_table(results)),
-    ]
-    if results.optional(STUDY):
-        kept = results.training["best_step"]
-        caption = (
-            f"Training in other ways, measured at the last step; the run's own AV at the step that was kept, {kept}"
-        )
-        made.append(("study", caption, claims.study_table(results)))
-    if results.optional(ITERATION):
-        made.append(("iteration", "Search made into a policy", claims.iteration_table(results)))
-    return [Table(f"{results.stem}-{end}", caption, frame, of=results.label) for end, caption, frame in made]
-
-
 def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
     """The appendix of the results below ``roots``; ``own`` (backbone, profile) is a run to show in any case."""
     everything = find_results(roots)
@@ -462,7 +440,8 @@ def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str,
     for by_seed in tables.seed_groups(everything):
         stem = f"{next(iter(by_seed.values())).stem}-seeds"
         seeds.append(Table(stem, "Repeated with other seeds", tables.seeds_table(by_seed)))
-    of_runs = {f"{r.label}: {r.title}": appendix_tables_of_run(r) for r in shown}
+    released = tables.released_runs(shown).get(SECTION_11)
+    of_runs = {f"{r.label}: {r.title}": tables_of_run(r, released) for r in shown}
     # The floors of a sweep's layers are points of figure 2.
     drawn = {spec: everything if spec.draw is figures.figure_2 else shown for spec in APPENDIX_FIGURES if shown}
     values = {
@@ -473,7 +452,7 @@ def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str,
         "weights": weights_note(everything),
         "provenance": provenance(everything, (*NAMES, STUDY, ITERATION)),
     }
-    made = [*shared, *seeds, *(table for of_run in of_runs.values() for table in of_run)]
+    made = [*shared, *seeds, *(table for of_run in of_runs.values() for table in of_run.values())]
     return Page(APPENDIX, TEMPLATES / "appendix.md.j2", made, drawn, values)
 
 

@@ -33,41 +33,29 @@ RELEASED = "released AV, our run"
 KINDS = {"raw": "raw", "cen": "centred"}
 NULL_SIZE = Row("unrelated texts to choose from, P", "unrelated_text_pool_size")
 MU_NORM = Row("‖μ‖", "mu_norm", published_path="centred_eval.mu_norm")
-# The numbers of §11's summary.
+
+
+def centred(*shown: Row) -> list[tuple[Row, str]]:
+    return [(row, "cen") for row in shown]
+
+
+def both(*shown: Row) -> list[tuple[Row, str]]:
+    """Each raw and centred."""
+    return [(row, kind) for row in shown for kind in KINDS]
+
+
+# The numbers of §11's summary, and those by which backbones are compared.
 HEADLINE = (
-    (MU_NORM, "cen"),
-    (rows.REPLAY, "cen"),
-    (rows.PARAPHRASE, "cen"),
-    (rows.FLOOR, "raw"),
-    (rows.FLOOR, "cen"),
-    (rows.GREEDY, "raw"),
-    (rows.GREEDY, "cen"),
-    (rows.OTHERS_GREEDY, "cen"),
-    (rows.PROBE[8], "cen"),
-    (rows.BEST, "cen"),
-    (rows.UNRELATED, "cen"),
-    (NULL_SIZE, "cen"),
-    (rows.OTHERS_BEST, "cen"),
-    (rows.RETRIEVAL, "cen"),
-    (rows.SLOPE, "cen"),
-    (rows.SLOPE_UNRELATED, "cen"),
-    (rows.LOGP_RERANK, "cen"),
-    (rows.ANCHOR_RERANK, "cen"),
+    *centred(MU_NORM, rows.REPLAY, rows.PARAPHRASE),
+    *both(rows.FLOOR, rows.GREEDY),
+    *centred(rows.OTHERS_GREEDY, rows.PROBE[8], rows.BEST, rows.UNRELATED, NULL_SIZE, rows.OTHERS_BEST),
+    *centred(rows.RETRIEVAL, rows.SLOPE, rows.SLOPE_UNRELATED, rows.LOGP_RERANK, rows.ANCHOR_RERANK),
 )
 SIDE_BY_SIDE = (
-    (MU_NORM, "cen"),
-    (rows.FLOOR, "raw"),
-    (rows.FLOOR, "cen"),
-    (rows.REPLAY, "cen"),
-    (rows.PARAPHRASE, "cen"),
-    (rows.NN_IN_POOL, "cen"),
-    (rows.GAP, "cen"),
-    (rows.GREEDY, "cen"),
-    (rows.BEST, "cen"),
-    (Row("K", "K", published_path="centred_eval.K"), "cen"),
-    (rows.RETRIEVAL, "cen"),
-    (rows.SLOPE, "cen"),
-    (rows.SPEARMAN, "cen"),
+    *centred(MU_NORM),
+    *both(rows.FLOOR),
+    *centred(rows.REPLAY, rows.PARAPHRASE, rows.NN_IN_POOL, rows.GAP, rows.GREEDY, rows.BEST),
+    *centred(Row("K", "K", published_path="centred_eval.K"), rows.RETRIEVAL, rows.SLOPE, rows.SPEARMAN),
 )
 # What seeds are compared by; centred, ``corrected``.
 OVER_SEEDS = (
@@ -153,17 +141,6 @@ def kind_table(shown: Sequence[Row], kind: str, results: RunResults) -> pd.DataF
     return _side_by_side(((row, kind) for row in shown), results, lambda row, _: row.title)
 
 
-def ceilings_table(results: RunResults, kind: str) -> pd.DataFrame:
-    """Ceilings (§11; PROTOCOL.md §5)."""
-    return kind_table(rows.CEILINGS, kind, results)
-
-
-def evaluation_table(results: RunResults, kind: str) -> pd.DataFrame:
-    """Centred evaluation (PROTOCOL.md §4)."""
-    shown = [*rows.EVALUATION, *([rows.CONSTANT_MU] if kind == "raw" else []), NULL_SIZE]
-    return kind_table(shown, kind, results)
-
-
 def both_kinds_table(shown: Sequence[Row], results: RunResults) -> pd.DataFrame:
     """Published · as published · corrected, each raw and centred. Of tails, probes and other controls the paper prints
     nothing."""
@@ -216,11 +193,6 @@ def k_curve_table(results: RunResults) -> pd.DataFrame:
         points = column[curve.cen] | {"ci95": column["ci95"][curve.cen]}
         table[label] = [*(with_interval(points, str(k)) for k in index[:-1]), with_interval(column, slope.cen)]
     return pd.DataFrame(table, index=pd.Index(index, name="K"))
-
-
-def short_k_curve_table(results: RunResults) -> pd.DataFrame:
-    """The published K-curve, and ours under both protocols, each beside its null."""
-    return k_curve_table(results).drop(columns="control: other targets' rollouts, corrected")
 
 
 def with_released(
@@ -327,14 +299,9 @@ TEX = {
     "–": "--",
     "·": r"$\cdot$",
     "²": "$^2$",
-    "₂": "$_2$",
     "§": r"\S{}",
-    "’": "'",
     "→": r"$\rightarrow$",
     "½": r"$\frac12$",
-    "ĥ": r"$\hat h$",
-    "×": r"$\times$",
-    "≤": r"$\leq$",
     "#": r"\#",
     "\u00a0": "~",
     "“": "``",
@@ -343,7 +310,6 @@ TEX = {
     "Δ": r"$\Delta$",
     "…": r"\ldots{}",
     "±": r"$\pm$",
-    "ℓ": r"$\ell$",
 }
 
 
