@@ -211,7 +211,7 @@ READING = FigureSpec(
 )
 # Widths of a label, a published and two columns with intervals; of a label and three pairs, raw and centred; of the
 # K-curve. The same with a column, or a pair, of the released AV.
-WIDTHS = ((28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13), (8, 9, 15, 15, 15, 15, 15))
+WIDTHS = ((28, 13, 25, 25), (17, 9, 9, 13, 13, 13, 13), (8, 8, 14, 14, 14, 15, 15))
 WIDTHS_RELEASED = ((24, 10, 20, 20, 20), (13, 7, 7, 11, 11, 11, 11, 11, 11), (7, 7, 12, 12, 12, 12, 12, 12))
 
 
