@@ -1,4 +1,4 @@
-"""The ``nla`` command whole: that of §11, with the commands, notebooks and pages of what stands beside it."""
+"""The whole ``nla`` command: that of §11, with the commands, notebooks and pages of the extensions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import Optional
 
 import click
 
-from nla_utils.cli import BESIDE, PAGES, adopt_option, app, finish, show, with_config
+from nla_utils.cli import BESIDE, FILE, OPTIONS, PAGES, adopt_option, app, finish, show, with_config, write_pages
 from nla_utils.config import RunConfig, parse_seeds
 from nla_utils.errors import ConfigError, nearest
 
-FILE = click.Path(path_type=Path)
-layers_option = click.option("--layers", default="all", show_default=True, help="all, or numbers with commas: 6,13")
-sequences_option = click.option(
-    "--sequences",
-    type=FILE,
-    help="A file of `nla sequences` to take the run's sequences from, instead of drawing them.",
-)
-backbone_option = click.option(
-    "--backbone", default="gemma3-270m", show_default=True, help="Registry name, hub id or folder."
-)
+layers_option = click.option("--layers", default="all", help="all, or numbers with commas: 6,13")
+sequences_option = click.option("--sequences", type=FILE, help="A file of `nla sequences`, instead of drawing them.")
+backbone_option = click.option("--backbone", **OPTIONS["backbone"])
 run_option = click.option("--run", type=FILE, help="A finished run folder, if not the shipped verbalizers.")
+
+
+def said(label: str, path: Path) -> None:
+    click.echo(f"  {label:<20}{show(path)}")
+
+
+def opened(config: RunConfig, weights: bool = True):
+    """A run and its targets."""
+    from nla_utils.run import open_run
+    from nla_utils.targets import load_targets
+
+    run = open_run(config, weights)
+    return run, load_targets(run)
 
 
 def _tail_reader():
@@ -36,7 +42,7 @@ def _tail_reader():
 
 
 def _depth():
-    from nla_extensions.depth.tables import RESULTS
+    from nla_extensions.depth.page import RESULTS
     from nla_utils.notebooks import Stage
 
     return Stage("extensions/08_depth", (), RESULTS)
@@ -60,7 +66,7 @@ PAGES.append(_pages)
 @adopt_option
 def sweep(config: RunConfig, layers: str, sequences: Optional[Path], adopt: bool) -> None:
     """Run the notebooks at several layers, all from the same sequences, whose activations are taken in one pass."""
-    from nla_extensions.depth.layers import extract_layers, parse_layers
+    from nla_extensions.depth.measure import extract_layers, parse_layers
     from nla_utils.notebooks import reproduce
     from nla_utils.run import open_run
 
@@ -79,28 +85,31 @@ def sweep(config: RunConfig, layers: str, sequences: Optional[Path], adopt: bool
 @adopt_option
 def depth(config: RunConfig, layers: str, sequences: Optional[Path], adopt: bool) -> None:
     """Measure what text can reach at each layer, the tail reader's among it: nothing is trained."""
-    from nla_extensions.depth.layers import parse_layers
-    from nla_extensions.depth.measure import reach_of_text
-    from nla_extensions.depth.tables import RESULTS
+    from nla_extensions.depth.measure import parse_layers, reach_of_text
+    from nla_extensions.depth.page import RESULTS
+    from nla_utils.report.results import COMMITTED
     from nla_utils.run import open_run
+    from nla_utils.store import atomic_write
 
     run = open_run(config)
-    record, made_from = reach_of_text(run, parse_layers(layers, run.backbone.n_layers), sequences)
-    run.write_results(RESULTS, record, made_from)
-    finish(run.folder, adopt)
+    path = run.write_results(RESULTS, *reach_of_text(run, parse_layers(layers, run.backbone.n_layers), sequences))
+    finish(run.folder, adopt=False)
+    if adopt:
+        # Beside the runs of any seed.
+        beside = dataclasses.replace(config, seed=1).folder_name
+        atomic_write(COMMITTED / run.folder.backbone / beside / path.name, path.read_bytes())
+        write_pages()
 
 
 @with_config()
 @click.option("--to", type=FILE, help="File to write, if not the repository's own.")
 def sequences(config: RunConfig, to: Optional[Path]) -> None:
-    """Keep a run's sequences in one small file, for `sweep` and `depth` on another machine to go on from."""
-    from nla_extensions.depth.layers import committed_sequences, write_sequences
-    from nla_utils.run import open_run
-    from nla_utils.targets import load_targets
+    """Keep a run's sequences in one small file, for `sweep` and `depth` on another machine to start from."""
+    from nla_extensions.depth.measure import committed_sequences, write_sequences
 
-    run = open_run(config, weights=False)
-    path = committed_sequences(run) if to is None else to
-    write_sequences(path, run, load_targets(run))
+    run, targets = opened(config, weights=False)
+    path = to or committed_sequences(run)
+    write_sequences(path, run, targets)
     click.echo(f"  {show(path)}  {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -110,105 +119,77 @@ def sequences(config: RunConfig, to: Optional[Path]) -> None:
 )
 def ablate(config: RunConfig, seeds: str) -> None:
     """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebook 07."""
-    from nla_extensions.tail_reader.ablation import ablate_reader
-    from nla_extensions.tail_reader.seeds import training_targets, with_seed
-    from nla_extensions.tail_reader.tables import ABLATION_RESULTS
-    from nla_utils.run import open_run
-    from nla_utils.targets import load_targets
+    from nla_extensions.tail_reader.page import ABLATION_RESULTS
+    from nla_extensions.tail_reader.study import ablate_reader
 
     first, *others = parse_seeds(seeds)
-    run = open_run(dataclasses.replace(config, seed=first))
-    targets = load_targets(run)
-    made_from = {"targets": targets.sha256, "reader": run.folder.load("reader").sha256}
-    more = [training_targets(with_seed(run, seed)) for seed in others]
-    made_from |= {f"targets of seed {seed}": own.sha256 for seed, (own, _) in zip(others, more)}
-    path = run.write_results(ABLATION_RESULTS, ablate_reader(run, targets, more), made_from)
-    click.echo(f"  reader ablation     {show(path)}")
+    run, targets = opened(dataclasses.replace(config, seed=first))
+    said("reader ablation", run.write_results(ABLATION_RESULTS, *ablate_reader(run, targets, others)))
 
 
 @with_config("seed")
-@click.option("--seeds", default="1,2,3", show_default=True, help="The first is that of the run that keeps the result.")
+@click.option("--seeds", default="1,2,3", help="The first is that of the run that keeps the result.")
 def replicate(config: RunConfig, seeds: str) -> None:
     """Repeat the tail reader's claims on targets drawn anew for each seed; trains no AV."""
-    from nla_extensions.tail_reader.seeds import replicate as repeat
-    from nla_extensions.tail_reader.tables import SEEDS_RESULTS
+    from nla_extensions.tail_reader import study
+    from nla_extensions.tail_reader.page import SEEDS_RESULTS
     from nla_utils.run import open_run
 
     chosen = parse_seeds(seeds)
     if len(chosen) < 2:
         raise ConfigError(f"--seeds {seeds}: a spread needs at least two seeds, for example 1,2,3")
     run = open_run(dataclasses.replace(config, seed=chosen[0]))
-    click.echo(f"  reader over seeds   {show(run.write_results(SEEDS_RESULTS, *repeat(run, chosen)))}")
+    said("reader over seeds", run.write_results(SEEDS_RESULTS, *study.replicate(run, chosen)))
 
 
 @with_config()
 @click.option("--parts", help="Which tables, with commas; all if not given.")
 def study(config: RunConfig, parts: Optional[str]) -> None:
     """Train the AV in other ways, one factor at a time, and measure what it takes from v. Needs notebook 02."""
-    from nla_extensions.training_study import study as of
+    from nla_extensions import training_study as of
     from nla_utils.report.claims import STUDY
-    from nla_utils.run import open_run
-    from nla_utils.targets import load_targets
 
-    run = open_run(config)
-    targets = load_targets(run)
+    run, targets = opened(config)
     planned = of.study_of(run, targets)
-    known = list(dict.fromkeys(v.part for v in planned))
-    wanted = known if parts is None else [p.strip() for p in parts.split(",")]
-    for part in wanted:
-        if part not in known:
-            raise ConfigError(f"--parts {part!r}: {nearest(part, known)}")
+    known = {v.part for v in planned}
+    wanted = known if parts is None else {p.strip() for p in parts.split(",")}
+    for part in wanted - known:
+        raise ConfigError(f"--parts {part!r}: {nearest(part, known)}")
     records = of.study(run, targets, [v for v in planned if v.part in wanted])
     made_from = {"targets": targets.sha256, "best_av": run.folder.sha256_of("best_av")}
-    path = run.write_results(STUDY, {"variants": [*records, of.run_itself(run, targets)]}, made_from)
-    click.echo(f"  training study      {show(path)}")
+    variants = [*records, of.run_itself(run, targets)]
+    said("training study", run.write_results(STUDY, {"variants": variants}, made_from))
 
 
 @with_config()
-@click.option("--n", type=int, default=256, show_default=True, help="How many training targets it writes for.")
-@click.option("--k", type=int, default=16, show_default=True, help="How many rollouts the best is chosen from.")
-@click.option("--rounds", type=int, default=2, show_default=True, help="Rounds of expert iteration.")
+@click.option("--n", default=256, help="How many training targets it writes for.")
+@click.option("--k", default=16, help="How many rollouts the best is chosen from.")
+@click.option("--rounds", default=2, help="Rounds of expert iteration.")
 @click.option("--av", help="The released AV that the run has, if it trained none.")
 def iterate(config: RunConfig, n: int, k: int, rounds: int, av: Optional[str]) -> None:
     """Train a run's AV on the best of its own texts, and on the guided search's. Needs notebook 02."""
-    from nla_extensions.training_study.iteration import iterate as of
+    from nla_extensions import training_study as of
     from nla_utils.report.claims import ITERATION
-    from nla_utils.run import open_run
-    from nla_utils.targets import load_targets
 
-    run = open_run(dataclasses.replace(config, av=av))
-    targets = load_targets(run)
+    run, targets = opened(dataclasses.replace(config, av=av))
     made_from = {"targets": targets.sha256, "best_av": run.folder.sha256_of("best_av")}
-    path = run.write_results(ITERATION, {"k": k, "rounds": of(run, targets, n, k, rounds)}, made_from)
-    click.echo(f"  expert iteration    {show(path)}")
+    record = {"k": k, "rounds": of.iterate(run, targets, n, k, rounds)}
+    said("expert iteration", run.write_results(ITERATION, record, made_from))
 
 
 @app.command()
 @click.option("--text", help="Take the activation of this text.")
 @click.option("--vector", type=FILE, help="Or read it from a .npy, .safetensors or .pt file.")
-@click.option("--token", type=int, default=-1, help="Which token of the text; negative counts from the end.")
+@click.option("--token", default=-1, help="Which token of the text; negative counts from the end.")
 @backbone_option
 @run_option
-@click.option("--method", default="reader", show_default=True, help="reader, guided, av, lens or patchscope.")
-@click.option("--k", type=int, default=64, show_default=True, help="How many texts to choose from.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws.")
-@click.option(
-    "--fluency",
-    type=float,
-    help="What every nat a token that the text's words cost takes off its score; guided has 0.02 if not given.",
-)
+@click.option("--method", default="reader", help="reader, guided, av, lens or patchscope.")
+@click.option("--k", default=64, help="How many texts to choose from.")
+@click.option("--seed", default=0, help="Seed of the draws.")
+@click.option("--fluency", type=float, help="Score penalty per nat per token; guided has 0.02 if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verbalize(
-    text: Optional[str],
-    vector: Optional[Path],
-    token: int,
-    backbone: str,
-    run: Optional[Path],
-    method: str,
-    k: int,
-    seed: int,
-    fluency: Optional[float],
-    as_json: bool,
+    text: Optional[str], vector: Optional[Path], token: int, backbone: str, run: Optional[Path], as_json: bool, **how
 ) -> None:
     """Put one activation into words: the best of k texts, its score, and what chance and retrieval give."""
     from nla_extensions.release.api import NLA, read_vector
@@ -219,61 +200,53 @@ def verbalize(
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         nla = NLA.load(backbone, run)
-    found = nla.verbalize(nla.activation(text, token) if given is None else given, k, method, seed, fluency)
+    found = nla.verbalize(nla.activation(text, token) if given is None else given, **how)
     click.echo(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False) if as_json else str(found))
 
 
 @app.command()
 @click.option("--text", required=True, help="The text to look at.")
-@click.option("--to", type=FILE, default=Path("explore.html"), show_default=True, help="The page to write.")
+@click.option("--to", type=FILE, default=Path("explore.html"), help="The page to write.")
 @backbone_option
 @run_option
 @layers_option
-@click.option("--k", type=int, default=8, show_default=True, help="How many readings of each activation.")
+@click.option("--k", default=8, help="How many readings of each activation.")
 def explore(text: str, to: Path, backbone: str, run: Optional[Path], layers: str, k: int) -> None:
     """Write one HTML page that shows what every token's activation reads as at every layer."""
-    from nla_extensions.depth.layers import parse_layers
+    from nla_extensions.depth.measure import parse_layers
+    from nla_extensions.release import explore as of
     from nla_extensions.release.api import NLA
-    from nla_extensions.release.explore import explore as look
-    from nla_extensions.release.explore import write_page
 
     nla = NLA.load(backbone, run)
-    chosen = parse_layers(layers, nla.backbone.n_layers)
-    click.echo(f"  page  {show(write_page(look(nla, text, chosen, k), to.resolve()))}")
+    found = of.explore(nla, text, parse_layers(layers, nla.backbone.n_layers), k)
+    click.echo(f"  page  {show(of.write_page(found, to.resolve()))}")
 
 
 @app.command()
 @backbone_option
 @run_option
-@click.option("--n", type=int, default=64, show_default=True, help="How many sources, each with a twin.")
-@click.option(
-    "--k", type=int, default=16, show_default=True, help="Budget of each way of reading: so many rollouts of the AV."
-)
-@click.option(
-    "--directions",
-    type=int,
-    default=16,
-    show_default=True,
-    help="How many vectors of each kind that are no activation of a text.",
-)
-@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the sources and the draws.")
-@click.option("--to", type=FILE, default=Path("comparison.json"), show_default=True, help="The results file to write.")
+@click.option("--n", default=64, help="How many sources, each with a twin.")
+@click.option("--k", default=16, help="Compute budget of each way of reading, in AV rollouts.")
+@click.option("--directions", default=16, help="How many vectors of each kind that are no activation of a text.")
+@click.option("--seed", default=1, help="Seed of the sources and the draws.")
+@click.option("--to", type=FILE, default=Path("comparison.json"), help="The results file to write.")
 def compare(backbone: str, run: Optional[Path], n: int, k: int, directions: int, seed: int, to: Path) -> None:
     """Compare the ways of reading on new sources: score, fluency, and what they hold beyond the last words."""
-    from nla_extensions.comparison.measure import compare as measure
+    from nla_extensions.comparison import measure
     from nla_extensions.release.api import NLA
-    from nla_utils.report.claims import COMPARISON as RESULTS
+    from nla_utils.report.claims import COMPARISON
     from nla_utils.store import code_version, library_versions, write_record
 
     nla, to = NLA.load(backbone, run), to.resolve()
     unfinished = to.with_suffix(".partial.json")
     record = {
-        "name": RESULTS,
+        "name": COMPARISON,
         "identity": nla.backbone.identity(),
         "made_from": nla.bundle.made_from,
         "code": code_version(),
         "libraries": library_versions(),
-        **measure(nla, n, k, directions, seed, unfinished),
+        "device": nla.backbone.device.type,
+        **measure.compare(nla, n, k, directions, seed, unfinished),
     }
     write_record(to, record)
     unfinished.unlink()
@@ -302,23 +275,19 @@ def publish(config: RunConfig, to: Optional[str], dry_run: bool) -> None:
 
     from nla_extensions.release.publish import make_release, push
     from nla_utils.lm.weights import fetch, resolve
-    from nla_utils.run import open_run
-    from nla_utils.targets import load_targets
 
     if not dry_run and to is None:
         raise ConfigError("--push needs --to org/name")
-    run = open_run(config, weights=False)
-    targets = load_targets(run)
+    run, targets = opened(config, weights=False)
     tokenizer = AutoTokenizer.from_pretrained(fetch(resolve(config.backbone)))
     texts = [tokenizer.decode(targets.sequence(i), skip_special_tokens=True) for i in range(len(targets.v))]
-    release = make_release(run.folder, texts, run.folder.file("release"))
-    for part in (release.model, release.dataset):
-        for path in release.files(part):
-            click.echo(f"  {path.relative_to(release.model.parent)}  {path.stat().st_size:,} bytes")
+    out = run.folder.file("release")
+    make_release(run.folder, texts, out)
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        click.echo(f"  {path.relative_to(out)}  {path.stat().st_size:,} bytes")
     if dry_run:
-        click.echo(f"dry run: nothing was pushed; look at {release.model.parent}, then add --push --to org/name")
-        return
-    for line in push(release, to, f"{to}-targets"):
+        click.echo(f"dry run: nothing was pushed; look at {out}, then add --push --to org/name")
+    for line in [] if dry_run else push(out, to):
         click.echo(f"  pushed {line}")
 
 

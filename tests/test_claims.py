@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_extensions.comparison import tables as comparison
-from nla_extensions.tail_reader import page as reader_page
-from nla_extensions.tail_reader import tables as reader
+from nla_extensions.comparison import page as comparison
+from nla_extensions.tail_reader import page as reader
 from nla_utils import metrics, rows
 from nla_utils.config import ROOT
 from nla_utils.report import claims as findings
@@ -224,7 +223,7 @@ def families():
     found |= {f"{r.stem}-reader-scorecard": reader_figures(r) for r in read}
     found["reader-findings"] = [
         f
-        for row in reader_page.FOUND
+        for row in reader.FOUND
         for r in largest(read)
         for f in figures_of(reader.reader_column(r), row.cen, 0.0, math.inf)
     ]

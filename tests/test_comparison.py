@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from nla_extensions.comparison import texts as of
-from nla_extensions.comparison.cases import LEAST, SHARED, draw_cases, twins
-from nla_extensions.comparison.directions import KINDS, vectors
-from nla_extensions.comparison.measure import FLUENCIES, compare, score
+from nla_extensions.comparison import measure as of
+from nla_extensions.comparison.measure import (
+    FLUENCIES,
+    KINDS,
+    LEAST,
+    SHARED,
+    compare,
+    draw_cases,
+    score,
+    twins,
+    vectors,
+)
 from nla_extensions.comparison.page import comparison_page
-from nla_extensions.release.methods import DRAWING
+from nla_extensions.release.api import DRAWING
 from nla_utils import NLA
 from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ArtefactError
@@ -76,7 +84,7 @@ def test_the_source_itself_is_right_about_everything(record):
 
 
 def test_naming_the_twin_is_counted_as_by_hand(long_nla, cases):
-    texts = of.draw(long_nla, "av", cases.v, of.budget_of(long_nla, 3), seed=1)
+    texts = of.draw(long_nla, "av", cases.v, 3 * of.cost(long_nla, "av"), seed=1)
     mu, values = long_nla.bundle.mu, []
     for i in range(N):
         hits = 0.0
@@ -120,7 +128,7 @@ def test_nats_are_those_of_a_plain_forward_pass(nla):
 
 
 def test_a_dearer_word_makes_the_search_more_fluent(long_nla, cases):
-    v, budget = cases.v[:N], of.budget_of(long_nla, 20)
+    v, budget = cases.v[:N], 20 * of.cost(long_nla, "av")
     start = of.draw(long_nla, "reader", v, budget, seed=1)
     nats = []
     for fluency in (0.0, 10.0):

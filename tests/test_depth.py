@@ -11,11 +11,10 @@ from conftest import with_out
 
 from nla_extensions.cli import app
 from nla_extensions.depth import measure
-from nla_extensions.depth.page import depth_page
-from nla_extensions.depth.tables import depth_table, depths
+from nla_extensions.depth.page import depth_page, depth_table, depths
 from nla_extensions.tail_reader.reader import load_reader
 from nla_extensions.tail_reader.rollouts import read_rollouts
-from nla_utils import notebooks, rows
+from nla_utils import rows
 from nla_utils.baselines import make_ceilings
 from nla_utils.evidence import Scorer, of_ceilings
 from nla_utils.lm.backbone import Backbone
@@ -114,8 +113,8 @@ def test_retrieval_is_the_null_with_the_whole_pool(reached):
 
 
 def test_the_command_keeps_its_record_beside_the_runs_of_any_seed(tiny_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "COMMITTED", tmp_path / "kept")
-    monkeypatch.setattr("nla_utils.cli.write_pages", lambda: None)
+    monkeypatch.setattr("nla_utils.report.results.COMMITTED", tmp_path / "kept")
+    monkeypatch.setattr("nla_extensions.cli.write_pages", lambda: None)
     command = [
         "depth",
         "--backbone",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nla_extensions.release import bundle as bundles
-from nla_extensions.release.explore import MOST_TOKENS, explore, layer_readers, write_page
+from nla_extensions.release.explore import MOST_TOKENS, explore, nla_at_layers, write_page
 from nla_utils import NLA
 from nla_utils.errors import ConfigError
 from nla_utils.metrics import exact_k_curve, fve_matrix
@@ -88,11 +88,11 @@ def test_a_cell_is_compared_with_the_stored_texts_at_its_layer(nla, found):
 
 def test_readers_of_other_layers_are_fitted_once(nla, tmp_path, monkeypatch):
     monkeypatch.setenv("NLA_CACHE", str(tmp_path))
-    first = layer_readers(nla, [1, 3])
+    first = nla_at_layers(nla, [1, 3])
     monkeypatch.setattr("nla_extensions.release.explore.solve_reader", None)
-    again = layer_readers(nla, [1, 3])
-    assert np.array_equal(first[1].reader.weights_nad, again[1].reader.weights_nad)
-    assert again[3].reader is nla.bundle.reader
+    again = nla_at_layers(nla, [1, 3])
+    assert np.array_equal(first[1].bundle.reader.weights_nad, again[1].bundle.reader.weights_nad)
+    assert again[3].bundle.reader is nla.bundle.reader
 
 
 def test_what_cannot_be_shown_is_refused(nla):

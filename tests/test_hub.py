@@ -222,9 +222,9 @@ def test_what_is_pushed_is_what_a_download_gives(hub, tmp_path):
         (release / name).parent.mkdir(parents=True, exist_ok=True)
         (release / name).write_bytes(data)
     program = (
-        "import sys, pathlib; from nla_extensions.release.publish import Release, push\n"
+        "import sys, pathlib; from nla_extensions.release.publish import push\n"
         "out = pathlib.Path(sys.argv[1])\n"
-        "print(*push(Release(out / 'av', out / 'targets'), 'org/av', 'org/av-targets'), sep='\\n')\n"
+        "print(*push(out, 'org/av'), sep='\\n')\n"
         "from nla_utils.lm.weights import snapshot\n"
         "folder = snapshot('org/av', ['*']); assert (folder / 'eval' / 'centered_eval.json').read_bytes() == b'[1]'"
     )

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import comparable, with_out
 
 from nla_extensions.cli import app
-from nla_extensions.training_study.iteration import best_rollouts, guided_texts, iterate, train_on
+from nla_extensions.training_study import best_rollouts, guided_texts, iterate, train_on
 from nla_utils import rows
 from nla_utils.errors import ConfigError
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from nla_extensions.tail_reader.sums import ReaderEquations, sliding_gram, whitening
+from nla_extensions.tail_reader.reader import ReaderSums, sliding_gram, whitening
 
 
 def test_streamed_least_squares_equals_the_whole_at_once():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 6)) + 0.3, rng.normal(size=(400, 3)) - 0.2
     y = y + x @ rng.normal(size=(6, 3))
-    equations = ReaderEquations(6, 3)
+    equations = ReaderSums(1, torch.zeros(3), torch.zeros(6), vocabulary=1)
     for part in np.array_split(np.arange(400), 7):
         equations.add(torch.from_numpy(x[part]).float(), torch.from_numpy(y[part]).float())
     b, intercept = equations.solve(0.0)

@@ -7,10 +7,14 @@ import pytest
 import torch
 from conftest import with_out
 
-from nla_extensions.depth.layers import extract_layers
-from nla_extensions.tail_reader.ablation import _log_probability, ablate_reader, read_with_language_model
+from nla_extensions.depth.measure import extract_layers
+from nla_extensions.tail_reader import reader as readers
+from nla_extensions.tail_reader.page import seeds_table
 from nla_extensions.tail_reader.reader import (
     TailReader,
+    add_rows,
+    empty_sums,
+    every_position,
     fit_reader,
     fit_readers,
     half_norms,
@@ -18,10 +22,9 @@ from nla_extensions.tail_reader.reader import (
     read_greedy,
     read_tails,
     solve_reader,
+    sums_at_layers,
 )
-from nla_extensions.tail_reader.seeds import replicate, training_targets, with_seed
-from nla_extensions.tail_reader.sums import add_rows, empty_sums, every_position, leading, sums_at_layers
-from nla_extensions.tail_reader.tables import seeds_table
+from nla_extensions.tail_reader.study import _log_probability, ablate_reader, read_with_language_model, replicate
 from nla_utils.baselines import fit_probe, fit_split, make_probe, nearest_tokens, tail_features
 from nla_utils.config import PROBE_LENGTHS
 from nla_utils.lm.sampling import row_streams
@@ -56,7 +59,7 @@ def planted(n=3, d=24, vocabulary=40, noise=0.05, seed=3):
         torch.full((d,), 4.0),
         mean,
         torch.zeros(vocabulary),
-        torch.stack([half_norms(table, w, mean) for w in scaled]),
+        half_norms(table, scaled, mean),
         torch.zeros(vocabulary, dtype=torch.bool),
         table,
     )
@@ -84,10 +87,8 @@ def test_draws_follow_the_posterior():
     ids, scores = reader.candidates(0, reader.first_residual(v[:1]), 50)
     p = torch.softmax(scores[0], 0).double()
     n = 20_000
-    drawn, _ = read_tails(
-        reader, v[:1].expand(n, -1), row_streams(5, "t", range(n)), greedy_M=torch.zeros(n, dtype=torch.bool)
-    )
-    counts = torch.bincount(drawn[:, 0], minlength=40)[ids[0]].double()
+    drawn, _ = read_tails(reader, v[:1], n, row_streams(5, "t", [0], n + 1))
+    counts = torch.bincount(drawn[0, 1:, 0], minlength=40)[ids[0]].double()
     keep = n * p > 5
     chi2 = (((counts - n * p) ** 2) / (n * p))[keep].sum()
     assert chi2 < keep.sum() + 5 * (2 * keep.sum()) ** 0.5
@@ -147,7 +148,7 @@ def test_chunks_of_the_fit_do_not_matter(gemma_run, monkeypatch):
     rows = np.arange(30)
     solved = []
     for size in (16384, 60):
-        monkeypatch.setattr("nla_extensions.tail_reader.sums.FIT_TOKENS", size)
+        monkeypatch.setattr(readers, "FIT_TOKENS", size)
         solved.append(solve_reader(run.backbone, accumulate(run.backbone, targets, rows, 2), 1e-2))
     for name in solved[0]:
         np.testing.assert_allclose(solved[0][name], solved[1][name], rtol=1e-2, atol=1e-2, err_msg=name)
@@ -174,9 +175,7 @@ def test_probe_writes_as_many_tokens_as_the_reader(tiny_run):
 @pytest.mark.parametrize("noise", [0.05, 3.0])
 def test_logp_is_the_mean_over_tokens_of_what_was_drawn(noise):
     reader, v, _ = planted(n=2, noise=noise)
-    ids, logp = read_tails(
-        reader, v, row_streams(1, "t", range(len(v))), greedy_M=torch.zeros(len(v), dtype=torch.bool)
-    )
+    ids, logp = (x[:, 1] for x in read_tails(reader, v, 1, row_streams(1, "t", range(len(v)), 2)))
     residual, total = reader.first_residual(v), torch.zeros(len(v))
     for j in range(2):
         candidates, scores = reader.candidates(j, residual, 50)
@@ -217,8 +216,8 @@ def test_a_heavy_language_prior_gives_likelier_text(tiny_run):
 def test_ablation_names_every_variant_and_its_difference(tiny_run):
     run, targets = tiny_run
     fit_reader(run, targets)
-    more = [training_targets(with_seed(run, 2))]
-    record = ablate_reader(run, targets, more)
+    record, made_from = ablate_reader(run, targets, [2])
+    assert list(made_from) == ["targets", "reader", "targets of seed 2"]
     names = [r["variant"] for r in record["rows"]]
     assert len(set(names)) == len(names) > 8
     assert record["rows"][0]["minus_baseline"] == 0
@@ -235,7 +234,7 @@ def test_a_reader_grown_part_by_part_is_the_one_fitted_at_once(gemma_run):
     train, _ = fit_split(run, targets)
     sums = empty_sums(run.backbone, targets, train, 2)
     for part in (train[:20], train[20:]):
-        add_rows(sums, run.backbone, targets, part)
+        add_rows({run.backbone.layer: sums}, run.backbone, targets, part)
     whole = solve_reader(run.backbone, accumulate(run.backbone, targets, train, 2), 1e-2)
     grown = solve_reader(run.backbone, sums, 1e-2)
     for name in whole:
@@ -253,7 +252,7 @@ def test_a_probe_fitted_on_parts_is_the_one_fitted_at_once(gemma_run):
 def test_a_short_readers_sums_are_part_of_a_long_ones(gemma_run):
     run, targets = gemma_run
     train, _ = fit_split(run, targets)
-    part = solve_reader(run.backbone, leading(accumulate(run.backbone, targets, train, 4), 2), 1e-2)
+    part = solve_reader(run.backbone, accumulate(run.backbone, targets, train, 4).leading(2), 1e-2)
     own = solve_reader(run.backbone, accumulate(run.backbone, targets, train, 2), 1e-2)
     for name in own:
         np.testing.assert_allclose(part[name], own[name], rtol=1e-4, atol=1e-4, err_msg=name)

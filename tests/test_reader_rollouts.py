@@ -7,7 +7,7 @@ from conftest import tiny_config
 from nla_extensions.tail_reader import rollouts as reader_rollouts
 from nla_extensions.tail_reader.reader import fit_reader
 from nla_extensions.tail_reader.rollouts import av_forward_tokens, guided_search, make_reader_rollouts, read_rollouts
-from nla_extensions.tail_reader.seeds import make_claims
+from nla_extensions.tail_reader.study import make_claims
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.run import open_run

@@ -10,9 +10,14 @@ from conftest import with_out
 from safetensors.numpy import save_file
 
 from nla_extensions.cli import app
-from nla_extensions.depth import layers
-from nla_extensions.depth.layers import committed_sequences, extract_layers, read_sequences, write_sequences
-from nla_extensions.depth.measure import reach_of_text
+from nla_extensions.depth import measure
+from nla_extensions.depth.measure import (
+    committed_sequences,
+    extract_layers,
+    reach_of_text,
+    read_sequences,
+    write_sequences,
+)
 from nla_utils import notebooks
 from nla_utils.config import RunConfig
 from nla_utils.errors import ArtefactError
@@ -27,7 +32,7 @@ def kept(gemma_run, tmp_path, monkeypatch):
     run, targets = gemma_run
     path = tmp_path / "sequences.safetensors"
     write_sequences(path, run, targets)
-    monkeypatch.setattr(layers, "draw_sequences", None)
+    monkeypatch.setattr(measure, "draw_sequences", None)
     return run, targets, path, with_out(run, tmp_path / "other")
 
 

@@ -10,9 +10,8 @@ from click.testing import CliRunner
 from conftest import with_out
 
 from nla_extensions.cli import app
-from nla_extensions.depth import layers, tables
-from nla_extensions.depth.layers import extract_layers, parse_layers
-from nla_extensions.depth.page import figure_7
+from nla_extensions.depth import measure, page
+from nla_extensions.depth.measure import extract_layers, parse_layers
 from nla_utils import baselines as ceilings
 from nla_utils import notebooks
 from nla_utils.config import RunConfig, parse_seeds
@@ -49,7 +48,7 @@ def test_a_sweeps_targets_are_byte_for_byte_those_of_single_runs(tiny_run, tmp_p
 def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch):
     run = with_out(gemma_run[0], tmp_path)
     monkeypatch.setattr(Backbone, "sample_batch", 32)
-    drawn, draw = [], layers.draw_sequences
+    drawn, draw = [], measure.draw_sequences
 
     def counted(*arguments):
         drawn.append(tuple(arguments[-1]))
@@ -57,7 +56,7 @@ def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return draw(*arguments)
 
-    monkeypatch.setattr(layers, "draw_sequences", counted)
+    monkeypatch.setattr(measure, "draw_sequences", counted)
     with pytest.raises(KeyboardInterrupt):
         extract_layers(run, [1, 2])
     extract_layers(run, [1, 2])
@@ -69,7 +68,7 @@ def test_a_cut_extraction_goes_on_where_it_was(gemma_run, tmp_path, monkeypatch)
 
 def test_a_cut_between_two_layers_goes_on_too(gemma_run, tmp_path, monkeypatch):
     run = with_out(gemma_run[0], tmp_path)
-    saved, save = [], layers.save_targets
+    saved, save = [], measure.save_targets
 
     def cut(*arguments):
         saved.append(arguments)
@@ -77,10 +76,10 @@ def test_a_cut_between_two_layers_goes_on_too(gemma_run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return save(*arguments)
 
-    monkeypatch.setattr(layers, "save_targets", cut)
+    monkeypatch.setattr(measure, "save_targets", cut)
     with pytest.raises(KeyboardInterrupt):
         extract_layers(run, [1, 2])
-    monkeypatch.setattr(layers, "draw_sequences", None)
+    monkeypatch.setattr(measure, "draw_sequences", None)
     extract_layers(run, [1, 2])
     assert len(saved) == 3 and len(list(tmp_path.glob("*/*/targets.safetensors.json"))) == 2
 
@@ -117,7 +116,7 @@ def test_what_are_no_seeds_is_refused(text):
 def swept():
     """The committed results, and copies of one of them as if they were of other layers and seeds."""
     everything = find_results()
-    base = without_variants(everything)[0]
+    base = next(r for r in without_variants(everything) if r.optional("tail_reader"))
 
     def variant(name, layer, seed, shift):
         data = copy.deepcopy(base.data)
@@ -133,9 +132,7 @@ def swept():
 def no_record(monkeypatch):
     """As if nothing were known of text alone."""
     found = RunResults.optional
-    monkeypatch.setattr(
-        RunResults, "optional", lambda self, name: None if name == tables.RESULTS else found(self, name)
-    )
+    monkeypatch.setattr(RunResults, "optional", lambda self, name: None if name == page.RESULTS else found(self, name))
 
 
 def test_variants_stand_in_the_tables_of_sweeps_alone(swept, monkeypatch):
@@ -150,9 +147,9 @@ def test_variants_stand_in_the_tables_of_sweeps_alone(swept, monkeypatch):
 
 def test_depth_and_seeds_are_told_apart(swept, no_record):
     base, everything = swept
-    (depth,), (by_seed,) = tables.depths(everything), seed_groups(everything)
+    (depth,), (by_seed,) = page.depths(everything), seed_groups(everything)
     assert list(depth.runs) == sorted({6, 9, base.layer}) and list(by_seed) == [1, 2]
-    assert list(tables.depth_table(depth).index) == list(depth.runs)
+    assert list(page.depth_table(depth).index) == list(depth.runs)
     row = seeds_table(by_seed).loc["greedy"]
     value = base.column("centered_eval", "corrected")["adapter_cen_greedy_mean"]
     assert row.iloc[-1] == f"{value + 0.15:.3f} ± {0.3 / 2**0.5:.3f}"
@@ -160,9 +157,9 @@ def test_depth_and_seeds_are_told_apart(swept, no_record):
 
 def test_the_depth_figure_draws_every_layer(swept, no_record):
     _, everything = swept
-    fig = figure_7(everything)
+    fig = page.figure_7(everything)
     scores, norm, floor = fig.axes
-    names = [label for label, *_ in tables.TEXT_CURVES] + [tables.AV_CURVE.label]
+    names = [label for label, *_ in page.TEXT_CURVES] + [page.AV_CURVE.label]
     assert {text.get_text() for text in scores.texts} == set(names)
     assert len(scores.containers) == 1 and len(scores.lines) == len(names)
     drawn = [*scores.lines, *norm.lines, *floor.lines]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from conftest import comparable, with_out
 
-from nla_extensions.training_study.study import measure, run_itself, shortened, study, study_of
-from nla_extensions.training_study.variants import variants
+from nla_extensions.training_study import measure, run_itself, shortened, study, study_of, variants
 from nla_utils import rows
 from nla_utils.errors import ConfigError
 from nla_utils.metrics import fve

@@ -7,44 +7,90 @@ print(nla.verbalize(v, k=64).text)
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nla_extensions.release.bundle import Bundle, load_bundle
-from nla_extensions.release.methods import METHODS, draw_texts
+from nla_extensions.tail_reader.reader import read_tails
 from nla_extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.config import RunConfig
 from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.sampling import row_streams
+from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import chance_of_rank, fve, variance_explained
 
+# Ways of reading that draw texts; the guided search starts from the reader's.
+DRAWING = ("reader", "av", "lens", "patchscope")
+METHODS = ("reader", "guided", "av", "lens", "patchscope")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
 # Characters of a text that are printed.
 SHOWN = 90
+# Ghandeharioun et al. 2024: a prompt that repeats whatever stands last, and the token that v takes the place of.
+IDENTITY_PROMPT, PLACE, ASK = "cat->cat; 135->135; hello->hello; ", "?", "->"
+
+
+@contextlib.contextmanager
+def replaced(block: nn.Module, v_Bd: Tensor, position: int) -> Iterator[None]:
+    """The block's output at one position is v while a prompt longer than that is read, in every row of the batch."""
+
+    def put(_module, _given, output):
+        h_BTd = output[0] if isinstance(output, tuple) else output
+        if h_BTd.shape[1] <= position:
+            return output  # a later step of decoding, one token a time
+        h_BTd = h_BTd.clone()
+        h_BTd[:, position] = v_Bd.to(h_BTd)
+        return (h_BTd, *output[1:]) if isinstance(output, tuple) else h_BTd
+
+    handle = block.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def lens_tokens(backbone: Backbone, v_Bd: Tensor, k: int) -> Tensor:
+    """The k likeliest next tokens (B, k), best first, if v were what the last block leaves: the logit lens."""
+    start_B1 = torch.full((len(v_Bd), 1), backbone.start_id, device=backbone.device)
+    with replaced(backbone.blocks[-1], v_Bd, 0):
+        hidden_Bd = backbone.last_hidden(input_ids=start_B1)[:, -1]
+    return backbone.logits(hidden_Bd).topk(k).indices
+
+
+@torch.inference_mode()
+def patchscope(
+    backbone: Backbone, v_Bd: Tensor, n_tokens: int, streams_B: np.ndarray, greedy_B: Tensor
+) -> list[list[int]]:
+    """What the backbone writes after an identity prompt with v at its own layer: ``n_tokens`` for each row."""
+    before, place, after = (backbone.tokenize_text(text) for text in (IDENTITY_PROMPT, PLACE, ASK))
+    ids = [backbone.start_id, *before, *place, *after]
+    embeds_BPd = backbone.embed(torch.tensor([ids])).expand(len(v_Bd), -1, -1)
+    with replaced(backbone.blocks[backbone.layer - 1], v_Bd, len(before) + len(place)):
+        found = sample(backbone, embeds_BPd, SamplingSettings(max_new_tokens=n_tokens), streams_B, greedy_B=greedy_B)
+    return [found.sequence(i) for i in range(len(v_Bd))]
 
 
 @dataclass(frozen=True)
 class Verbalization:
     """A text for an activation and how much it is worth.
 
-    ``score`` is ½(1 + ``cosine``) of the re-encoded text, in [0, 1], ``cosine`` the centred cosine; both are the paper's
-    measure, called fve_nrm there. ``variance_explained`` is what other work calls so: of activations at norm 1, against
-    the pool's mean as the guess to beat. ``closer`` of ``stored`` texts score at least as much, and ``p_value`` is the
-    chance of so few if the k texts were unrelated to v, too (:func:`~nla_utils.metrics.chance_of_rank`); ``None`` for
-    ``guided``, whose search looks at v more often than k times. ``percentile`` is the share of stored texts that score
-    less to the power of k, an estimate of 1 − p that is 1 where none is closer. ``nats`` is what a token of the text
-    costs the language model, behind BOS and without v; ``greedy`` the text chosen without looking at v again, with its
-    score; ``retrieved`` the stored text whose activation is nearest to v, with its score and its nats.
+    ``score``: ½(1 + ``cosine``) of the re-encoded text, ``cosine`` the centred cosine; the paper calls it fve_nrm.
+    ``variance_explained``: what other work calls so, of activations at norm 1, against the pool's mean as the guess to
+    beat. ``closer`` of ``stored`` texts score at least as much. ``p_value``: the chance of so few if the k texts were
+    unrelated to v, too (:func:`~nla_utils.metrics.chance_of_rank`); ``None`` for ``guided``, whose search looks at v
+    more often than k times. ``percentile``: the share of stored texts that score less to the power of k, an estimate of
+    1 − p that is 1 where none is closer. ``nats``: what a token of the text costs the language model, behind BOS and
+    without v. ``greedy``: the text chosen without looking at v again. ``retrieved``: the stored text nearest to v.
     """
 
     method: str
@@ -72,17 +118,16 @@ class Verbalization:
         if self.p_value is not None:
             least = "" if self.closer else ", the smallest that so many can give"
             chance = f"p = {self.p_value:.3f} for the best of {self.k}{least}"
-        return "\n".join(
-            (
-                repr(_end_of(self.text)),
-                f"  score      {self.score:.3f}  ½(1 + cosine), centred; the best of {self.k} by {self.method}",
-                f"  cosine     {self.cosine:.3f}  variance explained {self.variance_explained:.2f}",
-                f"  chance     {self.closer} of {self.stored} stored texts are as close; {chance}",
-                f"  fluency    {self.nats:.1f} nats a token without v; the retrieved text has {self.retrieved_nats:.1f}",
-                f"  greedy     {self.greedy_score:.3f}  {_end_of(self.greedy)!r}",
-                f"  retrieved  {self.retrieved_score:.3f}  {_end_of(self.retrieved)!r}",
-            )
+        lines = (
+            repr(_end_of(self.text)),
+            f"  score      {self.score:.3f}  ½(1 + cosine), centred; the best of {self.k} by {self.method}",
+            f"  cosine     {self.cosine:.3f}  variance explained {self.variance_explained:.2f}",
+            f"  chance     {self.closer} of {self.stored} stored texts are as close; {chance}",
+            f"  fluency    {self.nats:.1f} nats a token without v; the retrieved text has {self.retrieved_nats:.1f}",
+            f"  greedy     {self.greedy_score:.3f}  {_end_of(self.greedy)!r}",
+            f"  retrieved  {self.retrieved_score:.3f}  {_end_of(self.retrieved)!r}",
         )
+        return "\n".join(lines)
 
 
 def _end_of(text: str) -> str:
@@ -97,26 +142,21 @@ class NLA:
         self.backbone, self.bundle = backbone, bundle
 
     @classmethod
-    def load(cls, backbone: str = "gemma3-270m", run: Optional[str | Path] = None, device: str = "auto") -> "NLA":
-        """Verbalizers that ship with the package, or those of a finished run folder (``run``).
-
-        Raises ``ConfigError`` for an unknown backbone, ``ArtefactError`` where there are no verbalizers for it
-        or they were made for other weights or another layer.
-        """
+    def load(cls, backbone: str = "gemma3-270m", run: Optional[str | Path] = None, device: str = "auto") -> NLA:
+        """Verbalizers that ship with the package, or those of a finished run folder (``run``). Raises ``ConfigError``
+        for an unknown backbone, ``ArtefactError`` where it has no verbalizers or they fit other weights or layers."""
         folder = None if run is None else Path(run)
         loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=Bundle.layer_of(backbone, folder)))
         return cls(loaded, load_bundle(loaded, folder))
 
-    def without_last(self, n: int) -> "NLA":
+    def without_last(self, n: int) -> NLA:
         """The same with the last n stored texts forgotten: for reading what was made from them."""
         bundle = replace(self.bundle, pool_v=self.bundle.pool_v[:-n], pool_texts=self.bundle.pool_texts[:-n])
         return NLA(self.backbone, bundle)
 
     def activation(self, text: str, token: int = -1) -> np.ndarray:
-        """v (d,) float32 at a token of ``text`` behind BOS: ``hidden_states[ℓ]``, the last token by default.
-
-        ``token`` counts from 0, or from the end if negative. Raises ``ConfigError`` if there is no such token.
-        """
+        """v (d,) float32 at a token of ``text`` behind BOS: ``hidden_states[ℓ]``. ``token`` counts from 0, or from the
+        end if negative. Raises ``ConfigError`` if there is no such token."""
         ids = self.token_ids(text)
         if not -len(ids) <= token < len(ids):
             raise ConfigError(f"token {token} is out of range: the text has {len(ids)} tokens")
@@ -127,6 +167,34 @@ class NLA:
         ids = self.token_ids(text)
         h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
         return list(zip(self.backbone.label_tokens(ids), h_nd))
+
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a text without BOS; raises ``ConfigError`` where it has none, and as :func:`outside_ids` does."""
+        ids = outside_ids(self.backbone.tokenizer, text, "the text")
+        if not ids:
+            raise ConfigError(f"the text {text!r} has no tokens")
+        return ids
+
+    @torch.inference_mode()
+    def write(self, method: str, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> list[list[list[int]]]:
+        """Token ids of 1 + k texts for each of M activations, the likeliest first, as one of :data:`DRAWING` writes
+        them in one batch; each of the M (1 + k) texts has a random stream."""
+        backbone, bundle = self.backbone, self.bundle
+        if method == "reader":
+            return read_tails(bundle.reader, v_Md, k, streams_B)[0].tolist()
+        if method == "lens":
+            # The likeliest token, and then it and the k − 1 next to it: nothing is drawn.
+            v_Bd = torch.from_numpy(v_Md).to(backbone.device)
+            return [[[row[0]], *([i] for i in row)] for row in lens_tokens(backbone, v_Bd, k).tolist()]
+        if method == "av":
+            settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
+            flat = bundle.av.write(backbone, v_Md, k, settings, streams_B).sequences
+        else:
+            v_Bd = torch.from_numpy(v_Md).to(backbone.device).repeat_interleave(k + 1, dim=0)
+            greedy_B = torch.arange(len(v_Bd), device=backbone.device) % (k + 1) == 0
+            # As long as the reader's.
+            flat = patchscope(backbone, v_Bd, bundle.reader.n, streams_B, greedy_B)
+        return [flat[first : first + k + 1] for first in range(0, len(flat), k + 1)]
 
     def verbalize(
         self,
@@ -143,12 +211,12 @@ class NLA:
                 search), ``av`` (the paper's adapter, writes from the beginning), ``lens`` (the k likeliest tokens of
                 the logit lens, one token a text) or ``patchscope`` (v in an identity prompt).
             fluency: taken off a text's score, when the best is chosen, for every nat a token that its words cost the
-                language model. Not given, ``guided`` takes 0.02, about where more fluent words begin to cost it much of its
-                score (paper/comparison.md), and the others nothing.
+                language model. Not given, ``guided`` takes 0.02, about where more fluent words begin to cost it much of
+                its score (paper/comparison.md), and the others nothing.
 
         Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method, k or fluency is out of range.
         """
-        v = self._checked(v)
+        v, backbone, mu = self._checked(v), self.backbone, self.bundle.mu
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}: {nearest(method, METHODS)}")
         if k < 1:
@@ -157,54 +225,37 @@ class NLA:
         if not 0 <= fluency < np.inf:
             raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
         drawing = "reader" if method == "guided" else method
-        (texts,) = draw_texts(self.backbone, self.bundle, drawing, v[None], k, row_streams(seed, drawing, [0], k + 1))
-        mu = self.bundle.mu
-        h = self.backbone.encode(texts, start=True)
-        worth = fve(h, v, mu) - (fluency * nats_per_token(self.backbone, texts) if fluency else 0)
+        (texts,) = self.write(drawing, v[None], k, row_streams(seed, drawing, [0], k + 1))
+        h = backbone.encode(texts, start=True)
+        worth = fve(h, v, mu) - (fluency * nats_per_token(backbone, texts) if fluency else 0)
         text = texts[1 + int(worth[1:].argmax())]
         if method == "guided":
-            found = guided_search(
-                self.bundle.reader,
-                self.backbone,
-                v[None],
-                mu,
-                np.array(texts[1:])[None],
-                h[None, 1:],
-                GUIDED_TOKENS,
-                fluency,
-            )
+            drawn = np.array(texts[1:])[None], h[None, 1:]
+            found = guided_search(self.bundle.reader, backbone, v[None], mu, *drawn, GUIDED_TOKENS, fluency)
             text = found.ids[0].tolist()
         h = self._as_read(text)
-        value, explained = float(fve(h, v, mu)), float(variance_explained(h, v, self.bundle.mean_direction))
-        null = fve(self.bundle.pool_v, v, mu)
+        value, null = float(fve(h, v, mu)), fve(self.bundle.pool_v, v, mu)
         near = self.bundle.pool_texts[int(null.argmax())]
         closer, stored = int((null >= value).sum()), len(null)
-        nats, near_nats = nats_per_token(self.backbone, [self._read_again(text), near])
+        nats, near_nats = nats_per_token(backbone, [self._read_again(text), near])
         return Verbalization(
             method=method,
             k=k,
-            text=self._text(text),
+            text=backbone.decode_text(text),
             score=value,
             cosine=2 * value - 1,
-            variance_explained=explained,
+            variance_explained=float(variance_explained(h, v, self.bundle.mean_direction)),
             closer=closer,
             stored=stored,
             p_value=None if method == "guided" else chance_of_rank(closer, stored, k),
             percentile=float((null < value).mean() ** k),
             nats=float(nats),
-            greedy=self._text(texts[0]),
+            greedy=backbone.decode_text(texts[0]),
             greedy_score=float(fve(self._as_read(texts[0]), v, mu)),
-            retrieved=self._text(near),
+            retrieved=backbone.decode_text(near),
             retrieved_score=float(null.max()),
             retrieved_nats=float(near_nats),
         )
-
-    def token_ids(self, text: str) -> list[int]:
-        """Ids of a text without BOS; raises ``ConfigError`` for a text without tokens and as :func:`outside_ids` does."""
-        ids = outside_ids(self.backbone.tokenizer, text, "the text")
-        if not ids:
-            raise ConfigError(f"the text {text!r} has no tokens")
-        return ids
 
     def _checked(self, v: np.ndarray | Tensor) -> np.ndarray:
         # A hidden state as a model gives it: any float dtype, on any device, (d,), (1, d) or (1, 1, d).
@@ -222,14 +273,11 @@ class NLA:
 
     def _read_again(self, ids: Sequence[int]) -> list[int]:
         """Ids of the text as they are tokenized from its letters."""
-        return self.backbone.tokenize_text(self._text(ids)) or list(ids)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.backbone.decode_text(ids)
+        return self.backbone.tokenize_text(self.backbone.decode_text(ids)) or list(ids)
 
 
 def read_vector(path: Path) -> Tensor:
-    """The one tensor in a ``.npy``, ``.safetensors`` or ``.pt`` file; raises ``ConfigError`` that says what is wrong."""
+    """The one tensor in a ``.npy``, ``.safetensors`` or ``.pt`` file; raises ``ConfigError`` where it holds another."""
     readers = {
         ".npy": lambda: {"": torch.from_numpy(np.load(path, allow_pickle=False))},
         ".safetensors": lambda: load_file(path),

@@ -34,6 +34,8 @@ SHIPPED_TAIL = 4
 SHIPPED_TEXTS = 512
 FILES = ("av.safetensors", "reader.safetensors", "reference.safetensors")
 IDENTITY = ("backbone", "weight_hash", "layer", "start_id")
+# Artefacts of a run that a bundle is made from.
+PARENTS = ("targets", "best_av", "reader")
 
 
 @dataclass
@@ -75,7 +77,7 @@ def _of_run(backbone: Backbone, path: Path) -> Bundle:
     )
     run = Run(config, folder, backbone)
     targets, av = load_targets(run), import_av(path / "av", backbone).eval()
-    made_from = {name: folder.sha256_of(name) for name in ("targets", "best_av", "reader")}
+    made_from = {name: folder.sha256_of(name) for name in PARENTS}
     return Bundle(load_reader(run), av, targets.mu, targets.v[targets.pool], targets.sequences(targets.pool), made_from)
 
 
@@ -86,68 +88,47 @@ def _shipped(backbone: Backbone) -> Bundle:
             f"no verbalizers ship for {backbone.name}; make them with "
             f"`nla reproduce --backbone {backbone.name} --with tail-reader` and give the run folder (run=, --run)"
         )
-    record = read_record(folder / "bundle.json")
-    own = backbone.identity()
+    record, own = read_record(folder / "bundle.json"), backbone.identity()
     for key, value in record["identity"].items():
         if own[key] != value:
             raise ArtefactError(f"{folder}: made with {key} = {value!r}, this backbone has {own[key]!r}")
     for name, digest in record["sha256"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise ArtefactError(f"{folder / name} is not the file that bundle.json names; restore it from git")
-    tensors = {name: load_file(folder / name) for name in FILES}
+    own_av, packed, reference = (load_file(folder / name) for name in FILES)
     av = ActivationVerbalizer.of(AVConfig(**record["av_config"]), backbone)
-    av.load_trainable({k: torch.from_numpy(x) for k, x in tensors["av.safetensors"].items()}, str(folder))
-    reference = tensors["reference.safetensors"]
-    texts = [row[:n].tolist() for row, n in zip(reference["ids"], reference["lengths"])]
-    return Bundle(
-        _unpack_reader({**tensors["reader.safetensors"], **reference}, backbone),
-        av.eval(),
-        reference["mu"],
-        backbone.encode(texts, start=True),
-        texts,
-        record["sha256"],
-    )
-
-
-def _unpack_reader(packed: dict[str, np.ndarray], backbone: Backbone) -> TailReader:
-    """Half precision back to float32; what follows from the embedding table is made again."""
+    av.load_trainable({k: torch.from_numpy(x) for k, x in own_av.items()}, str(folder))
+    # Half precision back to float32; what follows from the embedding table is made again.
     names = ("weights", "whiten", "mean", "embedding_mean", "log_prior")
-    tensors = {k: packed[k].astype(np.float32) for k in names}
-    weights = torch.from_numpy(tensors["weights"]).to(backbone.device)
-    mean = torch.from_numpy(tensors["embedding_mean"]).to(backbone.device)
-    table_Vd = backbone.embedding_table()
-    tensors["half_norm"] = torch.stack([half_norms(table_Vd, w, mean) for w in weights]).cpu().numpy()
-    return reader_from(tensors, backbone)
+    tensors = {k: (packed | reference)[k].astype(np.float32) for k in names}
+    weights_nad, mean_d = (torch.from_numpy(tensors[k]) for k in ("weights", "embedding_mean"))
+    tensors["half_norm"] = half_norms(backbone.embedding_table(), weights_nad, mean_d.to(backbone.device)).cpu().numpy()
+    texts = [row[:n].tolist() for row, n in zip(reference["ids"], reference["lengths"])]
+    pool_v = backbone.encode(texts, start=True)
+    return Bundle(reader_from(tensors, backbone), av.eval(), reference["mu"], pool_v, texts, record["sha256"])
 
 
 def write_bundle(run: Run, out: Path) -> list[Path]:
     """Pack a run's verbalizers into ``out``; returns the files."""
     folder, targets, av = run.folder, load_targets(run), load_av(run)
     reader, shown = folder.load("reader").tensors, targets.pool[:SHIPPED_TEXTS]
+    # A reader of n tokens holds the ones of fewer tokens: positions farther back only explain more of v.
+    packed = {
+        "weights": reader["weights"][:SHIPPED_TAIL].astype(np.float16),
+        "log_prior": np.maximum(reader["log_prior"], -1e4).astype(np.float16),
+    }
     reference = {"ids": targets.ids[shown], "lengths": targets.lengths[shown], "mu": targets.mu}
     reference |= {k: reader[k] for k in ("whiten", "mean", "embedding_mean")}
-    contents = ({k: v.numpy() for k, v in av.trainable().items()}, pack_reader(reader), reference)
-    for name, tensors in zip(FILES, contents):
+    for name, tensors in zip(FILES, ({k: v.numpy() for k, v in av.trainable().items()}, packed, reference)):
         atomic_write(out / name, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
     record = {
         "identity": {k: v for k, v in folder.identity.items() if k in IDENTITY},
         "weights": weights_note([folder.identity["backbone"]]),
         "av_config": asdict(av.config),
         "sha256": {name: sha256_file(out / name) for name in FILES},
-        "made_from": {name: folder.sha256_of(name) for name in ("targets", "best_av", "reader")},
+        "made_from": {name: folder.sha256_of(name) for name in PARENTS},
         "profile": run.config.folder_name,
         "code": code_version(),
     }
     write_record(out / "bundle.json", record)
     return [out / name for name in (*FILES, "bundle.json")]
-
-
-def pack_reader(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The last :data:`SHIPPED_TAIL` tokens' A_j and the prior in half precision; half norms follow from them.
-
-    A reader of n tokens holds the ones of fewer tokens: positions farther back only explain more of v.
-    """
-    return {
-        "weights": tensors["weights"][:SHIPPED_TAIL].astype(np.float16),
-        "log_prior": np.maximum(tensors["log_prior"], -1e4).astype(np.float16),
-    }

@@ -1,9 +1,13 @@
-"""``paper/tail_reader.md``: the tail reader's tables and figures, from JSON alone."""
+"""``paper/tail_reader.md``: the tail reader beside the paper's AV, taken apart, and repeated on targets drawn anew.
+
+Made from JSON alone.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
+from typing import Callable, Iterable, Optional, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,10 +15,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nla_extensions.tail_reader import tables
 from nla_utils import rows
 from nla_utils.config import ROOT
-from nla_utils.report.claims import COMPARISON, cell, claimed, decide
+from nla_utils.report.claims import COMPARISON, Claim, cell, claimed, decide
 from nla_utils.report.figures import (
     NULL_GREY,
     SMALL,
@@ -29,12 +32,217 @@ from nla_utils.report.figures import (
 )
 from nla_utils.report.pages import FigureSpec, Page, Table, provenance
 from nla_utils.report.results import COMMITTED, RunResults, find_results, largest, weights_note, without_variants
-from nla_utils.report.tables import with_interval
+from nla_utils.report.tables import number, over_seeds, signed, with_interval
+from nla_utils.rows import Row
 
 PAGE = ROOT / "paper" / "tail_reader.md"
-FILES = (tables.RESULTS, tables.ABLATION_RESULTS, tables.SEEDS_RESULTS)
-FOUND = (rows.GREEDY_MINUS_RETRIEVAL, tables.GUIDED_MINUS_TAIL)
-SCALED_LINES = {"reader": "o-", "retrieval": "s:", "probe": "^--"}
+# Results files: of notebook 07, of `nla ablate`, of `nla replicate`.
+FILES = RESULTS, ABLATION_RESULTS, SEEDS_RESULTS = "tail_reader", "reader_ablation", "reader_seeds"
+GUIDED = Row("guided search, at the AV's forward tokens", "guided_cen_mean")
+GUIDED_MINUS_TAIL = Row("guided search − the source's own last 8", "guided_minus_tail_oracle_8")
+BEST_MINUS_TAIL = Row("best-of-K − the source's own last 4", "bestofK_minus_tail_oracle_4")
+MINUS_AV = Row("reader − AV, greedy", "reader_minus_av_cen_greedy")
+BEST_MINUS_AV = Row("reader − AV, best-of-K", "reader_minus_av_cen_bestofK")
+GUIDED_MINUS_BEST = Row("guided search − best-of-K", "guided_minus_bestofK")
+ROWS = (
+    rows.GREEDY,
+    rows.SAMPLED,
+    rows.BEST,
+    GUIDED,
+    rows.OTHERS_GREEDY,
+    rows.OTHERS_BEST,
+    rows.UNRELATED,
+    rows.PROBE[1],
+    rows.PROBE[8],
+    rows.RETRIEVAL,
+    rows.IDENTIFIED,
+    rows.RECIPROCAL_RANK,
+)
+DIFFERENCES = (
+    rows.GREEDY_MINUS_RETRIEVAL,
+    MINUS_AV,
+    BEST_MINUS_AV,
+    BEST_MINUS_TAIL,
+    GUIDED_MINUS_BEST,
+    GUIDED_MINUS_TAIL,
+)
+SEED_ROWS = (
+    replace(rows.GREEDY, key="greedy"),
+    replace(rows.RETRIEVAL, key="nn_retrieval"),
+    replace(rows.GREEDY_MINUS_RETRIEVAL, key="greedy_minus_nn_retrieval"),
+    Row("best-of-64", "bestofK"),
+    Row("the source's own last 4", "tail_oracle_4"),
+    Row("best-of-64 − the source's own last 4", BEST_MINUS_TAIL.key),
+    replace(GUIDED, key="guided"),
+    Row("the source's own last 8", "tail_oracle_8"),
+    GUIDED_MINUS_TAIL,
+    Row("identification, top-1 of greedy", "identification_top1"),
+)
+# What is grown with more sequences: how tables call it, its line, and how much darker than the backbone's colour it is.
+SCALED = {
+    "reader": ("tail reader, greedy", "o-", 0),
+    "retrieval": ("NN-retrieval, same sequences", "s:", -0.4),
+    "probe": ("probe decode, last 8", "^--", -0.7),
+}
+SHARED = ("last_token", "last_token_other", "overlap", "overlap_other", "similarity", "similarity_other")
+# Judged in the reader's own column of the results, under the corrected protocol.
+CLAIMS = tuple(
+    Claim(sentence, "beside §11", row, low, id=sentence)
+    for sentence, row, low in (
+        ("Greedy text beats the nearest of the pool's texts.", rows.GREEDY_MINUS_RETRIEVAL, 0.0),
+        ("Greedy text beats the greedy text of the run's AV.", MINUS_AV, 0.0),
+        ("Greedy text beats a linear probe's guess.", rows.GREEDY_MINUS_PROBE, 0.0),
+        ("Greedy text fits its own target better than other targets.", rows.GREEDY_MINUS_OTHERS, 0.0),
+        ("The best of K draws beats the best of K unrelated texts.", rows.BEST_MINUS_UNRELATED, 0.0),
+        ("The best of K draws beats the best of K of the run's AV.", BEST_MINUS_AV, 0.0),
+        ("The best of K draws beats the source's own last 4 tokens.", BEST_MINUS_TAIL, 0.0),
+        ("Guided search comes within 0.05 of the source's own last 8 tokens.", GUIDED_MINUS_TAIL, -0.05),
+        ("Greedy text ranks its own activation first far above chance.", rows.RANK_MINUS_CHANCE, 0.0),
+    )
+)
+# What the first table of the page is about.
+FOUND = (rows.GREEDY_MINUS_RETRIEVAL, GUIDED_MINUS_TAIL)
+
+
+def reader_column(results: RunResults, protocol: str = "corrected") -> dict:
+    """The reader's numbers of one protocol."""
+    return results.optional(RESULTS)["reader"][protocol]
+
+
+def trained(results: RunResults) -> str:
+    """How much the AV of a run was trained, and whether that is less than the paper's."""
+    facts = results.data["training"]
+    return f"{'undertrained: ' if results.undertrained else ''}{facts['train_pairs']:,} pairs, {facts['steps']:,} steps"
+
+
+def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """Greedy text against the nearest stored text and against the AV's, largest run of each backbone. The verdicts of
+    the table are one family."""
+    shown = {r.label: r for r in largest(everything)}
+    words = decide(
+        {(row, label): claimed(reader_column(r), row.cen, 0.0) for row in FOUND for label, r in shown.items()}
+    )
+    table = {}
+    for label, results in shown.items():
+        reader, av = reader_column(results), results.column(rows.EVALUATION_FILE, "corrected")
+        table[label] = {
+            "tail reader, greedy": with_interval(reader, rows.GREEDY.cen),
+            "the AV of that run, greedy": f"{with_interval(av, rows.GREEDY.cen)}, {trained(results)}",
+            "NN-retrieval": with_interval(reader, rows.RETRIEVAL.cen),
+            "tail reader, greedy − NN-retrieval: above 0?": cell(reader, FOUND[0].cen, words[FOUND[0], label]),
+            f"{FOUND[1].label}: above 0?": cell(reader, FOUND[1].cen, words[FOUND[1], label]),
+        }
+    return pd.DataFrame(table).rename_axis("held out, centred")
+
+
+def trained_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """The tail reader and the AV of the paper's size, best of as many texts as the same forward tokens buy, on the
+    sources of the comparison."""
+    ways = {
+        "the paper's AV": "av",
+        "tail reader": "reader",
+        "tail reader, guided search": "guided",
+        "nearest stored text": "retrieved",
+    }
+    table = {}
+    for results in everything:
+        record = results.optional(COMPARISON)
+        found = {row["method"]: row for row in record["rows"]}
+        shown = {"the AV's training": trained(results), "forward tokens": f"{record['forward_tokens']:,}"}
+        for name, method in ways.items():
+            row = found[method]
+            shown[name] = with_interval(row, "best_cen") + (f", best of {row['k']}" if row["k"] > 1 else "")
+        table[results.label] = shown
+    return pd.DataFrame(table).rename_axis("fresh sources, centred, best text")
+
+
+def reader_table(results: RunResults) -> pd.DataFrame:
+    """Centred, held out, ``corrected``: AV and tail reader on the same targets."""
+    av, reader = results.column(rows.EVALUATION_FILE, "corrected"), reader_column(results)
+    table = [(row.title, with_interval(av, row.cen), with_interval(reader, row.cen)) for row in ROWS]
+    ceilings = results.column(rows.CEILING_FILE, "corrected")
+    tails = {n: with_interval(ceilings, rows.TAILS[n].cen) for n in (1, 2, 4, 8)}
+    table += [(f"the source's own last {n}", text, text) for n, text in tails.items()]
+    return pd.DataFrame(table, columns=["row", "the AV of the run", "tail reader"]).set_index("row")
+
+
+def scorecard(results: RunResults) -> pd.DataFrame:
+    """The controls applied to the tail reader, and what it set out to beat; held out, ``corrected``; one family."""
+    column = reader_column(results)
+    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in CLAIMS})
+    table = [(c.sentence, f"{c.row.label}: {c.test}", cell(column, c.row.cen, words[c.id])) for c in CLAIMS]
+    return pd.DataFrame(table, columns=["claim", "quantity", "tail reader"]).set_index("claim")
+
+
+def shared_table(results: RunResults) -> pd.DataFrame:
+    """What each text shares with its source, and (``other``) with another target's source."""
+    shared = results.optional(RESULTS)["meaning"]
+    table = pd.DataFrame({name: {k: with_interval(r, k) for k in SHARED} for name, r in shared.items()}).T
+    return table.rename_axis("text").rename(columns=lambda c: c.replace("_", " "))
+
+
+def seeds_table(record: dict) -> pd.DataFrame:
+    """One column a seed, each with its interval over targets, and the mean and standard deviation over seeds."""
+    seeds = record["seeds"].items()
+    return over_seeds({row.label: {seed: (column, row.cen) for seed, column in seeds} for row in SEED_ROWS})
+
+
+def growth_table(record: dict) -> pd.DataFrame:
+    """Reader, retrieval and probe with as many sequences each, on the same held-out targets; greedy, centred."""
+    table = [
+        {"sequences": r["train_rows"]} | {label: _shown(with_interval, r[who]) for who, (label, *_) in SCALED.items()}
+        for r in record["scaling"]
+    ]
+    return pd.DataFrame(table).set_index("sequences")
+
+
+def ablation_table(record: dict) -> pd.DataFrame:
+    """One change at a time from the baseline; greedy, held out, centred."""
+    table = [
+        {
+            "variant": r["variant"],
+            "greedy": _shown(with_interval, r),
+            "minus baseline": _shown(signed, r, "minus_baseline", "minus_baseline_ci95"),
+            "names the last token": number(r["names_last_token"], 2),
+        }
+        for r in record["rows"]
+    ]
+    return pd.DataFrame(table).set_index("variant")
+
+
+def _shown(show: Callable[[dict, str], str], record: dict, key: str = "mean", ci95: str = "ci95") -> str:
+    """A figure that is kept with its interval beside it, not by its key."""
+    return show({key: record[key], "ci95": {key: record[ci95]}}, key)
+
+
+def tables_of_run(results: RunResults) -> list[Table]:
+    """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
+    readers = results.optional(RESULTS)["made_from"]["targets"]
+
+    def unless_same(record: dict, added: str) -> str:
+        """What a caption adds where the record was made from none of the targets that the reader was measured on: drawn
+        on another machine, or again, they differ even for the same seed."""
+        return "" if readers in record["made_from"].values() else added
+
+    older = unless_same(
+        results.data["training"],
+        "; the reader's figures are of an older run's targets, the AV's of this run's: not to be compared row by row",
+    )
+    made = [
+        ("reader", f"The tail reader and the AV of the run ({trained(results)}){older}", reader_table(results)),
+        ("reader-scorecard", "Scorecard", scorecard(results)),
+        ("shared", "What the texts share with their sources", shared_table(results)),
+    ]
+    for name, end, caption, make in (
+        (ABLATION_RESULTS, "reader-ablation", "One change at a time", ablation_table),
+        (ABLATION_RESULTS, "reader-growth", "With more sequences", growth_table),
+        (SEEDS_RESULTS, "reader-seeds", "Repeated on targets drawn anew", seeds_table),
+    ):
+        record = results.optional(name)
+        if record:
+            other = unless_same(record, " (other targets than in the tables above)")
+            made.append((end, caption + other, make(record)))
+    return [Table(f"{results.stem}-{end}", caption, frame, of=results.label) for end, caption, frame in made]
 
 
 def draw_compute(ax: Axes, curves: dict[str, list[dict]], color: str, title: str) -> None:
@@ -64,19 +272,13 @@ def figure_5(everything: Sequence[RunResults]) -> Figure:
     chosen = largest(everything)
     fig, axes = plt.subplots(1, len(chosen), figsize=(WIDTH, 3.6), layout="constrained", sharey=True, squeeze=False)
     for ax, results in zip(axes[0], chosen):
-        column = results.column("centered_eval", "corrected")
-        ax.axhline(column[rows.RETRIEVAL.cen], color="black", linewidth=0.8)
+        column = results.column(rows.EVALUATION_FILE, "corrected")
+        retrieval = column[rows.RETRIEVAL.cen]
+        ax.axhline(retrieval, color="black", linewidth=0.8)
         ax.axhspan(*column["ci95"][rows.RETRIEVAL.cen], color="black", alpha=0.08, linewidth=0)
-        ax.annotate(
-            rows.RETRIEVAL.label,
-            (0.02, column[rows.RETRIEVAL.cen]),
-            (0, -3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=SMALL,
-            va="top",
-        )
-        draw_compute(ax, results.optional(tables.RESULTS)["compute"], colour(results.backbone), in_two_lines(results))
+        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        ax.annotate(rows.RETRIEVAL.label, (0.02, retrieval), (0, -3), fontsize=SMALL, va="top", **where)
+        draw_compute(ax, results.optional(RESULTS)["compute"], colour(results.backbone), in_two_lines(results))
         ax.label_outer()
     return fig
 
@@ -85,17 +287,17 @@ def figure_5(everything: Sequence[RunResults]) -> Figure:
 def figure_6(everything: Sequence[RunResults]) -> Figure:
     """Greedy scores against the number of sequences used."""
     fig, axes = plt.subplots(1, len(everything), figsize=(WIDTH, 3.4), layout="constrained", sharey=True, squeeze=False)
-    ends: list[dict[str, tuple[float, str]]] = []
+    ends: list[dict[str, tuple[float, tuple]]] = []
     for ax, results in zip(axes[0], everything):
-        scaling = results.optional(tables.ABLATION_RESULTS)["scaling"]
+        scaling = results.optional(ABLATION_RESULTS)["scaling"]
         ends.append({})
-        for i, (who, line) in enumerate(SCALED_LINES.items()):
+        for i, (who, (label, line, light)) in enumerate(SCALED.items()):
             y = np.array([p[who]["mean"] for p in scaling])
             error = np.abs(np.array([p[who]["ci95"] for p in scaling]).T - y)
-            color = shade(colour(results.backbone), (0, -0.4, -0.7)[i])
+            color = shade(colour(results.backbone), light)
             # A few percent apart, so that bars of one size do not cover each other.
             ax.errorbar([p["train_rows"] * 1.05**i for p in scaling], y, error, fmt=line, color=color, capsize=2)
-            ends[-1][tables.SCALED[who].split(",")[0]] = (y[-1], color)
+            ends[-1][label.split(",")[0]] = (y[-1], color)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:,.0f}")
         style(ax, "sequences used (log₂)", "centred fve_nrm", in_two_lines(results))
@@ -122,109 +324,23 @@ GROWTH = FigureSpec(
 )
 
 
-def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """Greedy text against the nearest stored text and against the AV's, largest run of each backbone. The verdicts of the
-    table are one family."""
-    shown = {r.label: r for r in largest(everything)}
-    words = decide(
-        {(row, label): claimed(tables.reader_column(r), row.cen, 0.0) for row in FOUND for label, r in shown.items()}
-    )
-    table = {}
-    for label, results in shown.items():
-        reader, av = tables.reader_column(results), results.column("centered_eval", "corrected")
-        table[label] = {
-            "tail reader, greedy": with_interval(reader, rows.GREEDY.cen),
-            "the AV of that run, greedy": f"{with_interval(av, rows.GREEDY.cen)}, {tables.trained(results)}",
-            "NN-retrieval": with_interval(reader, rows.RETRIEVAL.cen),
-            "tail reader, greedy − NN-retrieval: above 0?": cell(reader, FOUND[0].cen, words[FOUND[0], label]),
-            f"{FOUND[1].label}: above 0?": cell(reader, FOUND[1].cen, words[FOUND[1], label]),
-        }
-    found = pd.DataFrame(table)
-    found.index.name = "held out, centred"
-    return found
-
-
-def trained_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """The tail reader and the AV of the paper's size, best of as many texts as the same forward tokens buy, on the sources
-    of the comparison."""
-    table = {}
-    for results in everything:
-        record = results.optional(COMPARISON)
-        ways = {row["method"]: row for row in record["rows"]}
-        of = {
-            "the paper's AV": ways["av"],
-            "tail reader": ways["reader"],
-            "tail reader, guided search": ways["guided"],
-            "nearest stored text": ways["retrieved"],
-        }
-        shown = {
-            name: with_interval(row, "best_cen") + (f", best of {row['k']}" if row["k"] > 1 else "")
-            for name, row in of.items()
-        }
-        facts = {"the AV's training": tables.trained(results), "forward tokens": f"{record['forward_tokens']:,}"}
-        table[results.label] = {**facts, **shown}
-    found = pd.DataFrame(table)
-    found.index.name = "fresh sources, centred, best text"
-    return found
-
-
-def _unless_of_the_readers_targets(results: RunResults, record: dict, added: str) -> str:
-    """What a caption adds where the record was made from none of the targets that the reader was measured on: drawn on
-    another machine, or again, they differ even for the same seed."""
-    readers = results.optional(tables.RESULTS)["made_from"]["targets"]
-    return "" if readers in record["made_from"].values() else added
-
-
-def tables_of_run(results: RunResults) -> list[Table]:
-    """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
-    stem, of = results.stem, results.label
-    older = (
-        "; the reader's figures are of an older run's targets, the AV's of this run's: not to be compared row by row"
-    )
-    note = _unless_of_the_readers_targets(results, results.data["training"], older)
-    made = [
-        Table(
-            f"{stem}-reader",
-            f"The tail reader and the AV of the run ({tables.trained(results)}){note}",
-            tables.reader_table(results),
-            of=of,
-        ),
-        Table(f"{stem}-reader-scorecard", "Scorecard", tables.scorecard(results), of=of),
-        Table(f"{stem}-shared", "What the texts share with their sources", tables.shared_table(results), of=of),
-    ]
-    others = " (other targets than in the tables above)"
-    ablation, seeds = results.optional(tables.ABLATION_RESULTS), results.optional(tables.SEEDS_RESULTS)
-    if ablation:
-        apart = _unless_of_the_readers_targets(results, ablation, others)
-        made += [
-            Table(f"{stem}-reader-ablation", f"One change at a time{apart}", tables.ablation_table(ablation), of=of),
-            Table(f"{stem}-reader-growth", f"With more sequences{apart}", tables.growth_table(ablation), of=of),
-        ]
-    if seeds:
-        apart = _unless_of_the_readers_targets(results, seeds, others)
-        caption = f"Repeated on targets drawn anew{apart}"
-        made.append(Table(f"{stem}-reader-seeds", caption, tables.seeds_table(seeds), of=of))
-    return made
-
-
 def reader_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
     """The page of the results below ``roots``; ``own`` (backbone, profile) is a run to show in any case."""
     everything = find_results(roots)
-    shown = [r for r in without_variants(everything, own) if r.optional(tables.RESULTS)]
-    findings = Table("reader-findings", "What was found", findings_table(shown))
+    shown = [r for r in without_variants(everything, own) if r.optional(RESULTS)]
     compared = [r for r in largest(without_variants(everything)) if r.optional(COMPARISON)]
-    trained = Table(
-        "reader-trained", "Against the AV of the paper's size, at equal forward tokens", trained_table(compared)
-    )
+    findings = Table("reader-findings", "What was found", findings_table(shown))
+    caption = "Against the AV of the paper's size, at equal forward tokens"
+    trained_av = Table("reader-trained", caption, trained_table(compared))
     of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
-    grown = [r for r in shown if r.optional(tables.ABLATION_RESULTS)]
-    drawn = {spec: found for spec, found in ((COMPUTE, shown), (GROWTH, grown)) if found}
+    grown = [r for r in shown if r.optional(ABLATION_RESULTS)]
     values = {
         "findings": findings,
-        "trained": trained,
+        "trained": trained_av,
         "of_runs": of_runs,
         "weights": weights_note(shown),
         "provenance": provenance(everything, FILES),
     }
-    made = [findings, trained, *(t for part in of_runs.values() for t in part)]
+    made = [findings, trained_av, *(table for tables in of_runs.values() for table in tables)]
+    drawn = {spec: found for spec, found in ((COMPUTE, shown), (GROWTH, grown)) if found}
     return Page(PAGE, Path(__file__).with_name("page.md.j2"), made, drawn, values)

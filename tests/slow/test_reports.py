@@ -25,7 +25,7 @@ from nbclient.exceptions import DeadKernelError
 
 from nla_extensions.cli import app
 from nla_extensions.release.explore import explore
-from nla_extensions.release.publish import Release, push
+from nla_extensions.release.publish import push
 from nla_utils import NLA
 from nla_utils import notebooks as execution
 from nla_utils.config import RunConfig, cache_dir
@@ -299,7 +299,7 @@ def test_a_failure_of_the_part_that_fetches_large_files_is_one_error(monkeypatch
 def test_publishing_without_the_hub_is_one_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="org/av could not be reached .* check the network and HF_HUB_OFFLINE"):
-        push(Release(tmp_path, tmp_path), "org/av", "org/targets")
+        push(tmp_path, "org/av")
 
 
 def test_weights_are_fetched_before_the_processes_meet(monkeypatch):

@@ -1,1 +1,0 @@
-"""Beside §11: what the AV needs in order to read v."""
