@@ -116,7 +116,7 @@ def run_itself(run: Run, targets: Targets) -> dict:
     own = run.folder.load(BEST_AV).sidecar
     column = measure(run, targets, load_av(run), held_out_pairs(run, targets))
     variant = Variant("the run's own", "the AV that validation kept", Recipe())
-    return _record(variant, own["train_pairs"], own["loss"], column)
+    return _variant_record(variant, own["train_pairs"], own["loss"], column)
 
 
 def study(run: Run, targets: Targets, chosen: Sequence[Variant]) -> list[dict]:
@@ -140,12 +140,12 @@ def _studied(run: Run, targets: Targets, variant: Variant) -> dict:
         else:
             pairs = held_out_pairs(run, targets)
         column = measure(run, targets, trainer.av, pairs)
-        write_record(path, _record(variant, len(trainer.split.train), trainer.history.loss, column))
+        write_record(path, _variant_record(variant, len(trainer.split.train), trainer.history.loss, column))
         trainer.state_file.unlink()
     return read_record(path)
 
 
-def _record(variant: Variant, pairs: int, loss: Sequence[float], column: Column) -> dict:
+def _variant_record(variant: Variant, pairs: int, loss: Sequence[float], column: Column) -> dict:
     trained = {"pairs": pairs, "steps": len(loss), "loss_last": float(np.mean(loss[-LAST_STEPS:]))}
     return {**asdict(variant), **trained, **column.to_json()}
 
@@ -206,24 +206,24 @@ def iterate(run: Run, targets: Targets, n: int, k: int, rounds: int) -> list[dic
     sources, validation = split.pairs.take(split.train[:n]), split.pairs.take(split.validation)
     full, start = held_out_pairs(run, targets), load_av(run)
     own, av = measure(run, targets, start, full), start
-    records = [_record("the run's own AV", own)]
+    records = [_av_record("the run's own AV", own)]
     for r in range(1, rounds + 1):
         teachers = best_rollouts(run, targets, av, sources.rows, k, r)
         av = train_on(run, targets, av, teachers, validation)
-        records.append(_record(f"round {r}: its own best of {k}", measure(run, targets, av, full), own, teachers))
+        records.append(_av_record(f"round {r}: its own best of {k}", measure(run, targets, av, full), own, teachers))
     again = Teachers(sources)
     control = measure(run, targets, train_on(run, targets, start, again, validation), full)
-    records.append(_record("control: the sources again", control, own, again))
+    records.append(_av_record("control: the sources again", control, own, again))
     teachers = guided_texts(run, targets, sources.rows, k)
     length = len(teachers.pairs.ids[0])
     ends = tail_pairs(targets, targets.held_out, length)
     own = measure(run, targets, start, ends)
     taught = measure(run, targets, train_on(run, targets, start, teachers, validation), ends)
-    records.append(_record(f"the run's own AV, first {length} tokens", own))
-    return [*records, _record(f"the guided search's {length} tokens", taught, own, teachers)]
+    records.append(_av_record(f"the run's own AV, first {length} tokens", own))
+    return [*records, _av_record(f"the guided search's {length} tokens", taught, own, teachers)]
 
 
-def _record(label: str, column: Column, start: Optional[Column] = None, teachers: Optional[Teachers] = None) -> dict:
+def _av_record(label: str, column: Column, start: Optional[Column] = None, teachers: Optional[Teachers] = None) -> dict:
     """What is kept of an AV, with what it gained on the one that training began from if there was any."""
     if teachers is None:
         return {"label": label, **column.to_json()}
