@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import pad
+from nla_utils.lm.backbone import Backbone, pad
 from nla_utils.verbalizer import ActivationVerbalizer
 
 BATCH = 16

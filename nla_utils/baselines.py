@@ -22,8 +22,8 @@ from nla_utils.config import (
     RunConfig,
 )
 from nla_utils.encoding import TEXT_BATCH, TEXTS_FORMAT, Texts, load_texts, nats_per_token, read, save_texts
-from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import Samples, SamplingSettings, pad, row_streams, sample
+from nla_utils.lm.backbone import Backbone, pad
+from nla_utils.lm.sampling import Samples, SamplingSettings, row_streams, sample
 from nla_utils.protocol import PROTOCOLS, PUBLISHED, READINGS, Protocol
 from nla_utils.run import Run
 from nla_utils.store import SPECS, ChunkStore, Progress, derive_seed, json_hash, require_disk

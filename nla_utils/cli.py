@@ -91,10 +91,10 @@ def with_config(*without: str) -> Callable:
 
 
 def _config(out: Path, backbone: str = RunConfig.backbone, **values) -> RunConfig:
-    from nla_utils.lm.weights import settled
+    from nla_utils.lm.weights import canonical_name
 
     sizes = size_overrides(values.pop("set"))
-    return RunConfig(backbone=settled(backbone), out=show(out.resolve()), **values, **sizes)
+    return RunConfig(backbone=canonical_name(backbone), out=show(out.resolve()), **values, **sizes)
 
 
 def show(path: Path) -> str:
@@ -146,7 +146,7 @@ def reproduce(
 ) -> None:
     """Run the notebooks 01-06 through papermill; what is finished and matches is skipped. Repeat --backbone for
     several; each seed is a run of its own."""
-    from nla_utils.lm.weights import POOL, settled
+    from nla_utils.lm.weights import POOL, canonical_name
     from nla_utils.notebooks import STAGES
     from nla_utils.notebooks import reproduce as run_all
 
@@ -163,10 +163,10 @@ def reproduce(
         # Vectors without texts have no ceilings, which the pages of 06 set every other row against.
         stages = [stage for stage in stages if stage.number < 6]
     for name in ("av", "released_targets"):
-        given[name] = given[name] and settled(given[name])
+        given[name] = given[name] and canonical_name(given[name])
     given["corpus"] = given["corpus"] and show(given["corpus"].resolve())
     config = dataclasses.replace(config, **given)
-    names = [settled(name) for name in backbone]
+    names = [canonical_name(name) for name in backbone]
     configs = [dataclasses.replace(config, backbone=n, seed=seed) for n in names for seed in parse_seeds(seeds)]
     run_all(configs, lambda folder: finish(folder, adopt), stages)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from nla_utils.config import PROBE_LENGTHS, TAIL_LENGTHS
-from nla_utils.lm.backbone import Backbone, check_finite
-from nla_utils.lm.sampling import pad
+from nla_utils.lm.backbone import Backbone, check_finite, pad
 from nla_utils.protocol import DECODED, ID_SLIPS, READING_SLIPS, Protocol
 from nla_utils.store import Artefact, ChunkStore, RunFolder
 

@@ -109,7 +109,7 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
         verbalizer.check_av(weights.fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
     if config.released_targets is not None:
         path = weights.fetch_targets(config.released_targets, found.spec)
-        targets.check_released(path, found.spec, found.layer, found.d, found.special[0], config.sizes.n_targets)
+        targets.check_released(path, found, config.sizes.n_targets)
     if config.corpus is not None:
         path, s = ROOT / config.corpus, config.sizes
         targets.corpus_rows(targets.read_texts(path), path, found.tokenizer, s.n_targets, s.max_new_tokens)

@@ -7,8 +7,8 @@ import torch
 
 from nla_utils.config import AVConfig, RunConfig
 from nla_utils.encoding import TEXTS_FORMAT, Texts, load_texts, read, save_texts, text_logprobs, write_in_chunks
-from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import SamplingSettings, pad, row_streams
+from nla_utils.lm.backbone import Backbone, pad
+from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.run import Run
 from nla_utils.store import SPECS, ChunkStore, require_disk

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Mapping, Optional
 
 from nla_utils.config import Profile, RunConfig
-from nla_utils.lm.backbone import Backbone, identity
-from nla_utils.lm.loading import Description, describe, hardware, load_backbone, pick_device
+from nla_utils.lm.backbone import Backbone, Description
+from nla_utils.lm.loading import describe, hardware, load_backbone, pick_device
 from nla_utils.store import RunFolder, code_version, library_versions, write_record
 
 
@@ -80,5 +80,4 @@ def open_run(config: RunConfig, weights: bool = True) -> Run:
 
 def described_folder(config: RunConfig, found: Description) -> RunFolder:
     """The folder of a run whose weights are not loaded, its identity that of the run with them."""
-    own = identity(found.spec, found.hashes, found.layer, found.special, config.dtype, found.padding_side)
-    return RunFolder.of(config, own, pick_device(config.device).split(":")[0])
+    return RunFolder.of(config, found.identity(), pick_device(config.device).split(":")[0])

@@ -17,9 +17,9 @@ from nla_utils import workers
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
 from nla_utils.encoding import text_hidden
 from nla_utils.errors import ArtefactError
-from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.backbone import Backbone, pad
 from nla_utils.lm.loading import check_frozen
-from nla_utils.lm.sampling import SamplingSettings, pad
+from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.lm.weights import fetch_av, resolve
 from nla_utils.metrics import fve
 from nla_utils.run import Run

@@ -17,8 +17,8 @@ from nla_utils import workers
 from nla_utils.config import VALIDATION_SHARE, AVConfig
 from nla_utils.encoding import Texts, text_logprobs
 from nla_utils.errors import ArtefactError, ConfigError
-from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import SamplingSettings, pad, sample
+from nla_utils.lm.backbone import Backbone, pad
+from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.run import Run
 from nla_utils.store import SPECS, Artefact, Progress, arrays_hash, atomic_write, derive_seed, json_hash, write_json
 from nla_utils.targets import Targets

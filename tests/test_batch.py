@@ -11,7 +11,7 @@ import yaml
 
 from nla_utils.config import ROOT
 from nla_utils.errors import ConfigError
-from nla_utils.lm.weights import settled
+from nla_utils.lm.weights import canonical_name
 
 sys.path.insert(0, str(ROOT / "workflow"))
 from batch import failures, runs_of, seconds  # noqa: E402
@@ -66,7 +66,7 @@ def test_a_registry_name_is_no_folder_of_the_output(tmp_path, monkeypatch):
     (tmp_path / "gemma3-270m").mkdir()
     (tmp_path / "own").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert settled("gemma3-270m") == "gemma3-270m" and settled("own") == str(tmp_path / "own")
+    assert canonical_name("gemma3-270m") == "gemma3-270m" and canonical_name("own") == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from conftest import CORPUS, tiny_config
 from nla_extensions.cli import app
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.run import open_run
-from nla_utils.targets import LEAST_TOKENS, corpus_hash, describe, load_targets, make_targets, read_texts
+from nla_utils.store import json_hash
+from nla_utils.targets import LEAST_TOKENS, describe, load_targets, make_targets, read_texts
 
 WORDS = CORPUS.read_text(encoding="ascii").split()
 TEXTS = [" ".join(WORDS[i : i + 20]) for i in range(0, 120)]
@@ -37,7 +38,7 @@ def test_targets_are_the_texts_cut_and_encoded_behind_bos(run):
         np.testing.assert_allclose(targets.v[i], run.backbone.encode([ids], start=True)[0], atol=1e-4)
     assert load_targets(run).sha256 == targets.sha256
     facts = describe(run, targets)
-    assert (facts["corpus"], facts["corpus_sha256"]) == ("texts", corpus_hash(TEXTS))
+    assert (facts["corpus"], facts["corpus_sha256"]) == ("texts", json_hash(TEXTS))
 
 
 def test_a_folder_of_files_is_the_same_corpus(tmp_path, texts):

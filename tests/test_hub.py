@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
     assert "org--model is multimodal (Gemma3Config)" in done.stderr
     assert "config.json" in hub.served and "model.safetensors" not in hub.served
     del hub.files["org/model"]["config.json"]
-    assert "org/model has no config.json" in in_a_process(hub, tmp_path, program).stderr
+    assert "has no file config.json" in in_a_process(hub, tmp_path, program).stderr
 
 
 def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, tmp_path):

@@ -21,8 +21,8 @@ from nla_utils.report import claims as findings
 from nla_utils.report import tables
 from nla_utils.report.pages import appendix_page, section_page
 from nla_utils.report.results import BACKBONES, COMMITTED, NAMES, RunResults, find_results, k_curve, published
-from nla_utils.store import read_record
-from nla_utils.targets import corpus_hash, read_texts
+from nla_utils.store import json_hash, read_record
+from nla_utils.targets import read_texts
 
 EVERYTHING = find_results()
 PAGES = {
@@ -222,7 +222,7 @@ def test_a_committed_run_of_a_corpus_names_the_corpus_that_is_here():
     assert runs
     for r in runs:
         path = ROOT / "paper" / "corpora" / f"{r.corpus}.jsonl"
-        assert r.data["targets"]["corpus_sha256"] == corpus_hash(read_texts(path))
+        assert r.data["targets"]["corpus_sha256"] == json_hash(read_texts(path))
 
 
 def test_a_caption_says_where_a_table_is_of_other_targets_than_the_run(tmp_path):

@@ -9,7 +9,8 @@ import torch
 from scipy.stats import chi2_contingency, chisquare
 
 from nla_utils.lm import sampling
-from nla_utils.lm.sampling import SamplingSettings, draw, pad, row_streams, sample, uniforms
+from nla_utils.lm.backbone import pad
+from nla_utils.lm.sampling import SamplingSettings, draw, row_streams, sample, uniforms
 from nla_utils.store import MIRROR_VARIABLE, Progress
 
 # From numpy 2.4's Philox, key 1.

@@ -146,7 +146,7 @@ def _extract(run: Run, layers: list[int], missing: dict[int, Run], given: Option
     for layer, own in missing.items():
         names = {"ids": "ids", "lengths": "lengths", "v": f"v.{layer}"}
         parts = {k: [chunks.tensor(c, name) for c in range(len(starts))] for k, name in names.items()}
-        save_targets(own, {k: np.concatenate(x) for k, x in parts.items()})
+        save_targets(own, {k: np.concatenate(x) for k, x in parts.items()}, {"sampling": settings.record()})
     chunks.clear()
 
 

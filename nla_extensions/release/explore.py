@@ -20,7 +20,8 @@ from nla_extensions.tail_reader.reader import ARTEFACT, RIDGES, reader_from, sol
 from nla_utils import metrics
 from nla_utils.config import cache_dir
 from nla_utils.errors import ConfigError
-from nla_utils.lm.sampling import pad, row_streams
+from nla_utils.lm.backbone import pad
+from nla_utils.lm.sampling import row_streams
 from nla_utils.lm.weights import weights_note
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.store import Progress, RunFolder, atomic_write, json_hash

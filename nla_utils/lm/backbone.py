@@ -1,4 +1,4 @@
-"""The frozen language model: embed, encode token ids to the activation h at layer ℓ.
+"""The frozen language model: embed, encode token ids to the activation h at layer ℓ, predict tokens.
 
 ``hidden_states[ℓ]`` counts as the paper does: index 0 is the embedding output, index ℓ the output of
 block ℓ (1-based). Only the first ℓ blocks are run when h is all that is wanted.
@@ -7,7 +7,8 @@ block ℓ (1-based). Only the first ℓ blocks are run when h is all that is wan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from pathlib import Path
+from typing import Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -19,49 +20,30 @@ from nla_utils.errors import BackboneError, ConfigError
 from nla_utils.lm.cpu import head_product, product_dtype
 from nla_utils.lm.weights import BackboneSpec
 
-# Below this many rows the two products are held up by reading the weight.
+# Of everything here that decides what the model gives: raised with each change of it, so that older artefacts are
+# refused.
+FORMAT = 1
+# Tokens encoded together, and rows decoded together: enough to keep the products of two CPU cores efficient, and to
+# hide a GPU's launches.
+ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
+SAMPLE_BATCH = {"cpu": 256, "cuda": 1024, "mps": 256}
+# Rows whose logits are made at once: with fewer the head's products are held up by reading its weight.
 CHUNK_ROWS = 256
 
 
-class _HeadCrossEntropy(torch.autograd.Function):
-    """Sum of token cross-entropies, each times its share if there are shares; the gradient to the hidden states is made
-    on the way forward.
-
-    The head is frozen, so the only gradient is ∂/∂h = (softmax(z) − onehot(y)) W, which needs the
-    logits z of one chunk of rows at a time and nothing of them later.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float], share_n: Optional[Tensor]
-    ):
-        grad_nd = torch.empty_like(hidden_nd)
-        total = hidden_nd.new_zeros((), dtype=torch.float32)
-        buffer_CV = _buffer(hidden_nd, weight_Vd)
-        for first in range(0, len(hidden_nd), CHUNK_ROWS):
-            rows = slice(first, first + CHUNK_ROWS)
-            logp_c, grad_cd = _chunk(hidden_nd[rows], weight_Vd, targets_n[rows], cap, buffer_CV)
-            if share_n is not None:
-                logp_c, grad_cd = logp_c * share_n[rows], grad_cd * share_n[rows, None]
-            total -= logp_c.sum()
-            grad_nd[rows] = grad_cd.to(hidden_nd.dtype)
-        ctx.save_for_backward(grad_nd)
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        (grad_nd,) = ctx.saved_tensors
-        return grad_nd * upstream.to(grad_nd.dtype), None, None, None, None
-
-
-def _buffer(hidden_nd: Tensor, weight_Vd: Tensor) -> Tensor:
-    """Memory for the logits of one chunk, used again by every chunk."""
-    return weight_Vd.new_empty(min(CHUNK_ROWS, len(hidden_nd)), len(weight_Vd))
-
-
-def _logits(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float], buffer_CV: Tensor) -> Tensor:
-    z_nV = head_product(hidden_nd, weight_Vd, buffer_CV[: len(hidden_nd)])
+def head_logits(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float], out_nV: Tensor) -> Tensor:
+    """Logits (n, V) of a head, Gemma-2's soft cap included, written to ``out_nV``."""
+    z_nV = head_product(hidden_nd, weight_Vd, out_nV)
     return z_nV if cap is None else z_nV.div_(cap).tanh_().mul_(cap)
+
+
+def _chunks(hidden_nd: Tensor, weight_Vd: Tensor, cap: Optional[float]) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the rows and their logits, all in the same memory."""
+    buffer_CV = weight_Vd.new_empty(min(CHUNK_ROWS, len(hidden_nd)), len(weight_Vd))
+    for first in range(0, len(hidden_nd), CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        hidden_cd = hidden_nd[rows]
+        yield rows, head_logits(hidden_cd, weight_Vd, cap, buffer_CV[: len(hidden_cd)])
 
 
 def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,33 +60,47 @@ def _log_likelihood(z_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     return z_y_n - top_n.float() - norm_n.log(), norm_n
 
 
-def _chunk(hidden_nd: Tensor, weight_Vd: Tensor, y_n: Tensor, cap: Optional[float], buffer_CV: Tensor):
-    z_nV = _logits(hidden_nd, weight_Vd, cap, buffer_CV)
-    slope_nV = None if cap is None else 1 - (z_nV / cap) ** 2
-    logp_n, norm_n = _log_likelihood(z_nV, y_n)
-    target_nd = weight_Vd[y_n].float()
-    if slope_nV is not None:
-        z_nV.mul_(slope_nV)
-        target_nd = target_nd * slope_nV.gather(1, y_n[:, None]).float()
-    grad_nd = (z_nV @ weight_Vd).float() / norm_n[:, None] - target_nd
-    return logp_n, grad_nd
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Sum of token cross-entropies, each times its share; the gradient to the hidden states is made on the way forward.
+
+    The head is frozen, so the only gradient is ∂/∂h = (softmax(z) − onehot(y)) W, which needs the
+    logits z of one chunk of rows at a time and nothing of them later.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float], share_n: Optional[Tensor]
+    ):
+        grad_nd = torch.empty_like(hidden_nd)
+        total = hidden_nd.new_zeros((), dtype=torch.float32)
+        for rows, z_cV in _chunks(hidden_nd, weight_Vd, cap):
+            y_c = targets_n[rows]
+            target_cd = weight_Vd[y_c].float()
+            slope_cV = None if cap is None else 1 - (z_cV / cap) ** 2
+            logp_c, norm_c = _log_likelihood(z_cV, y_c)
+            if slope_cV is not None:
+                z_cV.mul_(slope_cV)
+                target_cd = target_cd * slope_cV.gather(1, y_c[:, None]).float()
+            grad_cd = (z_cV @ weight_Vd).float() / norm_c[:, None] - target_cd
+            if share_n is not None:
+                logp_c, grad_cd = logp_c * share_n[rows], grad_cd * share_n[rows, None]
+            total -= logp_c.sum()
+            grad_nd[rows] = grad_cd.to(hidden_nd.dtype)
+        ctx.save_for_backward(grad_nd)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (grad_nd,) = ctx.saved_tensors
+        return grad_nd * upstream.to(grad_nd.dtype), None, None, None, None
 
 
 def head_cross_entropy(
-    hidden_nd: Tensor,
-    weight_Vd: Tensor,
-    targets_n: Tensor,
-    cap: Optional[float] = None,
-    share_n: Optional[Tensor] = None,
+    hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: float | None = None, share_n: Tensor | None = None
 ) -> Tensor:
-    """Mean token cross-entropy (nats) of a frozen linear head.
+    """Mean token cross-entropy (nats) of a frozen linear head, from final hidden states, contiguous, one row a token.
 
-    Args:
-        hidden_nd: final hidden states, contiguous, one row a token.
-        weight_Vd: the head's weight; gets no gradient.
-        targets_n: token ids (int64).
-        cap: Gemma-2's soft cap on the logits, or ``None``.
-        share_n: what each token counts, in place of 1/n.
+    ``cap`` is Gemma-2's soft cap on the logits, ``share_n`` what each token counts in place of 1/n.
     """
     on = weight_Vd.device
     total = _HeadCrossEntropy.apply(hidden_nd.to(on), weight_Vd, targets_n.to(on), cap, share_n)
@@ -114,22 +110,9 @@ def head_cross_entropy(
 @torch.inference_mode()
 def head_logprobs(hidden_nd: Tensor, weight_Vd: Tensor, targets_n: Tensor, cap: Optional[float] = None) -> Tensor:
     """log p(target) (n,) under the whole vocabulary's softmax at temperature 1, chunk by chunk."""
-    given, on = hidden_nd.device, weight_Vd.device
-    hidden_nd, targets_n = hidden_nd.to(on), targets_n.to(on)
-    buffer_CV, found = _buffer(hidden_nd, weight_Vd), []
-    for first in range(0, len(hidden_nd), CHUNK_ROWS):
-        rows = slice(first, first + CHUNK_ROWS)
-        z_nV = _logits(hidden_nd[rows], weight_Vd, cap, buffer_CV)
-        found.append(_log_likelihood(z_nV, targets_n[rows])[0])
-    return torch.cat(found).to(given)
-
-
-# Of everything here that decides what the model gives: raised with each change of it, so that older artefacts are refused.
-FORMAT = 1
-# Tokens encoded together, and rows decoded together: enough to keep the products of two CPU cores efficient, and to
-# hide a GPU's launches.
-ENCODE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
-SAMPLE_BATCH = {"cpu": 256, "cuda": 1024, "mps": 256}
+    on = weight_Vd.device
+    y_n, chunks = targets_n.to(on), _chunks(hidden_nd.to(on), weight_Vd, cap)
+    return torch.cat([_log_likelihood(z_cV, y_n[rows])[0] for rows, z_cV in chunks]).to(hidden_nd.device)
 
 
 class _LayerReached(Exception):
@@ -137,46 +120,63 @@ class _LayerReached(Exception):
 
 
 @dataclass
-class Backbone:
-    """A frozen causal language model, its tokenizer and the extraction layer.
+class Description:
+    """What is known of a backbone without its weights.
 
-    ``hashes`` are of the weights and of the model's settings.
-    ``head_weight`` (V, d) is the output head's, in the dtype that its products are taken in. ``own_head``: the model's
-    logits are more than its product and a soft cap (a bias, a scale), so the model itself makes them.
+    ``layer`` ℓ of ``n_layers``, ``d`` the width of an activation; ``dtype`` is the weights'; ``hashes`` are of the
+    weights and of the model's settings.
     """
 
     spec: BackboneSpec
-    model: nn.Module
-    head_weight: Tensor
-    tokenizer: object
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
     layer: int
+    n_layers: int
+    d: int
     start_id: int
     eos_ids: tuple[int, ...]
     pad_id: int
     padding_side: str
+    dtype: torch.dtype
     hashes: tuple[str, str]
-    library_attention: str
-    own_head: bool = False
 
     @property
     def name(self) -> str:
         return self.spec.name
 
+    def identity(self) -> dict:
+        """What every artefact made with this backbone must agree on."""
+        return {
+            "backbone": self.name,
+            "format": FORMAT,
+            "weight_hash": self.hashes[0],
+            "settings_hash": self.hashes[1],
+            "layer": self.layer,
+            "layer_convention": "hidden_states[layer], 0 = embeddings",
+            "start_id": self.start_id,
+            "eos_ids": list(self.eos_ids),
+            "pad_id": self.pad_id,
+            "padding_side": self.padding_side,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+@dataclass
+class Backbone(Description):
+    """A frozen causal language model, its tokenizer and the extraction layer.
+
+    ``head_weight`` (V, d) is in the dtype that its products are taken in. ``own_head``: the model's logits are more
+    than that product and a soft cap (a bias, a scale), so the model itself makes them.
+    """
+
+    model: nn.Module
+    head_weight: Tensor
+    library_attention: str
+    own_head: bool = False
+
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def d(self) -> int:
-        return self.model.config.hidden_size
-
-    @property
-    def n_layers(self) -> int:
-        return self.model.config.num_hidden_layers
 
     @property
     def sample_batch(self) -> int:
@@ -184,17 +184,20 @@ class Backbone:
         return SAMPLE_BATCH[self.device.type]
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return find_blocks(self.model)
+    def softcap(self) -> float | None:
+        """Gemma-2's cap on the final logits, ``None`` elsewhere."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
 
-    def identity(self) -> dict:
-        """What every artefact made with this backbone must agree on."""
-        ids = (self.start_id, self.eos_ids, self.pad_id)
-        dtype = str(self.dtype).removeprefix("torch.")
-        return identity(self.spec, self.hashes, self.layer, ids, dtype, self.padding_side)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, whatever the architecture calls them; raises ``BackboneError`` where none are found."""
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.n_layers:
+                return module
+        raise BackboneError(f"{type(self.model).__name__}: no list of {self.n_layers} decoder blocks was found")
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Token embeddings through the module, so that Gemma's √d scale is applied (B, T, d)."""
+        """Token embeddings (B, T, d) through the module, so that Gemma's √d scale is applied."""
         return self.model.get_input_embeddings()(ids_BT.to(self.device))
 
     @torch.inference_mode()
@@ -206,17 +209,15 @@ class Backbone:
     def logits(self, hidden_nd: Tensor, out_nV: Tensor | None = None) -> Tensor:
         """Next-token logits (n, V) from final hidden states (n, d), final soft cap included, where the head lies.
 
-        The rows are made contiguous: a head applied to a strided slice is far slower on a CPU. So is a
-        product into fresh memory, hence ``out_nV`` for callers that come again.
+        A product into fresh memory is far slower on a CPU, hence ``out_nV`` for callers that come again.
         """
         if self.own_head:
             return self._own_logits(hidden_nd)
+        # Contiguous: a head applied to a strided slice is far slower on a CPU.
         hidden_nd = hidden_nd.to(self.head_weight.device).contiguous()
         if out_nV is None:
             out_nV = hidden_nd.new_empty(len(hidden_nd), len(self.head_weight))
-        logits_nV = head_product(hidden_nd, self.head_weight, out_nV)
-        cap = self.softcap
-        return logits_nV if cap is None else logits_nV.div_(cap).tanh_().mul_(cap)
+        return head_logits(hidden_nd, self.head_weight, self.softcap, out_nV)
 
     def _own_logits(self, hidden_nd: Tensor) -> Tensor:
         """As the model's own code makes them: it is run on one token, and its last hidden state is replaced."""
@@ -247,11 +248,6 @@ class Backbone:
         parts = zip(hidden_nd.split(CHUNK_ROWS), targets_n.split(CHUNK_ROWS))
         return torch.cat([-nn.functional.cross_entropy(self.logits(h).float(), y, reduction="none") for h, y in parts])
 
-    @property
-    def softcap(self) -> float | None:
-        """Gemma-2's cap on the final logits, ``None`` elsewhere."""
-        return getattr(self.model.config, "final_logit_softcapping", None)
-
     def last_hidden(self, **inputs: Tensor) -> Tensor:
         """Final hidden states (B, T, d) of a whole forward pass, normalised: what the head is applied to."""
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state.to(self.device)
@@ -262,18 +258,15 @@ class Backbone:
 
     def hidden_at_layers(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
         """``hidden_states`` (B, T, d) at each of the layers, of one forward pass that stops at the last of them."""
-        reached: dict[int, Tensor] = {}
+        blocks, reached = self.blocks, {}
+        wanted, last = [blocks[layer - 1] for layer in layers], blocks[max(layers) - 1]
 
-        def grab(layer: int, output) -> None:
-            h_BTd = output[0] if isinstance(output, tuple) else output
-            reached[layer] = h_BTd.to(self.device)
-            if layer == max(layers):
+        def grab(block: nn.Module, _given, output) -> None:
+            reached[block] = (output[0] if isinstance(output, tuple) else output).to(self.device)
+            if block is last:
                 raise _LayerReached
 
-        handles = [
-            self.blocks[layer - 1].register_forward_hook(lambda _module, _args, out, layer=layer: grab(layer, out))
-            for layer in layers
-        ]
+        handles = [block.register_forward_hook(grab) for block in wanted]
         try:
             self.model.base_model(**inputs, use_cache=False)
         except _LayerReached:
@@ -281,7 +274,7 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
-        return [reached[layer] for layer in layers]
+        return [reached[block] for block in wanted]
 
     def encode(self, sequences: Sequence[Sequence[int]], start: bool) -> np.ndarray:
         """Activation h (N, d) at the last token of each id sequence, at the run's layer; see :meth:`encode_layers`."""
@@ -289,21 +282,13 @@ class Backbone:
 
     @torch.inference_mode()
     def encode_layers(self, sequences: Sequence[Sequence[int]], start: bool, layers: Sequence[int]) -> np.ndarray:
-        """Activation at the last token of each id sequence, at several layers in one pass.
+        """Activation h (L, N, d) float32 at the last token of each of N id sequences, at L layers in one pass.
 
-        Args:
-            sequences: N token id sequences, each of at least one id.
-            start: put the start token (BOS) in front: ``corrected`` does, ``published`` does not.
-            layers: L of them, counted as ``hidden_states``.
+        ``start`` puts the start token (BOS) in front: ``corrected`` does, ``published`` does not. Raises
+        ``BackboneError`` where a sequence is empty, an id has no embedding, or an activation is not finite.
 
-        Returns:
-            h (L, N, d) float32, in the orders given.
-
-        Raises:
-            BackboneError: an activation is not finite.
-
-        Rows are padded on the right: under causal attention a valid token never sees what follows
-        it, so no mask is needed. Rows of similar length share a batch.
+        Rows are padded on the right: under causal attention a valid token never sees what follows it, so no mask is
+        needed. Rows of similar length share a batch.
         """
         head = [self.start_id] if start else []
         rows = [head + list(s) for s in sequences]
@@ -315,27 +300,23 @@ class Backbone:
         h_LNd = np.empty((len(layers), len(rows), self.d), dtype=np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for batch in _batches(order, rows, ENCODE_TOKENS[self.device.type]):
-            h_LNd[:, batch] = self._encode_batch([rows[i] for i in batch], layers)
+            ids_BT, mask_BT = pad([rows[i] for i in batch], self.pad_id, "right")
+            row_B, last_B = torch.arange(len(batch), device=self.device), (mask_BT.sum(1) - 1).to(self.device)
+            h_LBTd = self.hidden_at_layers(layers, input_ids=ids_BT.to(self.device))
+            h_LNd[:, batch] = np.stack([h_BTd[row_B, last_B].float().cpu().numpy() for h_BTd in h_LBTd])
         for h_Nd in h_LNd:
             check_finite(h_Nd, "re-encoded activations")
         return h_LNd
-
-    def _encode_batch(self, rows: list[list[int]], layers: Sequence[int]) -> np.ndarray:
-        lengths = torch.tensor([len(r) for r in rows])
-        ids_BT = torch.full((len(rows), int(lengths.max())), self.pad_id)
-        for i, row in enumerate(rows):
-            ids_BT[i, : len(row)] = torch.tensor(row)
-        row_B, last_B = torch.arange(len(rows), device=self.device), lengths.to(self.device) - 1
-        h_LBTd = self.hidden_at_layers(layers, input_ids=ids_BT.to(self.device))
-        return np.stack([h_BTd[row_B, last_B].float().cpu().numpy() for h_BTd in h_LBTd])
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens."""
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def label_tokens(self, ids: Sequence[int]) -> list[str]:
-        """What to call each token: its text, or ``[id]`` where it has none to show, as a part of a character has not; the
-        token that completes a character is called by the whole of it."""
+        """What to call each token: its text, or ``[id]`` where it has none to show, as a part of a character has not.
+
+        The token that completes a character is called by the whole of it.
+        """
         labels, first = [], 0
         for i, token in enumerate(ids):
             text = self.tokenizer.decode(list(ids[first : i + 1]))
@@ -349,53 +330,19 @@ class Backbone:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def outside_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
-    """Token ids of a text from outside, no special tokens added; ``where`` names it in errors.
-
-    Raises ``ConfigError`` for a text that is not valid Unicode (a lone surrogate, bytes of another encoding), and for
-    one that spells a special token: it would be read as a second BOS, or as an end.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{where}: character {error.start + 1} is not valid Unicode ({text[error.start]!a})"
-        ) from None
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
-    spelled = [i for i in ids if i in special]
-    if spelled:
-        raise ConfigError(f"{where}: it spells the special token {tokenizer.decode(spelled[:1])!r}; leave it out")
-    return ids
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T) int64, padded on ``side`` (``left`` or ``right``); T is at least 1."""
+    width = max(1, max(len(r) for r in rows))
+    ids_BT = torch.full((len(rows), width), pad_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids_BT[i, at] = torch.tensor(row, dtype=torch.long)
+        mask_BT[i, at] = 1
+    return ids_BT, mask_BT
 
 
-def identity(
-    spec: BackboneSpec,
-    hashes: tuple[str, str],
-    layer: int,
-    special: tuple[int, tuple[int, ...], int],
-    dtype: str,
-    padding_side: str,
-) -> dict:
-    """The contract that artefacts carry; ``hashes`` are of the weights and of the model's settings, ``special`` is
-    (start, EOS ids, pad)."""
-    start_id, eos_ids, pad_id = special
-    return {
-        "backbone": spec.name,
-        "format": FORMAT,
-        "weight_hash": hashes[0],
-        "settings_hash": hashes[1],
-        "layer": layer,
-        "layer_convention": "hidden_states[layer], 0 = embeddings",
-        "start_id": start_id,
-        "eos_ids": list(eos_ids),
-        "pad_id": pad_id,
-        "padding_side": padding_side,
-        "dtype": dtype,
-    }
-
-
-def _batches(order: list[int], rows: list[list[int]], budget: int):
+def _batches(order: list[int], rows: list[list[int]], budget: int) -> Iterator[list[int]]:
     """Cut length-sorted indices into batches of at most ``budget`` padded tokens."""
     batch: list[int] = []
     for i in order:
@@ -416,10 +363,20 @@ def check_finite(h_Nd: np.ndarray, what: str) -> None:
         )
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder blocks, whatever the architecture calls it."""
-    n = model.config.num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n:
-            return module
-    raise BackboneError(f"{type(model).__name__}: no list of {n} decoder blocks was found")
+def outside_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
+    """Token ids of a text from outside, no special tokens added; ``where`` names it in errors.
+
+    Raises ``ConfigError`` for a text that is not valid Unicode (a lone surrogate, bytes of another encoding), and for
+    one that spells a special token: it would be read as a second BOS, or as an end.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        said = f"character {error.start + 1} is not valid Unicode ({text[error.start]!a})"
+        raise ConfigError(f"{where}: {said}") from None
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    spelled = [i for i in ids if i in special]
+    if spelled:
+        raise ConfigError(f"{where}: it spells the special token {tokenizer.decode(spelled[:1])!r}; leave it out")
+    return ids

@@ -50,7 +50,7 @@ def widen_linear_maps(blocks: nn.Module) -> None:
 
 
 def head_product(hidden_nd: Tensor, weight_Vd: Tensor, out_nV: Tensor) -> Tensor:
-    """hidden · weightᵀ, taken in the weight's dtype and written to ``out_nV`` in its own."""
+    """hidden · weightᵀ (n, V), taken in the weight's dtype and written to ``out_nV`` in its own."""
     if weight_Vd.device.type != "cpu" or weight_Vd.dtype != torch.float32:
         return torch.mm(hidden_nd, weight_Vd.T, out=out_nV)
     n, hidden_nd = len(hidden_nd), hidden_nd.float()
@@ -74,8 +74,8 @@ def short_attention(
 
     ``attention_mask`` is additive, (B, 1, T, S). Returns (B, T, H, value width) as the library expects.
 
-    Scores and weights are float32. Rounded to bfloat16 before the softmax, as in the library's ``eager``, scores of Qwen2.5 double
-    the median error of an activation against float32, and the probe at load fails. Single positions are far off either way.
+    Scores and weights are float32. Rounded to bfloat16 before the softmax, as in the library's ``eager``, scores of
+    Qwen2.5 double the median error of an activation against float32, and the check at load fails.
     """
     B, H, T, D = query_BHTD.shape
     G, S = key_BGSD.shape[1:3]

@@ -1,11 +1,10 @@
-"""Loading a backbone: its layer, device and special tokens, all refused by name before weights load."""
+"""Loading a backbone: its layer, device and special tokens are validated before the weights load, the model after."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -18,26 +17,176 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from nla_utils.config import RunConfig
 from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
-from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.cpu import ATTENTION
+from nla_utils.lm.backbone import Backbone, Description, pad
 from nla_utils.lm.sampling import Decoder
 from nla_utils.lm.weights import BackboneSpec, fetch, read_model_config, resolve, settings_hash, weight_hash
 from nla_utils.store import read_json
 
+# The value of a run's ``device`` that spreads a backbone over several cards.
+SPLIT = "split"
 # Largest relative difference that rounding alone explains, by dtype.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
+# What rounding to bfloat16 once can move a product by, and more than enough for other dtypes.
+HEAD_TOLERANCE = 2.0**-7
+
+
+def describe(given: RunConfig) -> Description:
+    """The configured backbone's description, its files fetched.
+
+    Raises ``ConfigError`` (unknown name, layer out of range, no start token, a kind of model that is not supported)
+    or ``SourceError``.
+    """
+    spec = resolve(given.backbone)
+    if spec.unverified:
+        print(f"{spec.name} has not been run with this code: {spec.unverified}")
+    folder = fetch(spec)
+    config, tokenizer = read_model_config(spec, folder), AutoTokenizer.from_pretrained(folder)
+    return Description(
+        spec,
+        folder,
+        tokenizer,
+        pick_layer(given.layer, spec, config.num_hidden_layers),
+        config.num_hidden_layers,
+        config.hidden_size,
+        *special_ids(spec, tokenizer, folder),
+        spec.padding_side or tokenizer.padding_side,
+        getattr(torch, given.dtype),
+        (weight_hash(folder), settings_hash(folder)),
+    )
+
+
+def load_backbone(given: RunConfig) -> Backbone:
+    """The configured backbone: fetched, loaded, frozen and checked.
+
+    Raises what :func:`describe` does before weights load, ``SourceError`` for weights that cannot be read,
+    ``BackboneError`` as :func:`check_backbone` does.
+    """
+    found = describe(given)
+    model = load_model(found.folder, given).eval().requires_grad_(False)
+    weight, attention = model.get_output_embeddings().weight, model.config._attn_implementation
+    head_weight = weight.to(cpu.product_dtype(weight))
+    backbone = Backbone(**vars(found), model=model, head_weight=head_weight, library_attention=attention)
+    if model.device.type == "cpu":
+        # Before linear maps are widened: what is compared with is computed from the weights as they are.
+        choose_attention(backbone)
+        cpu.widen_linear_maps(model.base_model)
+    choose_head(backbone)
+    check_backbone(backbone)
+    return backbone
+
+
+def pick_device(device: str) -> str:
+    """The device that is meant: ``auto`` is CUDA, then MPS, then CPU; so is ``split``, of where inputs and results lie.
+
+    Raises ``ConfigError`` for a device that is not there.
+    """
+    if device not in ("auto", SPLIT):
+        kind, _, number = device.partition(":")
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+        if int(number or 0) >= there:
+            said = f"device {device!r}: this machine has {there} of {kind}"
+            raise ConfigError(f"{said}; --device auto takes what there is")
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def hardware(device: str) -> str:
+    """What a run on a device was computed by: the GPU's name, else the CPU's, with what decides how it takes sums."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    bfloat16 = "with" if cpu.has_bfloat16() else "without"
+    return (
+        f"{model or platform.machine()}, {torch.backends.cpu.get_cpu_capability()} {bfloat16} bfloat16 instructions, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
+    """The run's layer, else the registry's, else round(0.73 L); raises ``ConfigError`` if it is not in 1..L-1."""
+    layer = wanted if wanted is not None else spec.layer
+    if layer is None:
+        layer = round(0.73 * n_layers)
+        print(f"{spec.name}: no layer given, using round(0.73 · {n_layers}) = {layer}")
+    if not 1 <= layer < n_layers:
+        raise ConfigError(
+            f"layer {layer} is out of range for {spec.name}: it has {n_layers} blocks, "
+            f"choose 1 to {n_layers - 1} (hidden_states[{n_layers}] is already normalised)"
+        )
+    return layer
+
+
+def special_ids(
+    spec: BackboneSpec, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[int, tuple[int, ...], int]:
+    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token.
+
+    Any id ends a sequence that the registry, else the tokenizer or the folder's ``generation_config.json`` calls EOS.
+    """
+    start_id, eos_ids, pad_id = spec.start_id, spec.eos_ids, tokenizer.pad_token_id
+    if start_id is None:
+        start_id = tokenizer.bos_token_id
+        if start_id is None:
+            raise ConfigError(
+                f"{spec.name}: its tokenizer has no BOS token and the registry names no start token; "
+                f"every target starts from one, so this backbone needs a registry entry with start_id"
+            )
+        print(f"{spec.name}: sequences start from the tokenizer's BOS, id {start_id}")
+    if eos_ids is None:
+        path = folder / "generation_config.json"
+        stated = read_json(path).get("eos_token_id") if path.exists() else None
+        named = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+        eos_ids = tuple(dict.fromkeys(i for i in named if i is not None))
+    if pad_id is None:
+        pad_id = eos_ids[0] if eos_ids else start_id
+    return start_id, eos_ids, pad_id
+
+
+def load_model(folder: Path, config: RunConfig) -> nn.Module:
+    """The weights on the run's device; ``split`` spreads the blocks over all cards, and over the CPU's memory after.
+
+    Raises ``SourceError`` for weights that are broken or incomplete, ``BackboneError`` where not even embeddings and
+    head find room on a card.
+    """
+    how = {"device_map": "auto"} if config.device == SPLIT else {}
+    try:
+        whole = AutoConfig.from_pretrained(folder)
+        if (text := whole.get_text_config()) is not whole:
+            # The language model of a multimodal one, whose weights are called what they are called inside it.
+            how |= {"config": text, "key_mapping": {r"^model\.language_model\.": "model."}}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **how
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SourceError(f"{folder}: its weights were not read ({error}); fetch or convert them again") from None
+    # The library fills what a file lacks with random numbers.
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise SourceError(f"{folder}: its files lack {len(lacking)} weights of the model, {lacking[0]} among them")
+    if config.device != SPLIT:
+        return model.to(pick_device(config.device))
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    if any(table.device.type == "meta" for table in tables):
+        raise BackboneError(f"{folder}: its embeddings or its head find no room on the cards; they cannot be offloaded")
+    return model
 
 
 def check_backbone(backbone: Backbone) -> None:
-    """Run every check; raises ``BackboneError`` that names the one that failed."""
+    """Run every check of the model; raises ``BackboneError`` that names the one that failed."""
     check_library(importlib.metadata.version("transformers"))
     check_frozen(backbone)
-    ids = probe_ids(backbone)
-    _check_truncated(backbone, ids)
-    _check_batching(backbone, ids)
-    _check_left_padding(backbone, ids)
-    _check_inputs_embeds(backbone, ids)
-    _check_cache(backbone, ids)
+    limit = TOLERANCE[backbone.dtype]
+    for what, ours, theirs in _must_agree(backbone):
+        difference = differ(ours, theirs)
+        if not difference <= limit:
+            raise BackboneError(
+                f"{backbone.name}: {what}: relative difference {difference:.2g}, allowed {limit:.2g}; "
+                f"this architecture ({type(backbone.model).__name__}) is not supported"
+            )
 
 
 def check_library(version: str) -> None:
@@ -47,7 +196,7 @@ def check_library(version: str) -> None:
 
 
 def check_frozen(backbone: Backbone) -> None:
-    """No backbone parameter may ask for, or hold, a gradient."""
+    """Raise ``BackboneError`` if a parameter asks for, or holds, a gradient."""
     for name, p in backbone.model.named_parameters():
         if p.requires_grad or p.grad is not None:
             raise BackboneError(f"{backbone.name}: parameter {name} is not frozen")
@@ -60,106 +209,77 @@ def probe_ids(backbone: Backbone) -> list[list[int]]:
     return [[backbone.start_id, *ids], [backbone.start_id, *ids[:4]]]
 
 
-def differ(a: np.ndarray, b: np.ndarray) -> float:
+def differ(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> float:
     """‖a − b‖ / ‖b‖."""
+    a, b = (x.float().cpu().numpy() if isinstance(x, torch.Tensor) else x for x in (a, b))
     with np.errstate(all="ignore"):
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def _require(backbone: Backbone, difference: float, what: str) -> None:
-    limit = TOLERANCE[backbone.dtype]
-    if not difference <= limit:
-        raise BackboneError(
-            f"{backbone.name}: {what}: relative difference {difference:.2g}, allowed {limit:.2g}; "
-            f"this architecture ({type(backbone.model).__name__}) is not supported"
-        )
-
-
 @torch.inference_mode()
-def _check_truncated(backbone: Backbone, ids: list[list[int]]) -> None:
-    out = backbone.model(torch.tensor([ids[0]], device=backbone.device), output_hidden_states=True, use_cache=False)
-    full = out.hidden_states[backbone.layer][0, -1].float().cpu().numpy()
-    short = backbone.encode([ids[0]], start=False)[0]
-    _require(backbone, differ(short, full), "stopping at the layer does not give hidden_states[layer]")
-    hidden_1d = backbone.last_hidden(input_ids=torch.tensor([ids[0]], device=backbone.device))[:, -1]
-    ours = backbone.logits(hidden_1d)[0].float().cpu().numpy()
-    theirs = out.logits[0, -1].float().cpu().numpy()
-    _require(backbone, differ(ours, theirs), "the head on the last hidden state does not give the logits")
+def _must_agree(backbone: Backbone) -> Iterator[tuple[str, np.ndarray | torch.Tensor, np.ndarray | torch.Tensor]]:
+    """(what is wrong where they differ, ours, what it must equal), each computed when it is asked for."""
+    long, short = probe_ids(backbone)
+    ids_1T = torch.tensor([long], device=backbone.device)
+    out = backbone.model(ids_1T, output_hidden_states=True, use_cache=False)
+    whole_1d = out.hidden_states[backbone.layer][:, -1]
+    at_layer = backbone.encode([long], start=False)
+    yield "stopping at the layer does not give hidden_states[layer]", at_layer, whole_1d
+    hidden_1d = backbone.last_hidden(input_ids=ids_1T)[:, -1]
+    head = "the head on the last hidden state does not give the logits"
+    yield head, backbone.logits(hidden_1d)[0], out.logits[0, -1]
+
+    together = backbone.encode([long, short], start=False)
+    alone = np.concatenate([at_layer, backbone.encode([short], start=False)])
+    yield "a batch of two and two batches of one disagree", together, alone
+    ids_2T, mask_2T = (x.to(backbone.device) for x in pad([long, short], backbone.pad_id, "left"))
+    positions = (mask_2T.cumsum(-1) - 1).clamp(min=0)
+    left_2Td = backbone.hidden_at_layer(input_ids=ids_2T, attention_mask=mask_2T, position_ids=positions)
+    yield "left and right padding disagree", left_2Td[:, -1], together
+
+    by_embeds = backbone.hidden_at_layer(inputs_embeds=backbone.embed(ids_1T))[:, -1]
+    scale = "inputs_embeds and input_ids disagree (an embedding scale outside the module)"
+    yield scale, by_embeds, at_layer
+    stepped = _stepped(backbone, ids_1T)
+    yield "decoding with a key-value cache and one forward pass disagree", stepped, hidden_1d
 
 
-def _check_batching(backbone: Backbone, ids: list[list[int]]) -> None:
-    together = backbone.encode(ids, start=False)
-    alone = np.concatenate([backbone.encode([s], start=False) for s in ids])
-    _require(backbone, differ(together, alone), "a batch of two and two batches of one disagree")
+def _stepped(backbone: Backbone, ids_1T: torch.Tensor, prompt: int = 4) -> torch.Tensor:
+    """The last hidden state (1, d), one token after another from a cache.
 
-
-@torch.inference_mode()
-def _check_left_padding(backbone: Backbone, ids: list[list[int]]) -> None:
-    gap = len(ids[0]) - len(ids[1])
-    rows = torch.tensor([ids[0], [backbone.pad_id] * gap + ids[1]], device=backbone.device)
-    mask = torch.ones_like(rows)
-    mask[1, :gap] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    h_BTd = backbone.hidden_at_layer(input_ids=rows, attention_mask=mask, position_ids=positions)
-    left = h_BTd[:, -1].float().cpu().numpy()
-    _require(backbone, differ(left, backbone.encode(ids, start=False)), "left and right padding disagree")
-
-
-@torch.inference_mode()
-def _check_inputs_embeds(backbone: Backbone, ids: list[list[int]]) -> None:
-    embeds = backbone.embed(torch.tensor([ids[0]]))
-    h_BTd = backbone.hidden_at_layer(inputs_embeds=embeds)
-    by_embeds = h_BTd[0, -1].float().cpu().numpy()
-    by_ids = backbone.encode([ids[0]], start=False)[0]
-    _require(
-        backbone,
-        differ(by_embeds, by_ids),
-        "inputs_embeds and input_ids disagree (an embedding scale outside the module)",
-    )
-
-
-@torch.inference_mode()
-def _check_cache(backbone: Backbone, ids: list[list[int]]) -> None:
-    """Some hybrid and recurrent models keep a state of another kind, or see one token a step."""
-    row, prompt = torch.tensor([ids[0]], device=backbone.device), 4
-    decoder = Decoder(backbone, row.shape[1], None)
+    Some hybrid and recurrent models keep a state of another kind, or see one token a step.
+    """
     try:
-        hidden_1d = decoder.step(inputs_embeds=backbone.embed(row[:, :prompt]))
-        for t in range(prompt, row.shape[1]):
-            hidden_1d = decoder.step(input_ids=row[:, t : t + 1])
-    # Each kind of model that has no key-value cache fails in a way of its own.
-    except Exception as error:
+        decoder = Decoder(backbone, ids_1T.shape[1], None)
+        hidden_1d = decoder.step(inputs_embeds=backbone.embed(ids_1T[:, :prompt]))
+        for t in range(prompt, ids_1T.shape[1]):
+            hidden_1d = decoder.step(input_ids=ids_1T[:, t : t + 1])
+        return hidden_1d
+    except Exception as error:  # each kind of model that has no key-value cache fails in a way of its own
         said = f"{backbone.name}: decoding with a key-value cache fails ({error})"
         raise BackboneError(f"{said}; {type(backbone.model).__name__} is not supported") from None
-    stepped, at_once = (x.float().cpu().numpy() for x in (hidden_1d, backbone.last_hidden(input_ids=row)[:, -1]))
-    _require(backbone, differ(stepped, at_once), "decoding with a key-value cache and one forward pass disagree")
-
-
-# What rounding to bfloat16 once can move a product by, and more than enough for other dtypes.
-HEAD_TOLERANCE = 2.0**-7
 
 
 def choose_attention(backbone: Backbone) -> None:
     """Take the attention for short sequences where its activations are as close to float32 as rounding allows, or as
-    the library's are."""
-    model, ids = backbone.model, probe_ids(backbone)
-    library = model.config._attn_implementation
-    why = _against_ours(backbone, ids)
+    the library's are; else the library's, with the reason printed."""
+    why = _against_ours(backbone)
     if why is not None:
-        model.set_attn_implementation(library)
-        print(f"{backbone.name}: attention is the library's ({library}); {why}")
+        backbone.model.set_attn_implementation(backbone.library_attention)
+        print(f"{backbone.name}: attention is the library's ({backbone.library_attention}); {why}")
 
 
-def _against_ours(backbone: Backbone, ids: list[list[int]]) -> str | None:
+def _against_ours(backbone: Backbone) -> str | None:
     """Why our attention does not serve, ``None`` if it does; ours is left in use."""
+    ids = probe_ids(backbone)
     # Each architecture fails in a way of its own where it is given what it does not expect.
     try:
         exact = float32_activations(backbone, ids)
     except Exception as error:
         return f"its activations could not be computed in float32 to compare with ({error})"
     theirs = differ(backbone.encode(ids, start=False), exact)
-    backbone.model.set_attn_implementation(ATTENTION)
-    if backbone.model.config._attn_implementation != ATTENTION:
+    backbone.model.set_attn_implementation(cpu.ATTENTION)
+    if backbone.model.config._attn_implementation != cpu.ATTENTION:
         return "this model does not let it be replaced"
     try:
         ours = differ(backbone.encode(ids, start=False), exact)
@@ -185,10 +305,10 @@ def _float32_blocks(blocks: nn.ModuleList) -> Iterator[None]:
     given: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def widen(block: nn.Module, *_) -> None:
-        own = [x for x in (*block.parameters(), *block.buffers()) if x.is_floating_point()]
-        given.extend((x, x.data) for x in own)
-        for x in own:
-            x.data = x.data.float()
+        for x in (*block.parameters(), *block.buffers()):
+            if x.is_floating_point():
+                given.append((x, x.data))
+                x.data = x.data.float()
 
     def restore(*_) -> None:
         while given:
@@ -208,195 +328,9 @@ def _float32_blocks(blocks: nn.ModuleList) -> Iterator[None]:
 def choose_head(backbone: Backbone) -> None:
     """Take the product with the head's weight where it gives the model's own logits."""
     ids_1T = torch.tensor(probe_ids(backbone)[:1], device=backbone.device)
-    ours, theirs = (
-        backbone.logits(backbone.last_hidden(input_ids=ids_1T)[0]),
-        backbone.model(ids_1T, use_cache=False).logits[0],
-    )
-    difference = differ(ours.float().cpu().numpy(), theirs.float().cpu().numpy())
+    ours = backbone.logits(backbone.last_hidden(input_ids=ids_1T)[0])
+    difference = differ(ours, backbone.model(ids_1T, use_cache=False).logits[0])
     has_bias = getattr(backbone.model.get_output_embeddings(), "bias", None) is not None
     backbone.own_head = has_bias or not difference <= HEAD_TOLERANCE
     if backbone.own_head:
         print(f"{backbone.name}: logits are made by the model's own code; they are more than one product with its head")
-
-
-# The value of a run's ``device`` that spreads a backbone over several cards.
-SPLIT = "split"
-
-
-def pick_device(device: str) -> str:
-    """The device that is meant: ``auto`` is CUDA, then MPS, then CPU; so is ``split``, of where inputs and results lie.
-
-    Raises ``ConfigError`` for a card that is not there.
-    """
-    if device not in ("auto", SPLIT):
-        kind, _, number = device.partition(":")
-        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-        if int(number or 0) >= there:
-            raise ConfigError(
-                f"device {device!r}: this machine has {there} of {kind}; --device auto takes what there is"
-            )
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def hardware(device: str) -> str:
-    """What a run on a device was computed by: the GPU's name, else the CPU's, with what decides how it takes sums."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    bfloat16 = "with" if cpu.has_bfloat16() else "without"
-    return (
-        f"{model or platform.machine()}, {torch.backends.cpu.get_cpu_capability()} {bfloat16} bfloat16 instructions, "
-        f"{torch.get_num_threads()} threads"
-    )
-
-
-def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
-    """The run's layer, else the registry's, else round(0.73 L); raises if it is not in 1..L-1."""
-    layer = wanted if wanted is not None else spec.layer
-    if layer is None:
-        layer = round(0.73 * n_layers)
-        print(f"{spec.name}: no layer given, using round(0.73 · {n_layers}) = {layer}")
-    if not 1 <= layer < n_layers:
-        raise ConfigError(
-            f"layer {layer} is out of range for {spec.name}: it has {n_layers} blocks, "
-            f"choose 1 to {n_layers - 1} (hidden_states[{n_layers}] is already normalised)"
-        )
-    return layer
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a folder says of a backbone before its weights load; ``special`` is (start, EOS ids, pad), ``hashes`` are of
-    the weights and of the model's settings."""
-
-    spec: BackboneSpec
-    folder: Path
-    layer: int
-    d: int
-    n_layers: int
-    tokenizer: PreTrainedTokenizerBase
-    special: tuple[int, tuple[int, ...], int]
-    padding_side: str
-    hashes: tuple[str, str]
-
-
-def describe(given: RunConfig) -> Description:
-    """The configured backbone's description, its files fetched.
-
-    Raises ``ConfigError`` (unknown name, layer out of range, no start token, a kind of model that is not supported)
-    or ``SourceError``.
-    """
-    spec = resolve(given.backbone)
-    if spec.unverified:
-        print(f"{spec.name} has not been run with this code: {spec.unverified}")
-    folder = fetch(spec)
-    config = read_model_config(spec, folder)
-    layer = pick_layer(given.layer, spec, config.num_hidden_layers)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    special = special_ids(spec, tokenizer, folder)
-    return Description(
-        spec,
-        folder,
-        layer,
-        config.hidden_size,
-        config.num_hidden_layers,
-        tokenizer,
-        special,
-        spec.padding_side or tokenizer.padding_side,
-        (weight_hash(folder), settings_hash(folder)),
-    )
-
-
-def load_backbone(given: RunConfig) -> Backbone:
-    """The configured backbone: fetched, loaded, frozen and checked.
-
-    Raises what :func:`describe` does before weights load, ``BackboneError`` if the model fails the checks of
-    :mod:`nla_utils.lm.loading`.
-    """
-    found = describe(given)
-    model = load_model(found.folder, given).eval().requires_grad_(False)
-    head_weight = model.get_output_embeddings().weight
-    head_weight = head_weight.to(cpu.product_dtype(head_weight))
-    backbone = Backbone(
-        found.spec,
-        model,
-        head_weight,
-        found.tokenizer,
-        found.layer,
-        *found.special,
-        found.padding_side,
-        found.hashes,
-        model.config._attn_implementation,
-    )
-    if model.device.type == "cpu":
-        # Before linear maps are widened: what is compared with is computed from the weights as they are.
-        choose_attention(backbone)
-        cpu.widen_linear_maps(model.base_model)
-    choose_head(backbone)
-    check_backbone(backbone)
-    return backbone
-
-
-def load_model(folder: Path, config: RunConfig) -> nn.Module:
-    """The weights on the run's device; ``split`` spreads the blocks over all cards, and over the CPU's memory after.
-
-    Raises ``BackboneError`` where not even embeddings and head find room on a card.
-    """
-    spread = {"device_map": "auto"} if config.device == SPLIT else {}
-    try:
-        whole = AutoConfig.from_pretrained(folder)
-        if (text := whole.get_text_config()) is not whole:
-            # The language model of a multimodal one, whose weights are called what they are called inside it.
-            spread |= {"config": text, "key_mapping": {r"^model\.language_model\.": "model."}}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **spread
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"{folder}: its weights were not read ({error}); fetch or convert them again") from None
-    # The library fills what a file lacks with random numbers.
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise SourceError(f"{folder}: its files lack {len(lacking)} weights of the model, {lacking[0]} among them")
-    if config.device != SPLIT:
-        return model.to(pick_device(config.device))
-    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    if any(table.device.type == "meta" for table in tables):
-        raise BackboneError(f"{folder}: its embeddings or its head find no room on the cards; they cannot be offloaded")
-    return model
-
-
-def special_ids(spec: BackboneSpec, tokenizer, folder: Path) -> tuple[int, tuple[int, ...], int]:
-    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token.
-
-    Any id ends a sequence that the registry, else the tokenizer or the folder's ``generation_config.json`` calls EOS.
-    """
-    start_id = spec.start_id
-    if start_id is None:
-        start_id = tokenizer.bos_token_id
-        if start_id is None:
-            raise ConfigError(
-                f"{spec.name}: its tokenizer has no BOS token and the registry names no start token; "
-                f"every target starts from one, so this backbone needs a registry entry with start_id"
-            )
-        print(f"{spec.name}: sequences start from the tokenizer's BOS, id {start_id}")
-    eos_ids = spec.eos_ids
-    if eos_ids is None:
-        eos_ids = tuple(dict.fromkeys([*_ids(tokenizer.eos_token_id), *_ids(_generation(folder).get("eos_token_id"))]))
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = eos_ids[0] if eos_ids else start_id
-    return start_id, eos_ids, pad_id
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _generation(folder: Path) -> dict:
-    path = folder / "generation_config.json"
-    return read_json(path) if path.exists() else {}

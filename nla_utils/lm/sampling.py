@@ -1,7 +1,6 @@
 """KV-cached sampler from input embeddings; returns ids and the log-probabilities it sampled from.
 
-Each row draws from a random stream of its own. So what a row says does not depend on the rows beside it, but for the
-rounding of products, which differs between shapes.
+Each row draws from its own random stream, so the rows beside it change nothing but the rounding of products.
 """
 
 from __future__ import annotations
@@ -83,8 +82,8 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-probability, (B,) and (B,); the likeliest one where ``greedy_B``.
 
-    ``uniform_B`` is each row's random number; at temperature 0 there may be none. Top-k comes before the softmax, so no
-    normaliser over the whole vocabulary is ever needed. Which of several equal logits is the k-th is the library's choice.
+    ``uniform_B`` is each row's random number, ``None`` at temperature 0. Top-k comes before the softmax, so there is no
+    sum over the whole vocabulary. Which of several equal logits is the k-th is the library's choice.
     """
     k = min(s.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
     top_Bk, index_Bk = logits_BV.topk(k)
@@ -110,23 +109,18 @@ def sample(
     mask_BP: Optional[Tensor] = None,
     greedy_B: Optional[Tensor] = None,
 ) -> Samples:
-    """Continue each row of input embeddings until its first EOS (kept) or ``max_new_tokens``.
+    """Continue each row of input embeddings, e.g. BOS or ``[proj(v), prefix]``, until its first EOS (kept) or
+    ``max_new_tokens``.
 
-    Args:
-        embeds_BPd: prompts in the backbone's dtype, e.g. the BOS embedding or ``[proj(v), prefix]``.
-        streams_B: key of each row's random stream (:func:`row_streams`); ``None`` at temperature 0.
-        mask_BP: 1 for real prompt positions, 0 for padding; ``None`` if all are real.
-        greedy_B: rows that always take the likeliest token, ``None`` for the settings' own way.
+    ``streams_B`` has the key of each row's random stream (:func:`row_streams`), ``None`` at temperature 0. ``mask_BP``
+    is 1 at real prompt positions, 0 at padding. Rows of ``greedy_B`` always take the likeliest token.
     """
     # Tokens are drawn where the logits are: only ids travel to the embeddings.
     device = backbone.head_weight.device
     n_rows, steps = len(embeds_BPd), settings.max_new_tokens
-    if streams_B is None:
-        uniform_BT = torch.zeros(n_rows, steps, device=device)
-    else:
-        uniform_BT = uniforms(streams_B, steps).to(device)
+    uniform_BT = torch.zeros(n_rows, steps) if streams_B is None else uniforms(streams_B, steps)
     greedy_B = torch.zeros(n_rows, dtype=torch.bool) if greedy_B is None else greedy_B
-    greedy_B = greedy_B.to(device)
+    uniform_BT, greedy_B = uniform_BT.to(device), greedy_B.to(device)
     ids_BT = torch.full((n_rows, steps), backbone.pad_id, device=device)
     logprobs_BT = torch.zeros(n_rows, steps, device=device)
     lengths_B = torch.zeros(n_rows, dtype=torch.int32, device=device)
@@ -153,20 +147,6 @@ def sample(
             rows_R, alive_R = rows_R[alive_R], alive_R[alive_R]
         hidden_Rd = decoder.step(input_ids=ids_BT[rows_R, t : t + 1].to(backbone.device))
     return Samples(ids_BT.int().cpu().numpy(), lengths_B.cpu().numpy(), logprobs_BT.cpu().numpy())
-
-
-def pad(rows: list[list[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (B, T), padded on ``side``; T is at least 1."""
-    width = max(1, max(len(r) for r in rows))
-    ids_BT = torch.full((len(rows), width), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for i, row in enumerate(rows):
-        if not row:
-            continue
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids_BT[i, at] = torch.tensor(row)
-        mask_BT[i, at] = 1
-    return ids_BT, mask_BT
 
 
 class _PreallocatedLayer(DynamicLayer):
