@@ -188,7 +188,10 @@ def test_files_that_an_earlier_run_did_not_ask_for_are_fetched_at_the_same_commi
 
 
 def test_what_is_still_to_be_fetched_is_known_before(hub, tmp_path):
-    program = "from nla_utils.lm.weights import bytes_to_fetch; print(bytes_to_fetch('org/model', ['*.json', '*.safetensors']))"
+    program = (
+        "from nla_utils.lm.weights import bytes_to_fetch\n"
+        "print(bytes_to_fetch('org/model', ['*.json', '*.safetensors']))"
+    )
     wanted = sum(len(data) for name, data in hub.files["org/model"].items() if name != "notes.md")
     assert int(in_a_process(hub, tmp_path, program).stdout) == wanted and not hub.served
     assert ask(hub, tmp_path, "org/model")[0] == 0

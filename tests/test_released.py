@@ -322,7 +322,7 @@ def test_a_run_takes_our_own_released_targets_and_says_what_it_does_not_know(sco
 
 
 def test_a_pack_of_20_gigabytes_is_read_in_less_than_two(tmp_path):
-    """30,000 samples of 65 positions, as holes of a sparse file: read like any other, but they take no room on the disk."""
+    """30,000 samples of 65 positions, as holes of a sparse file: read like any other, but without room on the disk."""
     path, n, d = tmp_path / "targets.pt", 30_000, 2600
     assert n > 4 * SAMPLES_PER_OPENING
     # Never touched, so never in memory; without their data, which is then a hole of the file.
@@ -353,8 +353,9 @@ def test_released_targets_come_from_a_dataset_of_the_hub(tmp_path):
     hub.files["org/targets"] = {"targets.pt": b"x" * 5000, "notes.md": b"n"}
     hub.endpoint = hub.start()
     program = (
-        "import json, sys; from nla_utils.lm.weights import fetch_targets; from nla_utils.lm.weights import REGISTRY\n"
-        "path = fetch_targets('hub:org/targets', REGISTRY['gemma2-2b']); print(json.dumps([path.name, path.parent.name]))"
+        "import json, sys; from nla_utils.lm.weights import REGISTRY, fetch_targets\n"
+        "path = fetch_targets('hub:org/targets', REGISTRY['gemma2-2b'])\n"
+        "print(json.dumps([path.name, path.parent.name]))"
     )
     done = in_a_process(hub, tmp_path, program)
     hub.server.shutdown()

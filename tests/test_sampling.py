@@ -1,4 +1,4 @@
-"""The sampler against the library's generate and against the distribution it should draw from; rows and their streams."""
+"""The sampler against the library's generate and the distribution it should draw from; rows and their streams."""
 
 import dataclasses
 
