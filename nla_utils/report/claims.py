@@ -241,20 +241,20 @@ def variance_explained(results: RunResults, row: Row) -> float:
 
     All three inner products that it takes are in the results: of h with v, of v with the pool, and within the pool.
     """
-    with_v, with_pool = (2 * results.of(r)[r.raw] - 1 for r in (row, rows.FLOOR))
+    with_v, with_pool = (2 * results.value(r, "raw") - 1 for r in (row, rows.FLOOR))
     within_pool = results.targets["unrelated_cosine_raw_mean"]
     return 1 - (2 - 2 * with_v) / (1 - 2 * with_pool + within_pool)
 
 
 def three_scales(results: RunResults, row: Row) -> str:
     """A row as centred ½(1 + cos), as plain centred cosine, and as variance explained."""
-    score = results.of(row)[row.cen]
+    score = results.value(row)
     return f"{score:.3f} · {2 * score - 1:.3f} · {variance_explained(results, row):.2f}"
 
 
 def _pair(a: Row, b: Row, kind: str) -> Callable[[RunResults], str]:
     """Two figures of one column, shown without a verdict: results have no interval of their difference."""
-    return lambda r: f"{VALUE_ONLY}: {' against '.join(number(r.of(row)[row.at(kind)]) for row in (a, b))}"
+    return lambda r: f"{VALUE_ONLY}: {' against '.join(number(r.value(row, kind)) for row in (a, b))}"
 
 
 def gamed(results: RunResults) -> str:

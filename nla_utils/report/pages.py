@@ -301,7 +301,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         return listed(found[:1] if len(set(found)) == 1 else found)
 
     def of(row: rows.Row, protocol: str = "corrected", kind: str = "cen") -> str:
-        return each(lambda r: number(r.of(row, protocol)[row.at(kind)]))
+        return each(lambda r: number(r.value(row, kind, protocol)))
 
     def gained(row: rows.Row) -> str:
         return each(lambda r: signed(r.of(row), row.cen), [r for r in about if row.cen in r.of(row)])

@@ -121,6 +121,10 @@ class RunResults:
             return self.source_loss or {"ci95": {}}
         return self.column(row.file, protocol)
 
+    def value(self, row: rows.Row, kind: str = "cen", protocol: str = "corrected") -> Optional[float]:
+        """A row's value, ``raw`` or ``cen``; ``None`` where it was not measured."""
+        return self.of(row, protocol).get(row.at(kind))
+
     def optional(self, name: str) -> Optional[dict]:
         """A results file that not every run has; ``None`` without it."""
         path = self.folder / f"{name}.json"

@@ -220,8 +220,7 @@ def backbones_table(everything: Sequence[RunResults]) -> pd.DataFrame:
         }
     for r in everything:
         table[f"{r.title}, as published"] = {"layer / blocks": f"{r.layer} / {r.targets['num_layers']}"} | {
-            with_kind(row, kind): _plain(r.column(row.file, "published").get(row.at(kind)))
-            for row, kind in SIDE_BY_SIDE
+            with_kind(row, kind): _plain(r.value(row, kind, "published")) for row, kind in SIDE_BY_SIDE
         }
     return pd.DataFrame(table)
 
@@ -324,10 +323,6 @@ def share_along_mu(results: RunResults) -> str:
     return number(results.targets["mean_square_share_along_mu"])
 
 
-def _corrected(results: RunResults, row: Row, kind: str = "cen") -> float:
-    return results.column(row.file, "corrected")[row.at(kind)]
-
-
 def _validation(results: RunResults) -> Optional[float]:
     """Ours is ½(1 + cos); what the authors wrote into their checkpoints is a plain cosine already."""
     value = results.training["best_val_fve_nrm"]
@@ -355,15 +350,10 @@ FACTS: tuple[tuple[str, str, Optional[int], Callable[[RunResults], Optional[floa
         lambda r: r.column(rows.CEILING_FILE, "published")["mu_norm"],
     ),
     ("share of the mean square along μ", "", 3, lambda r: r.targets["mean_square_share_along_mu"]),
-    (
-        "raw floor of the evaluation",
-        "centred_eval.random_floor.raw",
-        3,
-        lambda r: _corrected(r, rows.POOL_FLOOR, "raw"),
-    ),
-    ("paraphrase − floor, raw", "ceilings.gap_raw", 3, lambda r: _corrected(r, rows.GAP, "raw")),
-    ("paraphrase − floor, centred", "ceilings.gap_cen", 3, lambda r: _corrected(r, rows.GAP)),
-    ("slope per doubling of K", "k_curve.stated_slope_per_doubling_cen", 3, lambda r: _corrected(r, rows.SLOPE)),
+    ("raw floor of the evaluation", "centred_eval.random_floor.raw", 3, lambda r: r.value(rows.POOL_FLOOR, "raw")),
+    ("paraphrase − floor, raw", "ceilings.gap_raw", 3, lambda r: r.value(rows.GAP, "raw")),
+    ("paraphrase − floor, centred", "ceilings.gap_cen", 3, lambda r: r.value(rows.GAP)),
+    ("slope per doubling of K", "k_curve.stated_slope_per_doubling_cen", 3, lambda r: r.value(rows.SLOPE)),
 )
 
 
@@ -424,7 +414,7 @@ def moves(r: RunResults) -> dict[str, str]:
     """By slip, what it moves in a run, as text; an arrow leads from the published value to the one with this slip
     corrected."""
     targets, training, ablation = r.targets, r.training, r.data[rows.EVALUATION_FILE]["ablation"]
-    published, corrected = (r.column(rows.EVALUATION_FILE, p) for p in PROTOCOLS)
+    corrected = r.column(rows.EVALUATION_FILE, "corrected")
     alone, in_order = ablation["alone"], ablation["in_order"]
     curves = r.column(rows.RERANK_FILE, "corrected")
     first, exact = (curves[f"kcurve_{way}_cen"] for way in ("first", "exact"))
@@ -446,10 +436,10 @@ def moves(r: RunResults) -> dict[str, str]:
         return arrow(in_order[before][key], in_order[slip][key])
 
     def pair(row: Row) -> str:
-        return arrow(*(r.column(row.file, p)[row.cen] for p in PROTOCOLS))
+        return arrow(*(r.value(row, protocol=p) for p in PROTOCOLS))
 
     def value(row: Row) -> str:
-        return number(_corrected(r, row))
+        return number(r.value(row))
 
     return {
         "bos": f"replay {step('bos', 'replay')}, greedy {step('bos', 'greedy')}",
@@ -465,9 +455,7 @@ def moves(r: RunResults) -> dict[str, str]:
         "k_mismatch": f"ρ of best-of-K {step('k_mismatch', 'rho_bestofK')}",
         "floor_kind": f"at {r.size}: others' greedy {value(rows.OTHERS_GREEDY)}, random floor {value(rows.POOL_FLOOR)}",
         # The nearest stored vector's score: raw as published, centred alone.
-        "uncentred_anchor": arrow(
-            r.column(rows.RERANK_FILE, "published")[rows.ANCHOR.key], published[rows.RETRIEVAL.cen]
-        ),
+        "uncentred_anchor": arrow(*(r.value(row, protocol="published") for row in (rows.ANCHOR, rows.RETRIEVAL))),
         "logp_embeds": f"all slips corrected, other targets: mean token log-probability {pair(rows.MEAN_LOGP)}, "
         f"Spearman {pair(rows.SPEARMAN)}",
         "top_k": "kept in both protocols: it defines the distribution of targets and rollouts",
