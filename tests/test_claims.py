@@ -1,4 +1,4 @@
-"""Verdicts: the rule by hand, that every claim finds its quantity, and that no page prints a verdict the rule does not give."""
+"""Verdicts: the rule by hand, that every claim finds its quantity, that no page prints a verdict against the rule."""
 
 import math
 import re

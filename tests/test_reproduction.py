@@ -1,4 +1,4 @@
-"""A run compared with the committed one: the verdict, what it is judged by, and that a run leaves the checkout clean."""
+"""A run compared with the committed one: the verdict, what it is judged by, that a run leaves the checkout clean."""
 
 import os
 import shutil
