@@ -19,7 +19,7 @@ from nla_extensions.tail_reader.reader import fit_reader
 from nla_extensions.tail_reader.rollouts import GUIDED_BATCH, av_forward_tokens, guided_search, read_rollouts
 from nla_utils import rows
 from nla_utils.config import BATCH_SIZE
-from nla_utils.encoding import re_encode
+from nla_utils.encoding import Texts, re_encode
 from nla_utils.errors import ConfigError
 from nla_utils.evidence import of_losses
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
@@ -35,7 +35,6 @@ from nla_utils.verbalizer import (
     N_OTHERS,
     ActivationVerbalizer,
     Split,
-    TextPairs,
     make_split,
     published_pairs,
     source_loss,
@@ -150,29 +149,29 @@ def _variant_record(variant: Variant, pairs: int, loss: Sequence[float], column:
     return {**asdict(variant), **trained, **column.to_json()}
 
 
-def held_out_pairs(run: Run, targets: Targets) -> TextPairs:
+def held_out_pairs(run: Run, targets: Targets) -> Texts:
     """The held-out targets with their own texts; raises ``ConfigError`` where they are too few to be compared."""
     longest = run.sizes.max_new_tokens
-    pairs = published_pairs(run.backbone, targets, targets.held_out, longest)
+    pairs, _ = published_pairs(run.backbone, targets, targets.held_out, longest)
     if len(pairs.rows) < 2:
         few = f"{len(pairs.rows)} of {run.sizes.n_eval} held-out texts have at most {longest} tokens"
         raise ConfigError(f"{few}, two are needed; raise n_eval")
     return pairs
 
 
-def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: TextPairs) -> Column:
+def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: Texts) -> Column:
     """Nats of the pairs' texts by what stands in the slot; scores of the greedy texts against own and other targets."""
     column = score(of_losses(source_loss(run.backbone, av, targets, pairs, N_OTHERS)), CORRECTED, rows.OF_LOSSES)
     v_Md, m = targets.v[pairs.rows], len(pairs.rows)
     # As long as the texts can be: short sources are not to be compared with long texts.
-    longest = max(map(len, pairs.ids))
+    longest = pairs.lengths.max()
     greedy = [ids[:longest] for ids in greedy_rollouts(run.backbone, av, v_Md)]
-    scores_MM = fve_matrix(v_Md, re_encode(run.backbone, greedy, CORRECTED.on_ids), targets.mu)
+    scores_MM = fve_matrix(v_Md, re_encode(run.backbone, greedy, CORRECTED), targets.mu)
     own_M = scores_MM.diagonal()
     column.add(rows.GREEDY.cen, own_M)
     column.add(rows.OTHERS_GREEDY.cen, (scores_MM.sum(axis=1) - own_M) / (m - 1))
     column.difference(rows.GREEDY.cen, rows.OTHERS_GREEDY.cen)
-    same = [ids[: len(text)] == text for ids, text in zip(greedy, pairs.ids)]
+    same = [ids[: len(text)] == text for ids, text in zip(greedy, pairs.sequences)]
     column.add("greedy_is_source", np.array(same, dtype=float))
     return column
 
@@ -194,7 +193,7 @@ GAINS = (rows.GREEDY_MINUS_OTHERS.cen, rows.NATS_GAINED[0].key)
 class Teachers:
     """Texts to train on, and their mean centred score, ``None`` for the sources themselves."""
 
-    pairs: TextPairs
+    pairs: Texts
     score: Optional[float] = None
 
 
@@ -215,7 +214,7 @@ def iterate(run: Run, targets: Targets, n: int, k: int, rounds: int) -> list[dic
     control = measure(run, targets, train_on(run, targets, start, again, validation), full)
     records.append(_av_record("control: the sources again", control, own, again))
     teachers = guided_texts(run, targets, sources.rows, k)
-    length = len(teachers.pairs.ids[0])
+    length = int(teachers.pairs.lengths[0, 0])
     ends = tail_pairs(targets, targets.held_out, length)
     own = measure(run, targets, start, ends)
     taught = measure(run, targets, train_on(run, targets, start, teachers, validation), ends)
@@ -275,20 +274,21 @@ def _teachers(
     chunks = ChunkStore(run.folder.file(f"iteration/{json_hash(plan)[:16]}.chunks"), plan)
     found = chunks.fill(len(chosen), per_chunk, make, label, "target")
     ids = [row[:length].tolist() for row, length in zip(found["ids"], found["lengths"])]
-    return Teachers(TextPairs(list(chosen), ids, 0, 0), float(found["score"].mean()))
+    return Teachers(Texts.of("source", chosen, ids), float(found["score"].mean()))
 
 
 def train_on(
-    run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers, validation: TextPairs
+    run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers, validation: Texts
 ) -> ActivationVerbalizer:
     """The AV after some epochs on the teachers' texts, from where it stands; it is left as it was.
 
     ``validation``: sources, whatever is trained on, so that the curves are comparable.
     """
     pairs = teachers.pairs
-    together = TextPairs(pairs.rows + validation.rows, pairs.ids + validation.ids, 0, 0)
+    both = np.concatenate([pairs.rows, validation.rows])
+    together = Texts.of("source", both, pairs.sequences + validation.sequences)
     own = Split(together, np.arange(len(pairs.rows)), np.arange(len(pairs.rows), len(together.rows)))
-    apart = run.inside(f"iteration/{json_hash({'texts': pairs.ids, 'from': _hash(av)})[:16]}")
+    apart = run.inside(f"iteration/{json_hash({'texts': pairs.sequences, 'from': _hash(av)})[:16]}")
     recipe = Recipe(steps=EPOCHS * math.ceil(len(pairs.rows) / BATCH_SIZE), learning_rate=RATE)
     trainer = Trainer(apart, targets, recipe, own, av)
     trainer.train()

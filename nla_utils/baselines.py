@@ -21,7 +21,7 @@ from nla_utils.config import (
     VALIDATION_SHARE,
     RunConfig,
 )
-from nla_utils.encoding import TEXT_BATCH, TEXTS_FORMAT, Texts, load_texts, nats_per_token, read, save_texts
+from nla_utils.encoding import PUBLISHED_BATCH, TEXTS_FORMAT, Texts, nats_per_token, read, save_texts, texts_of
 from nla_utils.lm.backbone import Backbone, pad
 from nla_utils.lm.sampling import Samples, SamplingSettings, row_streams, sample
 from nla_utils.protocol import PROTOCOLS, PUBLISHED, READINGS, Protocol
@@ -36,7 +36,7 @@ SPECS[CEILINGS] = lambda config: {
     **TEXTS_FORMAT,
     "n_eval": config.sizes.n_eval,
     "pool": [config.sizes.pool_size, POOL_TEXTS],
-    "text_batch": TEXT_BATCH,
+    "text_batch": PUBLISHED_BATCH,
     "paraphrases": N_PARAPHRASES,
     "paraphrase_sampling": _paraphrase_settings(config).record(),
     "prompt": PROMPT,
@@ -46,11 +46,11 @@ SPECS[CEILINGS] = lambda config: {
 
 
 def make_ceilings(run: Run, targets: Targets) -> dict[str, Texts]:
-    """All that notebook 03 scores, or what is on disk: texts by :meth:`~nla_utils.protocol.Protocol.texts`, each as every
-    protocol of :data:`~nla_utils.protocol.READINGS` reads it, and the ``pool``'s.
+    """All that notebook 03 scores, or what is on disk: texts by :meth:`~nla_utils.protocol.Protocol.texts`, each as
+    every protocol of :data:`~nla_utils.protocol.READINGS` reads it, and the ``pool``'s.
 
-    The null's texts behind BOS are not among them: there a target's text reads as its own v. ``logp`` ``alone`` of the
-    pool's first 256 is the mean log-probability a token behind the start token, no v in sight.
+    Of the pool there is no reading behind BOS: there a target's text reads as its own v. Its ``logp`` is ``alone``, of
+    the first 256: behind the start token, no v in sight.
     """
     if run.folder.has(CEILINGS):
         return load_ceilings(run)
@@ -70,8 +70,8 @@ def make_ceilings(run: Run, targets: Targets) -> dict[str, Texts]:
 
 
 def load_ceilings(run: Run) -> dict[str, Texts]:
-    """Ceilings made by notebook 03; raises as :func:`~nla_utils.encoding.load_texts` does."""
-    return load_texts(run.folder, CEILINGS)
+    """Ceilings made by notebook 03; raises ``ArtefactError`` if they are missing, of another run or broken."""
+    return texts_of(run.folder.load(CEILINGS))
 
 
 def sources(targets: Targets, rows: np.ndarray, kind: str = "source") -> Texts:
@@ -138,7 +138,7 @@ def continue_prompts(
 
 
 def prompt_ids(backbone: Backbone, text: str, protocol: Protocol) -> list[int]:
-    """The prompt as the tokenizer encodes it by default; behind the start token where ``left_prompts``."""
+    """The prompt as the tokenizer encodes it by default (slip ``pad_generate``); else behind the start token."""
     ids = backbone.tokenizer(PROMPT.format(text=text)).input_ids
     if "pad_generate" not in protocol.slips and ids[0] != backbone.start_id:
         ids = [backbone.start_id, *ids]
@@ -179,8 +179,8 @@ def make_probe(run: Run, targets: Targets) -> Texts:
 
 
 def load_probe(run: Run) -> Texts:
-    """The probe's texts that notebook 04 has made; raises as :func:`~nla_utils.encoding.load_texts` does."""
-    return load_texts(run.folder, PROBE)["probe"]
+    """The probe's texts; raises ``ArtefactError`` if notebook 04 has not made them."""
+    return texts_of(run.folder.load(PROBE))["probe"]
 
 
 def fit_split(run: Run, targets: Targets) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from nla_utils.lm.backbone import Backbone, check_finite, pad
 from nla_utils.protocol import DECODED, ID_SLIPS, READING_SLIPS, Protocol
 from nla_utils.store import Artefact, ChunkStore, RunFolder
 
-TEXT_BATCH = 16
+# Texts that the authors pad together, in their order.
+PUBLISHED_BATCH = 16
 # Of the arrays that texts are kept as; part of the spec of what holds them.
 TEXTS_FORMAT = {"texts_format": 1}
 # Texts whose own likelihood is taken together.
@@ -29,8 +30,8 @@ class Texts:
 
     ``kind`` is what they are: ``source``, ``paraphrase``, ``tail`` (the source's last tokens), ``rollout`` (text 0 is
     greedy), ``probe`` or ``pool``. ``rows`` (M,) are the targets'; ``ids`` (M, n, T) int32, right-padded; ``lengths``
-    (M, n), 0 of a text that is not known. ``logp``: mean token log-probabilities (M, n) by how they are taken, NaN where
-    they are not. ``h``: activations (M, n, d) float32 by reading, see :func:`read`.
+    (M, n), 0 of a text that is not known. ``logp``: mean token log-probabilities (M, n) by how they are taken, NaN
+    where they are not. ``h``: activations (M, n, d) float32 by reading, see :func:`read`.
     """
 
     kind: str
@@ -47,8 +48,9 @@ class Texts:
         ids = np.zeros((len(sequences), lengths.max(initial=1)), dtype=np.int32)
         for row, sequence in zip(ids, sequences):
             row[: len(sequence)] = sequence
-        shape = len(rows), len(sequences) // len(rows)
-        return cls(kind, np.asarray(rows), ids.reshape(*shape, -1), lengths.reshape(shape))
+        shape = len(rows), len(sequences) // max(1, len(rows))
+        rows = np.asarray(rows, dtype=np.int64)
+        return cls(kind, rows, ids.reshape(*shape, ids.shape[1]), lengths.reshape(shape))
 
     @classmethod
     def of_arrays(cls, kind: str, arrays: Mapping[str, np.ndarray]) -> "Texts":
@@ -66,10 +68,13 @@ class Texts:
         own |= {f"logp/{name}": x for name, x in self.logp.items()}
         return own | {f"h/{reading}": x for reading, x in self.h.items()}
 
-    def at(self, rows: Sequence[int]) -> "Texts":
-        """The texts of some of the targets, in the order asked for."""
-        chosen = [int(np.flatnonzero(self.rows == row)[0]) for row in rows]
+    def take(self, chosen: np.ndarray) -> "Texts":
+        """The texts of some of the M targets, by index, in the order asked for."""
         return Texts.of_arrays(self.kind, {name: x[chosen] for name, x in self.arrays.items()})
+
+    def at(self, rows: Sequence[int]) -> "Texts":
+        """The texts of some of the targets, by row, in the order asked for."""
+        return self.take(np.array([np.flatnonzero(self.rows == row)[0] for row in rows]))
 
     def sequence(self, m: int, j: int = 0) -> list[int]:
         return self.ids[m, j, : self.lengths[m, j]].tolist()
@@ -123,7 +128,7 @@ def save_texts(folder: RunFolder, artefact: str, texts: Mapping[str, Texts], **a
 
 
 def texts_of(artefact: Artefact) -> dict[str, Texts]:
-    """The texts of an artefact by name."""
+    """The texts of an artefact by name; its other arrays are left alone."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, array in artefact.tensors.items():
         text, separator, key = name.partition("/")
@@ -132,17 +137,12 @@ def texts_of(artefact: Artefact) -> dict[str, Texts]:
     return {name: Texts.of_arrays(name.partition(".")[0], arrays) for name, arrays in found.items()}
 
 
-def load_texts(folder: RunFolder, artefact: str) -> dict[str, Texts]:
-    """Texts that a notebook has kept; raises ``ArtefactError`` if they are missing, of another run or broken."""
-    return texts_of(folder.load(artefact))
-
-
 def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: Protocol) -> np.ndarray:
     """Activations h (N, d) float32 of N sampled id sequences, start token aside, as the protocol re-encodes them.
 
-    ``eos_kept``: the ids themselves; else their decoded text, tokenized again, which has lost its special tokens.
-    ``bos``: behind the start token. ``last_index``: read at the last token, or where the authors look for it.
-    A sequence of no ids is a text that is not known (of a released target): its activation is NaN.
+    Slip ``eos_text``: not the ids, but their decoded text, tokenized again, which has lost its special tokens. ``bos``:
+    without the start token. ``left_pad``: not read at the last token, but where the authors look for it. A sequence of
+    no ids is a text that is not known (of a released target): its activation is NaN.
     """
     known = [i for i, s in enumerate(sequences) if len(s)]
     if len(known) < len(sequences):
@@ -164,18 +164,16 @@ def re_encode(backbone: Backbone, sequences: Sequence[Sequence[int]], protocol: 
 def encode_padded(backbone: Backbone, rows: list[list[int]]) -> np.ndarray:
     """h (N, d) float32 of token ids, read at index count − 1 (slip ``left_pad``).
 
-    Padded on the tokenizer's own side, in batches of 16; on a left-padded row index count − 1 is not the
-    last token. A row of no tokens is read at index −1.
+    Padded on the tokenizer's own side, in batches of 16; on a left-padded row index count − 1 is not the last token. A
+    row of no tokens is read at index −1.
     """
     h_Nd = np.empty((len(rows), backbone.d), dtype=np.float32)
-    for first in range(0, len(rows), TEXT_BATCH):
-        batch = rows[first : first + TEXT_BATCH]
-        ids_BT, mask_BT = pad(batch, backbone.pad_id, backbone.padding_side)
-        h_BTd = backbone.hidden_at_layer(
-            input_ids=ids_BT.to(backbone.device), attention_mask=mask_BT.to(backbone.device)
-        )
-        index_B = mask_BT.sum(dim=1) - 1
-        h_Nd[first : first + len(batch)] = h_BTd[torch.arange(len(batch)), index_B].float().cpu().numpy()
+    for first in range(0, len(rows), PUBLISHED_BATCH):
+        batch = slice(first, min(first + PUBLISHED_BATCH, len(rows)))
+        ids_BT, mask_BT = (x.to(backbone.device) for x in pad(rows[batch], backbone.pad_id, backbone.padding_side))
+        h_BTd = backbone.hidden_at_layer(input_ids=ids_BT, attention_mask=mask_BT)
+        h_Bd = h_BTd[torch.arange(len(h_BTd), device=backbone.device), mask_BT.sum(dim=1) - 1]
+        h_Nd[batch] = h_Bd.float().cpu().numpy()
     check_finite(h_Nd, "texts encoded as the authors do")
     return h_Nd
 
@@ -189,14 +187,9 @@ def nats_per_token(backbone: Backbone, texts: Sequence[Sequence[int]]) -> np.nda
     order = sorted((i for i in range(len(texts)) if len(texts[i])), key=lambda i: len(texts[i]))
     for first in range(0, len(order), LIKELIHOOD_BATCH):
         batch = order[first : first + LIKELIHOOD_BATCH]
-        ids_BT, valid_BT = (
-            x.to(backbone.device) for x in pad([list(texts[i]) for i in batch], backbone.pad_id, "right")
-        )
-        valid_BT = valid_BT.bool()
-        logp_BT = text_logprobs(
-            backbone, start_11d.expand(len(batch), -1, -1), ids_BT, backbone.embed(ids_BT), valid_BT
-        )
-        nats_N[batch] = (-logp_BT.sum(dim=1) / valid_BT.sum(dim=1)).cpu().numpy()
+        prefix_B1d = start_11d.expand(len(batch), -1, -1)
+        logp_BT = text_logprobs(backbone, prefix_B1d, [list(texts[i]) for i in batch])
+        nats_N[batch] = -logp_BT.nanmean(dim=1).cpu().numpy()
     return nats_N
 
 
@@ -208,9 +201,14 @@ def text_hidden(backbone: Backbone, prefix_BPd: Tensor, text_BTd: Tensor) -> Ten
 
 
 @torch.inference_mode()
-def text_logprobs(backbone: Backbone, prefix_BPd: Tensor, ids_BT: Tensor, text_BTd: Tensor, valid_BT: Tensor) -> Tensor:
-    """log p of each valid token of texts behind a prefix (B, T), 0 elsewhere; ``text_BTd`` are their embeddings."""
-    hidden_nd = text_hidden(backbone, prefix_BPd, text_BTd)[valid_BT]
-    logp_BT = torch.zeros(ids_BT.shape, device=backbone.device)
+def text_logprobs(
+    backbone: Backbone, prefix_BPd: Tensor, texts: list[list[int]], embed: Optional[Callable[[Tensor], Tensor]] = None
+) -> Tensor:
+    """log p of each token of texts behind a prefix (B, T), NaN after the end; ``embed`` gives embeddings of ids, else
+    the backbone does."""
+    ids_BT, valid_BT = (x.to(backbone.device) for x in pad(texts, backbone.pad_id, "right"))
+    valid_BT = valid_BT.bool()
+    hidden_nd = text_hidden(backbone, prefix_BPd, (embed or backbone.embed)(ids_BT))[valid_BT]
+    logp_BT = torch.full(ids_BT.shape, torch.nan, device=backbone.device)
     logp_BT[valid_BT] = backbone.logprobs(hidden_nd, ids_BT[valid_BT])
     return logp_BT

@@ -211,7 +211,7 @@ def is_kept(folder: RunFolder, results: str, made_from: Mapping[str, str]) -> bo
 
 # Directions of the pool that coordinates are kept on, other targets that a rollout is scored against, and blocks of the
 # pool that the null is taken without.
-N_DIRECTIONS, N_OTHERS, N_BLOCKS = 4, 8, 10
+N_DIRECTIONS, OTHERS_KEPT, N_BLOCKS = 4, 8, 10
 # Columns of log-probabilities, after how they are taken.
 LOGP = {"sampled": "logp", "published": "logp_published"}
 # Rollouts and the probe's texts are never centred by the targets' own mean.
@@ -252,19 +252,16 @@ class Scorer:
 
     def against(self, h_Pd: np.ndarray) -> np.ndarray:
         """Score of each of P texts for each target (M, P)."""
-        return self.against_pool if h_Pd is self.pool else fve_matrix(self.v, h_Pd, self.mu)
+        return fve_matrix(self.v, h_Pd, self.mu)
 
     def others(self, h_MKd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rollouts of every other target against this one: mean greedy (M,) and mean best-of-K (M,).
 
         Column 0 of ``h_MKd`` is greedy, the others are sampled.
         """
-        m = len(self.v)
         scores_MMK = np.stack([fve_matrix(self.v, h_Kd, self.mu) for h_Kd in h_MKd], axis=1)
-        other = ~np.eye(m, dtype=bool)
-        greedy = scores_MMK[:, :, 0][other].reshape(m, m - 1).mean(axis=1)
-        best = scores_MMK[:, :, 1:].max(axis=2)[other].reshape(m, m - 1).mean(axis=1)
-        return greedy, best
+        greedy_MM, best_MM = scores_MMK[:, :, 0], scores_MMK[:, :, 1:].max(axis=2)
+        return metrics.off_diagonal(greedy_MM).mean(axis=1), metrics.off_diagonal(best_MM).mean(axis=1)
 
     def others_curve(self, h_MKd: np.ndarray, ks: Sequence[int]) -> np.ndarray:
         """Exact K-curve of the K sampled rollouts of another target, mean over the others (M, len(ks))."""
@@ -284,7 +281,7 @@ class Part:
     """
 
     def __init__(self, targets: Targets, protocol: Protocol, null_Pd: np.ndarray):
-        self.targets, self.own, self.name, self.rows = targets, protocol, part_of(protocol), targets.eval_rows(protocol)
+        self.protocol, self.name, self.rows = protocol, part_of(protocol), targets.eval_rows(protocol)
         self.v, self.pool, self.mu = targets.v[self.rows], targets.v[targets.pool], targets.mu
         self.own_mu = self.v.mean(axis=0)
         centres = {"raw": None, "cen": self.mu, "own": self.own_mu}
@@ -298,21 +295,21 @@ class Part:
         gap = h.astype(np.float64) - self.mu
         return {"norm": np.linalg.norm(gap, axis=-1), "pc": gap @ self.directions_4d.T}
 
-    def texts(self, texts: Texts, protocol: Protocol, once: bool, **more) -> pa.Table:
-        """Rows of texts as a protocol reads them. Where they lie, and their rank among the null's texts, is kept with the
-        protocol that evaluates the part; what does not depend on the reading is kept ``once``."""
-        h_Mnd = texts.read_as(protocol)
+    def texts(self, texts: Texts, how: Protocol, once: bool, **more) -> pa.Table:
+        """Rows of texts as a protocol reads them. Where they lie, and their rank among the null's texts, is kept with
+        the protocol that evaluates the part; what does not depend on the reading is kept ``once``."""
+        h_Mnd = texts.read_as(how)
         columns = {centring: self.scorers[centring].own(h_Mnd) for centring in CENTRINGS_OF[texts.kind]}
-        if protocol.reading == self.own.reading:
+        if how.reading == self.protocol.reading:
             pairs = zip(self.null_MP, columns["cen"])
             rank = np.stack([len(null) - np.searchsorted(null, own, "left") for null, own in pairs])
             # NaN sorts last: a null that is not known has it at its end.
             unknown = np.isnan(columns["cen"]) | np.isnan(self.null_MP[:, -1:])
             columns |= {"rank": np.where(unknown, np.nan, rank), **self.place(h_Mnd)}
         if once:
-            columns |= {"ids": texts.sequences} | {LOGP[how]: logp_Mn for how, logp_Mn in texts.logp.items()}
+            columns |= {"ids": texts.sequences} | {LOGP[kind]: logp_Mn for kind, logp_Mn in texts.logp.items()}
         columns |= {"tokens": texts.lengths, **more}
-        return block(texts.kind, self.name, protocol.reading, self.rows, texts.draws, **columns)
+        return block(texts.kind, self.name, how.reading, self.rows, texts.draws, **columns)
 
     def target(self, reading: str, null_Pd: np.ndarray, ks: Sequence[int]) -> pa.Table:
         """A row a target: where it lies, its neighbours and floors, and the null's curve."""
@@ -326,7 +323,7 @@ class Part:
                 f"pair_floor_{centring}": others.mean(axis=1),
                 f"null_{centring}": metrics.exact_k_curve(scorer.against(null_Pd), ks),
             }
-        if reading == self.own.name:
+        if reading == self.protocol.name:
             columns["null_left_out"] = metrics.curves_without_blocks(self.scorers["cen"].against(null_Pd), ks, N_BLOCKS)
         return block("target", self.name, reading, self.rows, **{k: np.asarray(x)[:, None] for k, x in columns.items()})
 
@@ -342,13 +339,13 @@ class Part:
         return block("others", self.name, reading, self.rows, **{k: x[:, None] for k, x in columns.items()})
 
     def pool_texts(self, pool: Texts) -> pa.Table:
-        """Rows of the pool's first texts, each scored against every target of the part; in sample, of the first 512, which
-        the published floor is made of."""
-        h_Pd = self.pool if "bos" not in self.own.slips else pool.read_as(self.own)[:, 0]
+        """Rows of the pool's first texts, each scored against every target of the part; in sample, of the first 512,
+        which the published floor is made of."""
+        h_Pd = self.pool if "bos" not in self.protocol.slips else pool.read_as(self.protocol)[:, 0]
         n = kept = min(POOL_TEXTS, len(h_Pd))
         scores, place = self.scorers["cen"].against(h_Pd[:n]).T, self.place(h_Pd[:n])
         floors = {}
-        if self.own == PUBLISHED:
+        if self.protocol == PUBLISHED:
             kept = min(FLOOR_ROWS, len(h_Pd))
             for kind in ("raw", "cen"):
                 others = metrics.off_diagonal(fve_matrix(self.pool[:kept], self.pool[:kept], self.scorers[kind].mu))
@@ -362,7 +359,7 @@ class Part:
         }
         columns = {name: x + [None] * (kept - n) for name, x in columns.items()}
         return block(
-            "pool", self.name, self.own.name, pool.rows[:kept], tokens=pool.lengths[:kept], **columns, **floors
+            "pool", self.name, self.protocol.name, pool.rows[:kept], tokens=pool.lengths[:kept], **columns, **floors
         )
 
 
@@ -380,8 +377,8 @@ def null_texts(targets: Targets, ceilings: Mapping[str, Texts], protocol: Protoc
 def of_ceilings(targets: Targets, ceilings: Mapping[str, Texts], k: int) -> Evidence:
     """What notebook 03 scores: targets, sources, paraphrases, last tokens and the pool's texts.
 
-    ``k``: draws that best-of-K is taken of, for which the null is wanted. Of texts and readings that the ceilings do not
-    hold, nothing is made.
+    ``k``: draws that best-of-K is taken of, for which the null is wanted. Of texts and readings that the ceilings do
+    not hold, nothing is made.
     """
     held = [p for p in PROTOCOLS if p.texts("source") in ceilings]
     null = {p.name: null_texts(targets, ceilings, p) for p in held}
@@ -395,21 +392,19 @@ def of_ceilings(targets: Targets, ceilings: Mapping[str, Texts], k: int) -> Evid
         "null_k": null_k,
     }
     tables = []
-    for own in parts.values():
-        name = own.own.name
-        tables += [part.target(name, null[name], null_k[name]) for part in parts.values()]
-        tables.append(own.texts(ceilings[own.own.texts("tail")], own.own, once=True))
+    for part in parts.values():
+        own = part.protocol
+        tables += [other.target(own.name, null[own.name], null_k[own.name]) for other in parts.values()]
+        tables.append(part.texts(ceilings[own.texts("tail")], own, once=True))
         if "pool" in ceilings:
-            tables.append(own.pool_texts(ceilings["pool"]))
+            tables.append(part.pool_texts(ceilings["pool"]))
     for kind in ("source", "paraphrase"):
-        first: dict[str, str] = {}
-        for reading, protocol in READINGS[kind].items():
-            first.setdefault(protocol.texts(kind), reading)
+        first = {p.texts(kind): reading for reading, p in reversed(READINGS[kind].items())}
         for reading, protocol in sorted(READINGS[kind].items()):
-            texts = ceilings.get(protocol.texts(kind))
-            if texts is not None and texts.reading(protocol) in texts.h:
-                once = reading == first[protocol.texts(kind)]
-                tables.append(parts[part_of(protocol)].texts(texts, protocol, once))
+            name = protocol.texts(kind)
+            if name in ceilings and ceilings[name].reading(protocol) in ceilings[name].h:
+                part = parts[part_of(protocol)]
+                tables.append(part.texts(ceilings[name], protocol, once=reading == first[name]))
     return Evidence(pa.concat_tables(tables), facts)
 
 
@@ -450,6 +445,6 @@ def of_losses(loss: SourceLoss) -> Evidence:
 
 def _against_anchor_and_others(part: Part, h_MKd: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of rollouts against the stored v that is nearest to their target's, and against the v of other targets."""
-    shifts = range(1, min(N_OTHERS, len(part.v) - 1) + 1)
+    shifts = range(1, min(OTHERS_KEPT, len(part.v) - 1) + 1)
     others = [fve(h_MKd, np.roll(part.v, -s, axis=0)[:, None], part.mu) for s in shifts]
     return {"anchor": fve(h_MKd, part.anchor_Md[:, None], part.mu), "others": np.stack(others, axis=-1)}

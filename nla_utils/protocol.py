@@ -1,7 +1,7 @@
 """How the measurement is made: the published procedure, the corrected one, and every procedure in between.
 
-A :class:`Protocol` is the set of the published measurement's slips that are in force (``paper/PROTOCOL.md`` §7). Encoding,
-scoring, the slip-by-slip ablation and the audit ask for them by name.
+A :class:`Protocol` is the set of the published measurement's slips that are in force (``paper/PROTOCOL.md`` §7).
+Encoding, scoring, the slip-by-slip ablation and the audit ask for them by name.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from nla_utils.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Slip:
-    """A slip of the published measurement: what it is, the notebooks it acts in, and whether a run's scores are taken with
-    it and without."""
+    """A slip of the published measurement: what it is, the notebooks it acts in, and whether a run's scores are taken
+    with it and without."""
 
     id: str
     what: str
@@ -88,8 +88,8 @@ CORRECTED = Protocol("corrected")
 PUBLISHED = Protocol("published", frozenset(slip.id for slip in SLIPS.values() if slip.both_ways))
 PROTOCOLS = (PUBLISHED, CORRECTED)
 
-# Slips of re-encoding: how a text is read, and of each kind which texts there are to read. Of ids that are never decoded
-# (last tokens, rollouts, the probe's texts, the null's) one alone decides how they are read.
+# Slips of re-encoding: how a text is read, and of each kind which texts there are to read. Of ids that are never
+# decoded (last tokens, rollouts, the probe's texts, the null's) one alone decides how they are read.
 READING_SLIPS, ID_SLIPS = ("left_pad", "bos", "eos_text"), ("bos",)
 DECODED = ("source", "paraphrase")
 CHOOSING_SLIPS = {"source": ("in_sample",), "paraphrase": ("pad_generate", "in_sample"), "tail": ("in_sample",)}
@@ -99,8 +99,8 @@ ABLATED = (*ENCODING_SLIPS, "self_mu", "k_mismatch")
 
 
 def ablation_steps() -> dict[str, dict[str, Protocol]]:
-    """The ablation's protocols by step. ``in_order``: ``published``, then each slip corrected on top of those before it.
-    ``alone``: ``published`` with one slip corrected and all the others in force."""
+    """The ablation's protocols by step. ``in_order``: ``published``, then each slip corrected on top of those before
+    it. ``alone``: ``published`` with one slip corrected and all the others in force."""
     first = {PUBLISHED.name: PUBLISHED}
     in_order = {s: PUBLISHED.fix(*ABLATED[: i + 1]) for i, s in enumerate(ABLATED)}
     return {"in_order": first | in_order, "alone": first | {s: PUBLISHED.fix(s) for s in ABLATED}}

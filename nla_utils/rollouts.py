@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from nla_utils.config import AVConfig, RunConfig
-from nla_utils.encoding import TEXTS_FORMAT, Texts, load_texts, read, save_texts, text_logprobs, write_in_chunks
-from nla_utils.lm.backbone import Backbone, pad
+from nla_utils.encoding import TEXTS_FORMAT, Texts, read, save_texts, text_logprobs, texts_of, write_in_chunks
+from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.run import Run
@@ -35,8 +35,8 @@ SPECS[ROLLOUTS] = spec
 def make_rollouts(run: Run, targets: Targets) -> Texts:
     """Roll out the AV on the in-sample and the held-out targets, or load finished rollouts.
 
-    Text 0 of each target is greedy. ``logp`` ``sampled`` is under the distribution that was sampled, ``published`` as the
-    authors compute it, of the targets that the published protocol evaluates.
+    Text 0 of each target is greedy. ``logp`` is ``sampled``, under the distribution that was sampled, and
+    ``published``, as the authors compute it, of the targets that the published protocol evaluates.
     """
     folder, backbone, k = run.folder, run.backbone, run.sizes.n_rollouts
     if folder.has(ROLLOUTS):
@@ -47,8 +47,8 @@ def make_rollouts(run: Run, targets: Targets) -> Texts:
     settings = av.sampling(run.sizes.max_new_tokens)
     if settings != SamplingSettings(run.sizes.max_new_tokens):
         print(
-            f"the AV's configuration has temperature {settings.temperature} and top_p {settings.top_p}: so its rollouts "
-            f"are sampled, where the run's own targets and paraphrases are sampled at temperature 1"
+            f"the AV's configuration has temperature {settings.temperature} and top_p {settings.top_p}: so its "
+            f"rollouts are sampled, where the run's own targets and paraphrases are sampled at temperature 1"
         )
     parents = {"targets": targets.sha256, BEST_AV: folder.sha256_of(BEST_AV)}
     plan = {**folder.conditions, **parents, **spec(run.config), "sampling": settings.record()}
@@ -69,16 +69,16 @@ def make_rollouts(run: Run, targets: Targets) -> Texts:
 
 
 def load_rollouts(run: Run) -> Texts:
-    """Rollouts made by notebook 04; raises as :func:`~nla_utils.encoding.load_texts` does."""
-    return load_texts(run.folder, ROLLOUTS)["rollout"]
+    """Rollouts made by notebook 04; raises ``ArtefactError`` if they are missing, of another run or broken."""
+    return texts_of(run.folder.load(ROLLOUTS))["rollout"]
 
 
 @torch.inference_mode()
 def published_logprobs(
     backbone: Backbone, av: ActivationVerbalizer, v_Md: np.ndarray, rollouts: Texts, wanted_M: np.ndarray
 ) -> np.ndarray:
-    """Mean token log-probability (M, 1 + K) as the authors' rerank script computes it, one target's draws at a time; NaN
-    of greedy texts and where it is not wanted. Slips ``logp_embeds``, ``top_k``.
+    """Mean token log-probability (M, 1 + K) as the authors' rerank script computes it, one target's draws at a time;
+    NaN of greedy texts and where it is not wanted. Slips ``logp_embeds``, ``top_k``.
 
     Token embeddings are rows of the raw table, so Gemma's √d scale is missing, and the normaliser is the whole
     vocabulary's although the sampling was truncated to 50.
@@ -87,9 +87,7 @@ def published_logprobs(
     table_Vd = backbone.model.get_input_embeddings().weight
     for m in np.flatnonzero(wanted_M):
         draws = [rollouts.sequence(m, j) for j in range(1, rollouts.k + 1)]
-        ids_BT, valid_BT = (x.to(backbone.device) for x in pad(draws, backbone.pad_id, "right"))
-        valid_BT, v_Bd = valid_BT.bool(), torch.from_numpy(v_Md[m]).expand(len(draws), -1)
-        prefix_BPd = av(v_Bd.to(backbone.device), backbone.dtype)
-        logp_BT = text_logprobs(backbone, prefix_BPd, ids_BT, table_Vd[ids_BT], valid_BT)
-        logp_Mn[m, 1:] = (logp_BT.sum(1) / valid_BT.sum(1)).cpu().numpy()
+        v_Bd = torch.from_numpy(v_Md[m]).to(backbone.device).expand(len(draws), -1)
+        logp_BT = text_logprobs(backbone, av(v_Bd, backbone.dtype), draws, lambda ids_BT: table_Vd[ids_BT])
+        logp_Mn[m, 1:] = logp_BT.nanmean(dim=1).cpu().numpy()
     return logp_Mn

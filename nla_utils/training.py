@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from nla_utils import workers
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
-from nla_utils.encoding import text_hidden
+from nla_utils.encoding import Texts, text_hidden
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, pad
 from nla_utils.lm.loading import check_frozen
@@ -29,7 +28,6 @@ from nla_utils.verbalizer import (
     BEST_AV,
     ActivationVerbalizer,
     Split,
-    TextPairs,
     av_hash,
     checkpoint_record,
     export_av,
@@ -126,7 +124,7 @@ def greedy_rollouts(backbone: Backbone, av: ActivationVerbalizer, v_Nd: np.ndarr
     return [ids for v_Bd in parts for ids in av.write(backbone, v_Bd, 0, greedy).sequences]
 
 
-def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: TextPairs) -> dict:
+def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: Texts) -> dict:
     """Scores of the AV's greedy texts of validation pairs, re-encoded, and what their v are worth to it.
 
     Returns ``fve_nrm`` (raw, no BOS: the paper's criterion, §2), ``fve_nrm_cen`` (centred, with BOS), and of the
@@ -134,7 +132,7 @@ def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pai
     """
     v = targets.v[pairs.rows]
     ids = greedy_rollouts(backbone, av, v)
-    loss = source_loss(backbone, av, targets, pairs.take(range(min(N_LOSSES, len(v)))), n_others=1)
+    loss = source_loss(backbone, av, targets, pairs.take(np.arange(min(N_LOSSES, len(v)))), n_others=1)
     return {
         "fve_nrm": float(fve(backbone.encode(ids, start=False), v).mean()),
         "fve_nrm_cen": float(fve(backbone.encode(ids, start=True), v, targets.mu).mean()),
@@ -177,8 +175,8 @@ def training_spec(config: RunConfig, recipe: Recipe = Recipe()) -> dict:
 class Trainer:
     """Training of one AV; its complete state is in one file, replaced atomically at every validation.
 
-    ``split``: what is trained and validated on, the run's own pairs if not given. ``start``: the AV to go on from, which
-    is left as it is; a fresh one if not given.
+    ``split``: what is trained and validated on, else the run's own pairs. ``start``: the AV to go on from, which is
+    left as it is, else a fresh one.
     """
 
     def __init__(
@@ -204,7 +202,9 @@ class Trainer:
         self.steps_per_epoch = len(batches_of_epoch(run, self.split, 0))
         self.total_steps = recipe.steps or self.steps_per_epoch * run.sizes.epochs
         self.graphed: Optional[GraphedStep] = None
-        self.state_file: Path = run.folder.file("training.partial.safetensors")
+        # What an unfinished state must share with whoever resumes it.
+        self.plan = {**run.folder.conditions, "targets": targets.sha256, **training_spec(run.config, recipe)}
+        self.state_file = run.folder.file("training.partial.safetensors")
         if self.state_file.exists():
             self._resume()
 
@@ -241,20 +241,20 @@ class Trainer:
         own = batch[workers.rank() :: workers.size()]
         if len(own) == 0:
             return torch.zeros((), device=self.backbone.device)
-        texts = [self.split.pairs.ids[i] for i in own]
-        v_Bd = torch.from_numpy(self.targets.v[[self.split.pairs.rows[i] for i in own]])
-        n_tokens = sum(len(self.split.pairs.ids[i]) for i in batch)
+        pairs = self.split.pairs
+        texts, v_Bd = [pairs.sequence(i) for i in own], torch.from_numpy(self.targets.v[pairs.rows[own]])
         if self.backbone.device.type == "cuda" and workers.size() == 1:
-            self.graphed = self.graphed or GraphedStep(self.backbone, self.av, max(map(len, self.split.pairs.ids)))
+            self.graphed = self.graphed or GraphedStep(self.backbone, self.av, int(pairs.lengths.max()))
             return self.graphed(v_Bd, texts)
-        loss = pair_loss(self.backbone, self.av, v_Bd, texts) * (sum(map(len, texts)) / n_tokens)
+        share = int(pairs.lengths[own].sum()) / int(pairs.lengths[batch].sum())
+        loss = pair_loss(self.backbone, self.av, v_Bd, texts) * share
         loss.backward()
         return loss.detach()
 
     def _validate(self) -> None:
         pairs = self.split.pairs.take(self.split.validation[: self.run.sizes.n_validate])
-        record = validate(self.backbone, self.av, self.targets, pairs)
-        self.history.validation.append({"step": self.step, **record})
+        found = validate(self.backbone, self.av, self.targets, pairs)
+        self.history.validation.append({"step": self.step, **found})
         if self.history.best("fve_nrm", self.run.sizes.validate_every)["step"] == self.step:
             self.best = self.av.trainable()
 
@@ -264,14 +264,10 @@ class Trainer:
         for i, p in enumerate(self.params):
             state = self.optimizer.state[p]
             tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
-        record = {"plan": self._plan(), "loss": self.history.loss, "validation": self.history.validation}
+        record = {"plan": self.plan, "loss": self.history.loss, "validation": self.history.validation}
         record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
         if workers.rank() == 0:
             atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
-
-    def _plan(self) -> dict:
-        plan = {**self.run.folder.conditions, "targets": self.targets.sha256}
-        return plan | training_spec(self.run.config, self.recipe)
 
     def _resume(self) -> None:
         try:
@@ -283,7 +279,7 @@ class Trainer:
         if record.get("sha256") != arrays_hash({k: x.numpy() for k, x in tensors.items()}):
             raise ArtefactError(f"{self.state_file} is truncated or altered; delete it and rerun")
         remedy = f"go back to that, or delete {self.state_file} to train anew"
-        require_same(self.state_file, record["plan"], self._plan(), remedy)
+        require_same(self.state_file, record["plan"], self.plan, remedy)
         self.history = History(record["loss"], record["validation"])
         self.best = {k: tensors[f"best.{k}"] for k in self.best}
         self.av.load_trainable({k: tensors[k] for k in self.best}, str(self.state_file))
@@ -305,76 +301,64 @@ SPECS[BEST_AV] = spec
 
 
 def train_av(run: Run, targets: Targets) -> dict:
-    """Train the AV, or do nothing if a finished one is on disk; returns its sidecar.
+    """Train the AV or take a released one, or do nothing if a finished one is on disk; returns its sidecar.
 
     The checkpoint kept is the best by the paper's rule: raw fve_nrm of the validation pairs, at multiples of the
-    validation interval. The last step is validated too, to say what it would give; it is kept only by a run that is shorter
-    than one interval.
+    validation interval. The last step is validated too, to say what it would give; it is kept only by a run that is
+    shorter than one interval. Raises ``SourceError`` if a released AV cannot be fetched, ``ArtefactError`` if it does
+    not fit the backbone and layer.
     """
     if run.folder.has(BEST_AV):
         return run.folder.load(BEST_AV).sidecar
     if run.config.av is not None:
-        return take_released(run, targets)
+        return _take_released(run, targets)
     trainer = Trainer(run, targets)
     trainer.train()
-    history, split = trainer.history, trainer.split
-    every = run.sizes.validate_every
-    best = history.best("fve_nrm", every)
-    trainer.av.load_trainable(trainer.best, "best checkpoint")
-    # Before the artefact, whose sidecar says that all is finished.
-    export_av(trainer.av, run.folder.file("av"), best["fve_nrm"], best["step"])
-    artefact = run.folder.save(
-        BEST_AV,
-        {k: v.numpy() for k, v in trainer.best.items()},
-        made_from={"targets": targets.sha256},
-        seed=run.seed,
-        pairs=len(split.pairs.rows),
-        skipped_pairs=split.pairs.skipped,
-        changed_pairs=split.pairs.changed,
-        train_pairs=len(split.train),
-        train_rows=sorted(split.pairs.rows[i] for i in split.train),
-        validation_rows=[split.pairs.rows[i] for i in split.validation],
-        trainable_params=sum(p.numel() for p in trainer.params),
-        steps=trainer.step,
-        best_step=best["step"],
-        best_val_fve_nrm=best["fve_nrm"],
-        best_step_by_centred=history.best("fve_nrm_cen", every)["step"],
-        loss=history.loss,
-        validation=history.validation,
-    )
+    history, split, every = trainer.history, trainer.split, run.sizes.validate_every
+    best, rows = history.best("fve_nrm", every), split.pairs.rows
+    facts = {
+        "pairs": len(rows),
+        "skipped_pairs": split.skipped,
+        "changed_pairs": split.changed,
+        "train_pairs": len(split.train),
+        "train_rows": sorted(rows[split.train].tolist()),
+        "validation_rows": rows[split.validation].tolist(),
+        "steps": trainer.step,
+        "best_step_by_centred": history.best("fve_nrm_cen", every)["step"],
+        "loss": history.loss,
+        "validation": history.validation,
+    }
+    av = trainer.av.load_trainable(trainer.best, "best checkpoint")
+    sidecar = _keep(run, targets, av, best["fve_nrm"], best["step"], facts)
     trainer.state_file.unlink(missing_ok=True)
-    return artefact.sidecar
+    return sidecar
 
 
-def take_released(run: Run, targets: Targets) -> dict:
-    """A released AV as this run's: nothing is trained, so there is no loss and no row was trained on.
-
-    Raises ``SourceError`` if it cannot be fetched, ``ArtefactError`` if it does not fit the backbone and layer.
-    """
+def _take_released(run: Run, targets: Targets) -> dict:
+    """A released AV as this run's: nothing is trained, so there is no loss and no row was trained on."""
     source = fetch_av(run.config.av, run.backbone.spec)
     av, record = import_av(source, run.backbone), checkpoint_record(source)
-    unknown = ("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")
-    export_av(av, run.folder.file("av"), record["val_fve_nrm"], record["step"])
-    artefact = run.folder.save(
-        BEST_AV,
-        {k: v.numpy() for k, v in av.trainable().items()},
-        made_from={"targets": targets.sha256},
-        seed=run.seed,
-        released=run.config.av,
-        released_from=source.name,
-        sampling=av.sampling(run.sizes.max_new_tokens).record(),
-        **dict.fromkeys(unknown),
+    facts = {
+        "released": run.config.av,
+        "released_from": source.name,
+        "sampling": av.sampling(run.sizes.max_new_tokens).record(),
+        **dict.fromkeys(("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")),
         # It never saw targets drawn here; which of the released ones it was trained on is not published.
-        train_rows=[] if run.config.released_targets is None else None,
-        validation_rows=[],
-        trainable_params=sum(p.numel() for p in av.parameters()),
-        steps=record["step"],
-        best_step=record["step"],
-        best_val_fve_nrm=record["val_fve_nrm"],
-        loss=[],
-        validation=[],
-    )
-    return artefact.sidecar
+        "train_rows": [] if run.config.released_targets is None else None,
+        "steps": record["step"],
+        **{name: [] for name in ("validation_rows", "loss", "validation")},
+    }
+    return _keep(run, targets, av, record["val_fve_nrm"], record["step"], facts)
+
+
+def _keep(
+    run: Run, targets: Targets, av: ActivationVerbalizer, score: Optional[float], step: Optional[int], facts: dict
+) -> dict:
+    """Keep the run's AV in the authors' formats, and then as an artefact, whose sidecar says that all is finished."""
+    export_av(av, run.folder.file("av"), score, step)
+    tensors = {name: tensor.numpy() for name, tensor in av.trainable().items()}
+    facts |= {"best_step": step, "best_val_fve_nrm": score, "trainable_params": sum(x.size for x in tensors.values())}
+    return run.folder.save(BEST_AV, tensors, made_from={"targets": targets.sha256}, seed=run.seed, **facts).sidecar
 
 
 def load_av(run: Run) -> ActivationVerbalizer:
@@ -387,22 +371,16 @@ def load_av(run: Run) -> ActivationVerbalizer:
     return av.load_trainable(tensors, str(artefact.path)).eval()
 
 
+FIGURES = (
+    "pairs skipped_pairs changed_pairs train_pairs trainable_params steps best_step best_val_fve_nrm "
+    "best_step_by_centred loss validation"
+)
+
+
 def describe(sidecar: dict, targets: Targets) -> dict:
-    """The figures of notebook 02: pairs, steps, curves, which step each criterion chose, and how many of each
-    evaluation set were trained on."""
-    keys = (
-        "pairs",
-        "skipped_pairs",
-        "changed_pairs",
-        "train_pairs",
-        "trainable_params",
-        "steps",
-        "best_step",
-        "best_val_fve_nrm",
-        "best_step_by_centred",
-        "loss",
-        "validation",
-    )
+    """The figures of notebook 02, and how many of each evaluation set were trained on: ``None`` where a release does
+    not say."""
+    keys = FIGURES.split()
     return {
         **{k: sidecar[k] for k in keys},
         **{k: sidecar[k] for k in ("released", "released_from") if k in sidecar},
@@ -413,5 +391,4 @@ def describe(sidecar: dict, targets: Targets) -> dict:
 
 
 def _trained_on(sidecar: dict, rows: np.ndarray) -> Optional[int]:
-    """How many of the rows the AV was trained on; ``None`` where its release does not say."""
     return None if sidecar["train_rows"] is None else int(np.isin(rows, sidecar["train_rows"]).sum())

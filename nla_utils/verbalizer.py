@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Sequence
 
@@ -17,15 +17,15 @@ from nla_utils import workers
 from nla_utils.config import VALIDATION_SHARE, AVConfig
 from nla_utils.encoding import Texts, text_logprobs
 from nla_utils.errors import ArtefactError, ConfigError
-from nla_utils.lm.backbone import Backbone, pad
+from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
 from nla_utils.run import Run
-from nla_utils.store import SPECS, Artefact, Progress, arrays_hash, atomic_write, derive_seed, json_hash, write_json
+from nla_utils.store import SPECS, Progress, arrays_hash, atomic_write, derive_seed, json_hash, write_json
 from nla_utils.targets import Targets
 
 BEST_AV = "best_av"
 # What the authors' verbalizers are made of, and under which keys their scripts look for the tensors.
-PARTS = ("proj", "proj_extra", "layer_embed", "prefix_embeds", "prefix_mlp")
+MODULES = ("proj", "proj_extra", "layer_embed", "prefix_embeds", "prefix_mlp")
 NESTED = ("trainable", "av", "av_state_dict", "model", "state_dict")
 # Where a release keeps its files: in its folder, or (gpt-oss-20b) in one of this name inside.
 PLACES = ("", "best_av")
@@ -35,8 +35,8 @@ class ActivationVerbalizer(nn.Module):
     """Slots made of v, and P prefix vectors, in front of a frozen backbone (PROTOCOL.md §2).
 
     ``proj`` (d×d, no bias, identity at first) makes the first slot, ``proj_extra`` the further ones that some releases
-    have; ``layer_embed`` adds the row of the AV's layer to each of them. ``prefix_embeds`` (P, d) is the BOS embedding at
-    first; where ``prefix_mode`` is ``mlp``, ``prefix_mlp`` makes the P vectors of v. Names are the authors'. All are
+    have; ``layer_embed`` adds the row of the AV's layer to each of them. ``prefix_embeds`` (P, d) is the BOS embedding
+    at first; where ``prefix_mode`` is ``mlp``, ``prefix_mlp`` makes the P vectors of v. Names are the authors'. All are
     float32 and cast to the backbone's dtype where they enter it.
 
     Args:
@@ -127,9 +127,10 @@ class ActivationVerbalizer(nn.Module):
         streams_B: Optional[np.ndarray] = None,
         rows: Optional[np.ndarray] = None,
     ) -> Texts:
-        """The greedy text of each v (M, d) and k draws, decoded in one batch; each of the M (1 + k) has a random stream.
+        """The greedy text of each v and k draws, decoded in one batch; each of the M (1 + k) has a random stream.
 
-        ``streams_B`` may be left out where nothing is drawn; ``rows`` are those of the targets, 0 … M − 1 if not given."""
+        ``streams_B`` may be left out where nothing is drawn; ``rows`` are the targets', 0 … M − 1 if not given.
+        """
         rows, shape = np.arange(len(v_Md)) if rows is None else rows, (len(v_Md), k + 1)
         v_Bd = torch.from_numpy(v_Md).to(backbone.device)
         prompt_BPd = self(v_Bd, backbone.dtype).repeat_interleave(k + 1, dim=0)
@@ -163,7 +164,7 @@ class ActivationVerbalizer(nn.Module):
                 f"{source} holds {sorted(tensors)}: it fills {filled} the AV's parameters {sorted(own)}, which its "
                 f"config.json calls for"
             )
-        extra = [k for k in unknown if k.split(".")[0] in PARTS]
+        extra = [k for k in unknown if k.split(".")[0] in MODULES]
         if extra:
             raise ArtefactError(f"{source} holds {extra}, which its config.json does not call for: the two do not fit")
         if unknown:
@@ -273,50 +274,39 @@ def _read(path: Path, read: Callable[[Path], dict]) -> dict:
         raise ArtefactError(f"{path} was not read ({error or type(error).__name__}); fetch it again") from None
 
 
-@dataclass
-class TextPairs:
-    """Training pairs (row of the target, token ids of its text), how many were skipped for their length,
-    and how many came back from the text as other ids than were sampled (special tokens aside)."""
-
-    rows: list[int]
-    ids: list[list[int]]
-    skipped: int
-    changed: int
-
-    def take(self, indices: Iterable[int]) -> "TextPairs":
-        """Some of the pairs, in the order asked for."""
-        indices = list(indices)
-        return replace(self, rows=[self.rows[i] for i in indices], ids=[self.ids[i] for i in indices])
-
-
-def published_pairs(backbone: Backbone, targets: Targets, rows: np.ndarray, limit: float = math.inf) -> TextPairs:
-    """The paper's training texts: decoded without special tokens, tokenized again, long ones skipped."""
-    kept_rows, kept_ids, changed = [], [], 0
+def published_pairs(
+    backbone: Backbone, targets: Targets, rows: Iterable[int], limit: float = math.inf
+) -> tuple[Texts, int]:
+    """The paper's training texts, decoded without special tokens, tokenized again, long ones skipped; and how many came
+    back as other ids than were sampled, special tokens aside."""
+    kept, changed = {}, 0
     special = set(backbone.tokenizer.all_special_ids)
-    for i in rows:
-        sampled = targets.sequence(i)
+    for row in rows:
+        sampled = targets.sequence(row)
         ids = backbone.tokenize_text(backbone.decode_text(sampled))
         changed += ids != [t for t in sampled if t not in special]
         if 0 < len(ids) <= limit:
-            kept_rows.append(int(i))
-            kept_ids.append(ids)
-    return TextPairs(kept_rows, kept_ids, len(rows) - len(kept_rows), changed)
+            kept[row] = ids
+    return Texts.of("source", list(kept), list(kept.values())), changed
 
 
-def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> TextPairs:
+def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> Texts:
     """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again. Targets
     whose text is not known are skipped."""
-    known = [int(i) for i in rows if targets.lengths[i]]
-    return TextPairs(known, [targets.sequence(i)[-n:] for i in known], skipped=len(rows) - len(known), changed=0)
+    known = rows[targets.lengths[rows] > 0]
+    return Texts.of("source", known, [targets.sequence(i)[-n:] for i in known])
 
 
 @dataclass
 class Split:
-    """Pairs to train on and to validate on (indices into the pairs), the paper's random 5 %."""
+    """Texts of targets to train on and to validate on (indices into them), the paper's random 5 %; how many were
+    ``skipped`` for their length, and how many ``changed`` where they were tokenized again."""
 
-    pairs: TextPairs
+    pairs: Texts
     train: np.ndarray
     validation: np.ndarray
+    skipped: int = 0
+    changed: int = 0
 
 
 def make_split(run: Run, targets: Targets, span: Optional[int] = None) -> Split:
@@ -326,32 +316,23 @@ def make_split(run: Run, targets: Targets, span: Optional[int] = None) -> Split:
     """
     rows = np.arange(run.sizes.n_train_rows)
     if span is None:
-        pairs = published_pairs(run.backbone, targets, rows, run.sizes.max_new_tokens)
+        pairs, changed = published_pairs(run.backbone, targets, rows, run.sizes.max_new_tokens)
     else:
-        pairs = tail_pairs(targets, rows, span)
-    rng = np.random.default_rng(derive_seed(run.seed, "split", 0))
-    order = rng.permutation(len(pairs.rows))
+        pairs, changed = tail_pairs(targets, rows, span), 0
+    order = np.random.default_rng(derive_seed(run.seed, "split", 0)).permutation(len(pairs.rows))
     # Two at least: what v is worth is asked by giving one the other's.
     n_val = max(2, round(VALIDATION_SHARE * len(order)))
-    return Split(pairs, order[n_val:], order[:n_val])
+    return Split(pairs, order[n_val:], order[:n_val], len(rows) - len(pairs.rows), changed)
 
 
 SOURCE_LOSS = "source_loss"
-
-
 # What stands in the slot; ``none``: the prefix alone, without one.
 CONDITIONS = ("own", "other", "mean", "none")
-
-
-# Other targets whose v each text is predicted from. Of the shipped AVs, on 64 stored texts, the interval of another's − own
-# is 3 to 5 % wider with 8 than with 32; of the AVs of two `quick` runs, 7 %.
+# Other targets whose v each text is predicted from. Of the shipped AVs, on 64 stored texts, the interval of another's −
+# own is 3 to 5 % wider with 8 than with 32; of the AVs of two `quick` runs, 7 %.
 N_OTHERS = 8
-
-
 # Texts predicted together.
-TEXT_BATCH = 64
-
-
+LOSS_BATCH = 64
 SPECS[SOURCE_LOSS] = lambda config: {
     "n_eval": config.sizes.n_eval,
     "pool_size": config.sizes.pool_size,
@@ -369,12 +350,6 @@ class SourceLoss:
 
     rows: np.ndarray
     nats: dict[str, np.ndarray]
-    sha256: str = ""
-
-    @classmethod
-    def of(cls, artefact: Artefact) -> "SourceLoss":
-        t = artefact.tensors
-        return cls(t["rows"], {c: t[c] for c in CONDITIONS}, artefact.sha256)
 
     @property
     def per_target(self) -> dict[str, np.ndarray]:
@@ -382,24 +357,26 @@ class SourceLoss:
         return {c: np.nanmean(nats_MT, axis=1) for c, nats_MT in self.nats.items()}
 
 
-def make_source_loss(run: Run, targets: Targets, av: ActivationVerbalizer) -> SourceLoss:
-    """The losses of the held-out targets' texts, cut at the length trained on, or what is on disk."""
+def make_source_loss(run: Run, targets: Targets, av: Optional[ActivationVerbalizer]) -> SourceLoss:
+    """The losses of the held-out targets' texts, cut at the length trained on, or what is on disk, without ``av``."""
     if run.folder.has(SOURCE_LOSS):
-        return SourceLoss.of(run.folder.load(SOURCE_LOSS))
-    limit = run.sizes.max_new_tokens
-    pairs = published_pairs(run.backbone, targets, targets.held_out)
-    pairs = replace(pairs, ids=[ids[:limit] for ids in pairs.ids])
+        tensors = run.folder.load(SOURCE_LOSS).tensors
+        return SourceLoss(tensors["rows"], {c: tensors[c] for c in CONDITIONS})
+    pairs, _ = published_pairs(run.backbone, targets, targets.held_out)
+    pairs.lengths = np.minimum(pairs.lengths, run.sizes.max_new_tokens)
     loss = source_loss(run.backbone, av, targets, pairs, N_OTHERS, "losses of the sources' texts")
     parents = {"targets": targets.sha256, BEST_AV: run.folder.sha256_of(BEST_AV)}
-    return SourceLoss.of(run.folder.save(SOURCE_LOSS, {"rows": loss.rows, **loss.nats}, made_from=parents))
+    run.folder.save(SOURCE_LOSS, {"rows": loss.rows, **loss.nats}, made_from=parents)
+    return loss
 
 
 def source_loss(
-    backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: TextPairs, n_others: int, label: str = ""
+    backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: Texts, n_others: int, label: str = ""
 ) -> SourceLoss:
     """Nats of the texts of M pairs under every condition, NaN for ``other`` where there is none; a progress bar where
     ``label`` names it."""
-    v_Md, shifts = targets.v[pairs.rows], range(1, min(n_others, len(pairs.rows) - 1) + 1)
+    v_Md, texts = targets.v[pairs.rows], pairs.sequences
+    shifts = range(1, min(n_others, len(texts) - 1) + 1)
     given = {
         "own": [v_Md],
         "other": [np.roll(v_Md, shift, axis=0) for shift in shifts],
@@ -409,41 +386,28 @@ def source_loss(
     found = {}
     with Progress(total=sum(map(len, given.values())), desc=label, unit="pass", disable=not label) as bar:
         for condition, slots in given.items():
-            total_MT = np.zeros((len(pairs.ids), max(map(len, pairs.ids), default=1)))
+            total_MT = np.zeros((len(texts), pairs.lengths.max(initial=1)))
             for slot_Md in slots:
-                total_MT += _text_nats(backbone, av, slot_Md, pairs.ids)
+                total_MT -= _logprobs(backbone, av, slot_Md, texts)
                 bar.update()
             found[condition] = (total_MT / (len(slots) or np.nan)).astype(np.float32)
-    return SourceLoss(np.array(pairs.rows), found)
+    return SourceLoss(pairs.rows, found)
 
 
-def _text_nats(
+@torch.inference_mode()
+def _logprobs(
     backbone: Backbone, av: ActivationVerbalizer, slot_Md: np.ndarray | None, texts: Sequence[list[int]]
 ) -> np.ndarray:
-    """−log p of each token (M, T), NaN after the end; ``None`` leaves the slot out."""
-    nats_MT = np.full((len(texts), max(map(len, texts), default=1)), np.nan)
-    for first in range(0, len(texts), TEXT_BATCH):
-        part = texts[first : first + TEXT_BATCH]
-        slot_Bd = (
-            np.zeros((len(part), backbone.d), np.float32) if slot_Md is None else slot_Md[first : first + TEXT_BATCH]
-        )
-        prefix_BPd = _prompt(backbone, av, slot_Bd)
+    """log p of each token (M, T), NaN after the end; ``None`` leaves the slot out."""
+    logp_MT = np.full((len(texts), max(map(len, texts), default=1)), np.nan)
+    v_Md = np.zeros((len(texts), backbone.d), np.float32) if slot_Md is None else slot_Md
+    for first in range(0, len(texts), LOSS_BATCH):
+        part = texts[first : first + LOSS_BATCH]
+        prefix_BPd = av(torch.tensor(v_Md[first : first + LOSS_BATCH]).to(backbone.device), backbone.dtype)
         if slot_Md is None:
             prefix_BPd = prefix_BPd[:, av.config.num_inject_slots :]
             if not prefix_BPd.shape[1]:
                 break  # an AV of no prefix has nothing that a first token could be predicted from
-        nats_MT[first : first + len(part), : max(map(len, part))] = _batch_nats(backbone, prefix_BPd, part)
-    return nats_MT
-
-
-@torch.inference_mode()
-def _prompt(backbone: Backbone, av: ActivationVerbalizer, v_Bd: np.ndarray) -> Tensor:
-    return av(torch.tensor(v_Bd).to(backbone.device), backbone.dtype)
-
-
-@torch.inference_mode()
-def _batch_nats(backbone: Backbone, prefix_BPd: Tensor, texts: list[list[int]]) -> np.ndarray:
-    ids_BT, valid_BT = (x.to(backbone.device) for x in pad(texts, backbone.pad_id, "right"))
-    valid_BT = valid_BT.bool()
-    logp_BT = text_logprobs(backbone, prefix_BPd, ids_BT, backbone.embed(ids_BT), valid_BT)
-    return (-logp_BT).masked_fill(~valid_BT, torch.nan).cpu().numpy()
+        logp_BT = text_logprobs(backbone, prefix_BPd, part).cpu().numpy()
+        logp_MT[first : first + len(part), : logp_BT.shape[1]] = logp_BT
+    return logp_MT

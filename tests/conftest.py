@@ -124,7 +124,7 @@ def comparable(run: Run, targets) -> bool:
     """Whether two held-out texts are short enough to be compared: of random tokens few are, once tokenized again."""
     from nla_utils.verbalizer import published_pairs
 
-    return len(published_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens).rows) >= 2
+    return len(published_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)[0].rows) >= 2
 
 
 @pytest.fixture(scope="session", params=sorted(TINY))

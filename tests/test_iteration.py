@@ -48,15 +48,15 @@ def test_teachers_are_the_best_of_what_is_drawn(apart):
         texts = [drawn.sequence(i * k + j) for j in range(k)]
         scores = [float(fve(run.backbone.encode([t], start=True)[0], targets.v[row], targets.mu)) for t in texts]
         best.append(max(scores))
-        assert found.pairs.ids[i] == texts[int(np.argmax(scores))]
-    assert found.pairs.rows == ROWS and found.score == pytest.approx(np.mean(best), abs=1e-5)
+        assert found.pairs.sequence(i) == texts[int(np.argmax(scores))]
+    assert found.pairs.rows.tolist() == ROWS and found.score == pytest.approx(np.mean(best), abs=1e-5)
 
 
 def test_guided_teachers_are_tails_of_the_readers_length(apart):
     run, targets = apart
     found = guided_texts(run, targets, ROWS, 4)
-    h = run.backbone.encode(found.pairs.ids, start=True)
-    assert len(set(map(len, found.pairs.ids))) == 1
+    h = run.backbone.encode(found.pairs.sequences, start=True)
+    assert len(np.unique(found.pairs.lengths)) == 1
     assert found.score == pytest.approx(fve(h, targets.v[ROWS], targets.mu).mean(), abs=1e-5)
 
 

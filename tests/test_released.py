@@ -174,7 +174,7 @@ def test_a_text_that_does_not_give_its_tokens_back_is_counted_and_kept_as_a_vect
     assert "2 of 40 texts, tokenized again" in capsys.readouterr().out
     np.testing.assert_array_equal(got["v"], v)
     targets = Targets(got["ids"], got["lengths"], got["v"], 4, 8, "")
-    assert {3, 5}.isdisjoint(published_pairs(run.backbone, targets, np.arange(N)).rows)
+    assert {3, 5}.isdisjoint(published_pairs(run.backbone, targets, np.arange(N))[0].rows)
     replay = re_encode(run.backbone, targets.sequences(np.arange(N)), CORRECTED)
     assert np.flatnonzero(np.isnan(replay).any(axis=1)).tolist() == [3, 5]
     np.testing.assert_allclose(replay[6], v[6], rtol=1e-3, atol=1e-3)

@@ -5,18 +5,12 @@ import pytest
 import torch
 
 from nla_utils import rows
+from nla_utils.encoding import Texts
 from nla_utils.evidence import of_losses
 from nla_utils.protocol import CORRECTED
 from nla_utils.scores import score
 from nla_utils.training import load_av, pair_loss
-from nla_utils.verbalizer import (
-    CONDITIONS,
-    ActivationVerbalizer,
-    TextPairs,
-    make_source_loss,
-    published_pairs,
-    source_loss,
-)
+from nla_utils.verbalizer import CONDITIONS, ActivationVerbalizer, make_source_loss, published_pairs, source_loss
 
 
 def slow_nats(backbone, inputs_1Sd, ids):
@@ -30,12 +24,12 @@ def slow_nats(backbone, inputs_1Sd, ids):
 def test_each_condition_equals_an_independent_slow_computation(tiny_run):
     run, targets = tiny_run
     backbone, av = run.backbone, ActivationVerbalizer.fresh(run.backbone)
-    pairs = TextPairs([4, 9, 2], [[5, 6, 7, 8], [9, 10], [11]], 0, 0)
+    pairs = Texts.of("source", [4, 9, 2], [[5, 6, 7, 8], [9, 10], [11]])
     found = source_loss(backbone, av, targets, pairs, n_others=2).nats
     v_Md = torch.from_numpy(targets.v[pairs.rows])
     with torch.no_grad():
         own, mean = av(v_Md, backbone.dtype), av(torch.from_numpy(targets.mu)[None], backbone.dtype)
-    for i, ids in enumerate(pairs.ids):
+    for i, ids in enumerate(pairs.sequences):
         others = [slow_nats(backbone, own[j : j + 1], ids) for j in range(3) if j != i]
         given = {"own": own[i : i + 1], "mean": mean, "none": own[i : i + 1, 1:]}
         expected = {name: slow_nats(backbone, slot, ids) for name, slot in given.items()}
@@ -48,9 +42,9 @@ def test_each_condition_equals_an_independent_slow_computation(tiny_run):
 def test_own_loss_is_what_training_minimises(tiny_run):
     run, targets = tiny_run
     av = ActivationVerbalizer.fresh(run.backbone)
-    pairs = published_pairs(run.backbone, targets, np.arange(6), 64)
+    pairs, _ = published_pairs(run.backbone, targets, np.arange(6), 64)
     own_MT = source_loss(run.backbone, av, targets, pairs, n_others=1).nats["own"]
-    trained = pair_loss(run.backbone, av, torch.from_numpy(targets.v[pairs.rows]), pairs.ids)
+    trained = pair_loss(run.backbone, av, torch.from_numpy(targets.v[pairs.rows]), pairs.sequences)
     assert np.nanmean(own_MT) == pytest.approx(trained.item(), rel=1e-4)
 
 
@@ -58,7 +52,7 @@ def test_a_verbalizer_that_cannot_see_v_saves_nothing(tiny_run):
     run, targets = tiny_run
     av = ActivationVerbalizer.fresh(run.backbone)
     torch.nn.init.zeros_(av.proj.weight)
-    pairs = published_pairs(run.backbone, targets, targets.held_out, 64)
+    pairs, _ = published_pairs(run.backbone, targets, targets.held_out, 64)
     column = score(of_losses(source_loss(run.backbone, av, targets, pairs, n_others=3)), CORRECTED, rows.OF_LOSSES)
     for row in rows.NATS_GAINED[:2]:
         assert column.values[row.key] == pytest.approx(0, abs=1e-5)
@@ -74,7 +68,7 @@ def test_a_text_that_v_alone_decides_is_read(gemma_run):
         optimizer.zero_grad()
         pair_loss(backbone, av, torch.from_numpy(targets.v[chosen]), texts).backward()
         optimizer.step()
-    loss = source_loss(backbone, av, targets, TextPairs(chosen, texts, 0, 0), n_others=3)
+    loss = source_loss(backbone, av, targets, Texts.of("source", chosen, texts), n_others=3)
     column = score(of_losses(loss), CORRECTED, rows.OF_LOSSES)
     assert column.values[rows.NATS_GAINED[0].key] > 0.5
     by_position = column.values["nats_by_position"]

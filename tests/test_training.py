@@ -205,7 +205,7 @@ def test_trained_av_loads_back(scored_run):
 def test_a_last_n_verbalizer_is_trained_on_the_end_and_says_so(tiny_run, tmp_path):
     run, targets = tiny_run
     split = make_split(run, targets, 3)
-    assert split.pairs.ids[5] == targets.sequence(split.pairs.rows[5])[-3:]
+    assert split.pairs.sequence(5) == targets.sequence(split.pairs.rows[5])[-3:]
     av = ActivationVerbalizer.fresh(run.backbone, 64, 3)
     assert (av.config.max_new_tokens, av.config.target_span) == (3, "last:3")
     export_av(av, tmp_path, 0.5, 1)

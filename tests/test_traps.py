@@ -226,9 +226,9 @@ def test_raw_select_keeps_no_last_step_but_of_a_run_shorter_than_an_interval():
 
 def test_retokenize_and_no_stop(tiny_run):
     run, targets = tiny_run
-    pairs = published_pairs(run.backbone, targets, np.arange(90), 64)
-    assert not any(set(ids) & set(run.backbone.eos_ids) for ids in pairs.ids)
-    assert any(ids != targets.sequence(r) for r, ids in zip(pairs.rows, pairs.ids))
+    pairs, _ = published_pairs(run.backbone, targets, np.arange(90), 64)
+    assert not any(set(ids) & set(run.backbone.eos_ids) for ids in pairs.sequences)
+    assert any(ids != targets.sequence(r) for r, ids in zip(pairs.rows, pairs.sequences))
 
 
 def test_one_span_tail_oracle(scored_run, columns):

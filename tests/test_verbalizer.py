@@ -10,6 +10,7 @@ from conftest import with_out
 from torch import nn
 
 from nla_utils.config import AVConfig
+from nla_utils.encoding import Texts
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.rollouts import make_rollouts
@@ -17,7 +18,6 @@ from nla_utils.training import train_av
 from nla_utils.verbalizer import (
     NESTED,
     ActivationVerbalizer,
-    TextPairs,
     check_av,
     checkpoint_record,
     export_av,
@@ -115,7 +115,8 @@ def test_every_generation_gives_what_its_parts_say(gemma_run, tmp_path, generati
 def test_the_source_is_predicted_behind_every_generation(gemma_run, tmp_path, generation):
     (config, shapes), (run, targets) = GENERATIONS[generation], gemma_run
     av = import_av(release(tmp_path, config, tensors_of(shapes)), run.backbone)
-    loss = source_loss(run.backbone, av, targets, TextPairs([0, 1, 2], [[5, 6], [7, 8, 9], [10]], 0, 0), 2).per_target
+    pairs = Texts.of("source", [0, 1, 2], [[5, 6], [7, 8, 9], [10]])
+    loss = source_loss(run.backbone, av, targets, pairs, 2).per_target
     assert all(np.isfinite(loss[c]).all() for c in ("own", "other", "mean"))
     assert np.isfinite(loss["none"]).all() == (generation != "no prefix")
 
