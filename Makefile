@@ -27,7 +27,7 @@ reproduce: env
 	$(NLA) reproduce --backbone gemma3-270m --profile quick
 
 test: env $(VENV)/.batch
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 bench: env
 	cd benchmarks && ../$(VENV)/bin/python run.py

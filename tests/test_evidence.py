@@ -195,7 +195,7 @@ def test_a_damaged_missing_or_foreign_file_is_refused(evidence, scored_run, tmp_
 
 
 def test_a_run_without_evidence_is_not_finished(reproduced_tiny, tmp_path):
-    made = reproduced_tiny("tiny-llama")[2]
+    made = reproduced_tiny("tiny-gemma2")[2]
     shutil.copytree(made, tmp_path / "run")
     folder = RunFolder(tmp_path / "run", read_record(made / "results" / "targets.json")["identity"])
     assert all(is_cached(folder, stage) for stage in STAGES[2:5])

@@ -18,7 +18,7 @@ def run_of(released, backbone="gemma2-2b"):
     """A committed run as if it were one of a released AV."""
     data = copy.deepcopy(RUN.data)
     data["training"]["released"] = released
-    return RunResults(backbone, "paper-av-released-targets-released", data, RUN.folder)
+    return RunResults(backbone, "full-av-released-targets-released", data, RUN.folder)
 
 
 @pytest.mark.parametrize(

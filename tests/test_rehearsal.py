@@ -201,7 +201,7 @@ def test_the_released_system_is_evaluated_end_to_end(published, tmp_path, name):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(done.stdout)
     assert not published.cut
-    (folder,) = (out / name).glob("paper-*-av-released-targets-released")
+    (folder,) = (out / name).glob("full-*-av-released-targets-released")
     first = done.stdout.index("using commit")
     assert done.stdout.index("to fetch: ") < first and done.stdout.index("memory, weights included") < first
     pinned = {p.name: p.read_text() for p in (tmp_path / "cache" / "pins").iterdir()}

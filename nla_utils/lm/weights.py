@@ -365,7 +365,7 @@ def settings_hash(folder: Path) -> str:
 
 def weight_hash(folder: Path) -> str:
     """sha256 over a folder's safetensors, names and contents, 16 hex digits; raises ``SourceError`` without any."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         raise SourceError(f"{folder} holds no .safetensors file; convert the weights first")
     return hashlib.sha256("".join(f"{f.name} {sha256_once(f)}\n" for f in files).encode()).hexdigest()[:16]
