@@ -316,6 +316,7 @@ class Part:
     def target(self, reading: str, null_Pd: np.ndarray, ks: Sequence[int]) -> pa.Table:
         """A row a target: where it lies, its neighbours and floors, and the null's curve."""
         columns = self.place(self.v) | {"constant_mu": fve(self.mu, self.v)}
+        null_MP = {centring: scorer.against(null_Pd) for centring, scorer in self.scorers.items()}
         for centring, scorer in self.scorers.items():
             others = metrics.off_diagonal(fve_matrix(self.v, self.v, scorer.mu))
             columns |= {
@@ -323,10 +324,10 @@ class Part:
                 f"floor_{centring}": scorer.floor,
                 f"nearest_other_{centring}": others.max(axis=1),
                 f"pair_floor_{centring}": others.mean(axis=1),
-                f"null_{centring}": metrics.exact_k_curve(scorer.against(null_Pd), ks),
+                f"null_{centring}": metrics.exact_k_curve(null_MP[centring], ks),
             }
         if reading == self.protocol.name:
-            columns["null_left_out"] = metrics.curves_without_blocks(self.scorers["cen"].against(null_Pd), ks, N_BLOCKS)
+            columns["null_left_out"] = metrics.curves_without_blocks(null_MP["cen"], ks, N_BLOCKS)
         return block("target", self.name, reading, self.rows, **{k: np.asarray(x)[:, None] for k, x in columns.items()})
 
     def others(self, reading: str, h_MKd: np.ndarray) -> pa.Table:

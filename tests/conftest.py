@@ -26,6 +26,24 @@ from nla_utils.config import RunConfig  # noqa: E402
 from nla_utils.run import Run, open_run  # noqa: E402
 from nla_utils.targets import make_targets  # noqa: E402
 
+# What the configuration of each AV that the authors published says.
+PUBLISHED_AV = {
+    "backbone_dtype": "bfloat16",
+    "d_vector": None,
+    "max_new_tokens": 64,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "pool": "last",
+    "lambda_mag": 0.1,
+    "beta_kl": 0.05,
+    "gamma_entropy": 0.05,
+    "delta_community": 0.2,
+    "h_min": 1.5,
+    "h_max": 3.0,
+    "prefix_mode": "static",
+    "prefix_mlp_hidden": 256,
+    "num_inject_slots": 1,
+}
 CORPUS = Path(__file__).parent / "corpus.txt"
 SHAPE = dict(
     hidden_size=32,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from nla_utils.config import ROOT
 
 LARGE = (".safetensors", ".pt")
 
@@ -33,6 +36,19 @@ class Hub:
         for path, data in sorted(self.files[repo].items()):
             digest.update(path.encode() + hashlib.sha256(data).digest())
         return digest.hexdigest()
+
+    def environment(self, cache, **more) -> dict:
+        """The variables of a program that is to fetch from here, into ``cache`` alone."""
+        own = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NLA_CACHE": str(cache),
+            "HF_HOME": str(cache / "home"),
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        }
+        return {**os.environ, **own, **more}
 
     def start(self) -> str:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))

@@ -2,6 +2,7 @@
 
 import json
 
+import golden
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -103,21 +104,8 @@ def test_two_sources_of_targets_are_refused(tiny_folders, tmp_path):
 
 
 def test_the_command_takes_a_corpus_and_refuses_a_bad_one_before_work(tiny_folders, tmp_path, texts):
-    options = [
-        "reproduce",
-        "--backbone",
-        str(tiny_folders["tiny-llama"]),
-        "--profile",
-        "smoke",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--until",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    backbone, out = str(tiny_folders["tiny-llama"]), str(tmp_path / "out")
+    options = ["reproduce", "--backbone", backbone, *golden.OPTIONS, "--until", "1", "--out", out]
     refused = CliRunner().invoke(app, [*options, "--corpus", str(tmp_path / "none.jsonl")])
     assert refused.exit_code == 2 and "neither a .jsonl file" in refused.output
     done = CliRunner().invoke(app, [*options, "--corpus", str(texts)])

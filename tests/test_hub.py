@@ -1,15 +1,12 @@
 """The hub code against a hub on loopback: pins, resumes, checks hashes, and says what went wrong."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 from hub_server import Hub
-
-from nla_utils.config import ROOT
 
 WEIGHTS = bytes(range(256)) * 4000
 
@@ -37,17 +34,7 @@ def ask(hub, cache, source, **environment):
 
 
 def in_a_process(hub, cache, program, *arguments, **environment):
-    env = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NLA_CACHE": str(cache),
-        "HF_HOME": str(cache / "home"),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-        **environment,
-    }
+    env = hub.environment(cache, **environment)
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 

@@ -2,6 +2,7 @@
 
 import json
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -90,28 +91,8 @@ def test_no_teacher_writes_for_a_held_out_target(apart, monkeypatch):
 
 def test_the_command_leaves_a_table(apart):
     run, targets = apart
-    said = CliRunner().invoke(
-        app,
-        [
-            "iterate",
-            "--backbone",
-            run.config.backbone,
-            "--profile",
-            "smoke",
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-            "--out",
-            str(run.config.out),
-            "--n",
-            "4",
-            "--k",
-            "2",
-            "--rounds",
-            "2",
-        ],
-    )
+    options = ["--backbone", run.config.backbone, *golden.OPTIONS, "--out", str(run.config.out)]
+    said = CliRunner().invoke(app, ["iterate", *options, "--n", "4", "--k", "2", "--rounds", "2"])
     if not comparable(run, targets):
         assert said.exit_code == 2 and "held-out texts have at" in said.output
         return

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import golden
 import nbformat
 import pandas as pd
 import papermill
@@ -26,7 +27,6 @@ from nla_utils.store import RunFolder
 
 ALL_STAGES = [*STAGES, *(stage() for stage in BESIDE.values())]
 NOTEBOOKS = [ROOT / "notebooks" / f"{stage.notebook}.ipynb" for stage in ALL_STAGES]
-OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 
 
 def code(notebook):
@@ -196,7 +196,7 @@ def test_a_broken_artefact_is_refused_before_any_notebook_runs(reproduced, monke
 
 
 def test_a_kernel_that_is_killed_is_one_error(tiny_folders, tmp_path):
-    chosen = ["--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *OPTIONS]
+    chosen = ["--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *golden.OPTIONS]
     command = subprocess.Popen(
         [sys.executable, "-m", "nla_extensions.cli", "reproduce", *chosen],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -216,7 +216,7 @@ def test_a_kernel_that_is_killed_is_one_error(tiny_folders, tmp_path):
 def test_several_backbones_in_one_call(tiny_folders, tmp_path):
     names = ("tiny-llama", "tiny-gemma3")
     chosen = [x for n in names for x in ("--backbone", str(tiny_folders[n]))]
-    command = ["reproduce", *chosen, "--out", str(tmp_path), "--until", "1", "--seed", "3", *OPTIONS]
+    command = ["reproduce", *chosen, "--out", str(tmp_path), "--until", "1", "--seed", "3", *golden.OPTIONS]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     for name in names:
@@ -248,7 +248,15 @@ def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
     ],
 )
 def test_bad_input_is_refused_and_writes_nothing(tiny_folders, tmp_path, extra, message):
-    command = ["reproduce", "--backbone", str(tiny_folders["tiny-llama"]), "--out", str(tmp_path), *OPTIONS, *extra]
+    command = [
+        "reproduce",
+        "--backbone",
+        str(tiny_folders["tiny-llama"]),
+        "--out",
+        str(tmp_path),
+        *golden.OPTIONS,
+        *extra,
+    ]
     if extra[0] == "--backbone":
         command = ["reproduce", *extra, "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)

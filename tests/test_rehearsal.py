@@ -3,14 +3,13 @@ over tiny random backbones of the three families. It shows that the real command
 
 import io
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, build_tokenizer, save_tiny
+from conftest import PUBLISHED_AV, SHAPE, build_tokenizer, save_tiny
 from hub_server import Hub
 from test_released import every_position, sayable
 from tokenizers import AddedToken, Tokenizer, models
@@ -26,23 +25,6 @@ N, M, K, POOL, LONGEST = 60, 6, 4, 32, 12
 SIZES = [
     f"--set={name}={value}" for name, value in (("n_targets", N), ("n_eval", M), ("n_rollouts", K), ("pool_size", POOL))
 ]
-FIRST = {
-    "backbone_dtype": "bfloat16",
-    "d_vector": None,
-    "max_new_tokens": 64,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "pool": "last",
-    "lambda_mag": 0.1,
-    "beta_kl": 0.05,
-    "gamma_entropy": 0.05,
-    "delta_community": 0.2,
-    "h_min": 1.5,
-    "h_max": 3.0,
-    "prefix_mode": "static",
-    "prefix_mlp_hidden": 256,
-    "num_inject_slots": 1,
-}
 LATER = {"use_layer_embed": False, "inject_norm": "none", "use_rotor": False}
 
 
@@ -124,7 +106,7 @@ def av_of(name, spec):
         "proj.weight": torch.eye(32) + 0.1 * torch.randn(32, 32, generator=made),
         "prefix_embeds": 0.1 * torch.randn(p, 32, generator=made),
     }
-    config = {"backbone_id": spec.source, "extraction_layer": spec.layer, "num_prefix_tokens": p, **FIRST}
+    config = {"backbone_id": spec.source, "extraction_layer": spec.layer, "num_prefix_tokens": p, **PUBLISHED_AV}
     if name == "qwen25-7b":
         config |= {**LATER, "temperature": 0.8, "top_p": 0.95}
     checkpoint = saved({"trainable": t, "val_fve_nrm": 0.33, "step": 4500})
@@ -164,17 +146,7 @@ def open_as(spec, folder, config):
 
 
 def nla(hub, cache, out, *options, **environment):
-    env = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NLA_CACHE": str(cache),
-        "HF_HOME": str(cache / "home"),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-        **environment,
-    }
+    env = hub.environment(cache, **environment)
     command = ["reproduce", "--profile", "full", "--out", str(out), *SIZES, "--dtype", "float32", "--device", "cpu"]
     return subprocess.run(
         [sys.executable, "-m", "nla_extensions.cli", *command, *options],

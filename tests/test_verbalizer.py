@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import with_out
+from conftest import PUBLISHED_AV, with_out
 from torch import nn
 
 from nla_utils.config import AVConfig
@@ -27,26 +27,7 @@ from nla_utils.verbalizer import (
 
 D = 32
 # config.json as the authors' first generation has it, and what later ones add to it.
-FIRST = {
-    "backbone_id": "google/gemma-2-2b",
-    "backbone_dtype": "bfloat16",
-    "extraction_layer": 3,
-    "d_vector": None,
-    "max_new_tokens": 64,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "pool": "last",
-    "lambda_mag": 0.1,
-    "beta_kl": 0.05,
-    "gamma_entropy": 0.05,
-    "delta_community": 0.2,
-    "h_min": 1.5,
-    "h_max": 3.0,
-    "num_prefix_tokens": 2,
-    "prefix_mode": "static",
-    "prefix_mlp_hidden": 256,
-    "num_inject_slots": 1,
-}
+FIRST = {**PUBLISHED_AV, "backbone_id": "google/gemma-2-2b", "extraction_layer": 3, "num_prefix_tokens": 2}
 STATIC = {"proj.weight": (D, D), "prefix_embeds": (2, D)}
 MLP = {
     "prefix_mlp.0.weight": (8, D),

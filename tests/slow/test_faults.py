@@ -20,6 +20,7 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import golden
 import huggingface_hub
 import pytest
 from click.testing import CliRunner
@@ -43,7 +44,7 @@ NLA = app
 POINTS = 200
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.ESTALE)
 SIZES = dict(n_targets=40, n_eval=4, pool_size=16, n_rollouts=2)
-OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
+OPTIONS = [*golden.OPTIONS]
 OPTIONS += [word for name, size in SIZES.items() for word in ("--set", f"{name}={size}")]
 WAY_ON = ("run the same command again", "rerun", "start again", "wait for it", "check the network")
 
