@@ -9,7 +9,7 @@ import statistics
 import textwrap
 import tomllib
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, Optional, Sequence
 
@@ -53,6 +53,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 CITATION = re.compile(r"@\[(\w+)\]")
 
 
+@cache
 def references() -> dict[str, dict]:
     """What the section cites, by key."""
     found = tomllib.loads(Path(__file__).with_name("references.toml").read_text(encoding="utf-8"))
