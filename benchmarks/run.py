@@ -29,12 +29,11 @@ from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.protocol import CORRECTED, PROTOCOLS
 from nla_utils.report.tables import markdown
-from nla_utils.rollouts import published_logprobs
 from nla_utils.run import Run, open_run
 from nla_utils.store import code_version, library_versions, write_json
 from nla_utils.targets import draw_chunk
 from nla_utils.training import pair_loss
-from nla_utils.verbalizer import ActivationVerbalizer
+from nla_utils.verbalizer import ActivationVerbalizer, published_logprobs
 
 ROUNDS = 5
 K = 16

@@ -13,11 +13,11 @@ from nla_utils import rows
 from nla_utils.baselines import make_ceilings, make_probe
 from nla_utils.evidence import of_ceilings, of_rollouts
 from nla_utils.protocol import PROTOCOLS
-from nla_utils.rollouts import make_rollouts
 from nla_utils.run import Run
 from nla_utils.scores import score
 from nla_utils.targets import make_targets
 from nla_utils.training import train_av
+from nla_utils.verbalizer import make_rollouts
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}

@@ -29,17 +29,8 @@ from nla_utils.run import Run
 from nla_utils.scores import Column, score
 from nla_utils.store import ChunkStore, arrays_hash, json_hash, read_record, write_record
 from nla_utils.targets import Targets, embedding_norm
-from nla_utils.training import Recipe, Trainer, batches_of_epoch, greedy_rollouts, load_av
-from nla_utils.verbalizer import (
-    BEST_AV,
-    N_OTHERS,
-    ActivationVerbalizer,
-    Split,
-    make_split,
-    published_pairs,
-    source_loss,
-    tail_pairs,
-)
+from nla_utils.training import Recipe, Split, Trainer, batches_of_epoch, greedy_rollouts, make_split, tail_pairs
+from nla_utils.verbalizer import BEST_AV, N_OTHERS, ActivationVerbalizer, load_av, published_pairs, source_loss
 
 # The learning curve's factor, in steps and in pairs.
 FACTOR = 8

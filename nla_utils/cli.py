@@ -177,10 +177,10 @@ def distribute(config: RunConfig) -> None:
     `nla reproduce` with the same options then runs the notebooks over them."""
     from nla_utils.baselines import make_ceilings
     from nla_utils.lm.weights import fetch, resolve
-    from nla_utils.rollouts import make_rollouts
     from nla_utils.run import open_run
     from nla_utils.targets import make_targets
     from nla_utils.training import train_av
+    from nla_utils.verbalizer import make_rollouts
 
     # Before the processes meet: whoever waits for a long download in a process group is taken for lost.
     fetch(resolve(config.backbone))

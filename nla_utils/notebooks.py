@@ -21,7 +21,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 
-from nla_utils import baselines, rollouts, targets, verbalizer
+from nla_utils import baselines, targets
 from nla_utils.config import DATA, ROOT, RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, ConfigError, NotebookError
 from nla_utils.evidence import FILE, is_kept
@@ -31,6 +31,7 @@ from nla_utils.report.results import COMMITTED, find_results
 from nla_utils.rows import CEILING_FILE, EVALUATION_FILE
 from nla_utils.run import described_folder
 from nla_utils.store import MIRROR_VARIABLE, RunFolder, atomic_write, hold, read_json, require_disk
+from nla_utils.verbalizer import BEST_AV, ROLLOUTS, SOURCE_LOSS, check_av
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Stage:
 
 STAGES = (
     Stage("01_extract_targets", (targets.TARGETS,), "targets"),
-    Stage("02_train_av", (verbalizer.BEST_AV,), "training", (1,)),
+    Stage("02_train_av", (BEST_AV,), "training", (1,)),
     Stage("03_ceilings", (baselines.CEILINGS,), CEILING_FILE, (1,)),
-    Stage("04_centred_eval", (rollouts.ROLLOUTS, baselines.PROBE, verbalizer.SOURCE_LOSS), EVALUATION_FILE, (1, 2, 3)),
+    Stage("04_centred_eval", (ROLLOUTS, baselines.PROBE, SOURCE_LOSS), EVALUATION_FILE, (1, 2, 3)),
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )
@@ -106,7 +107,7 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     found = describe(config)
     folder = described_folder(config, found)
     if config.av is not None:
-        verbalizer.check_av(weights.fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
+        check_av(weights.fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
     if config.released_targets is not None:
         path = weights.fetch_targets(config.released_targets, found.spec)
         targets.check_released(path, found, config.sizes.n_targets)

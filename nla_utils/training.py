@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
@@ -13,27 +13,28 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nla_utils import workers
-from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, RunConfig
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, VALIDATION_SHARE
 from nla_utils.encoding import Texts, text_hidden
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, pad
 from nla_utils.lm.loading import check_frozen
 from nla_utils.lm.sampling import SamplingSettings
-from nla_utils.lm.weights import fetch_av, resolve
+from nla_utils.lm.weights import fetch_av
 from nla_utils.metrics import fve
 from nla_utils.run import Run
-from nla_utils.store import SPECS, Progress, arrays_hash, atomic_write, derive_seed, require_same
+from nla_utils.store import Progress, arrays_hash, atomic_write, derive_seed, require_same
 from nla_utils.targets import Targets
 from nla_utils.verbalizer import (
     BEST_AV,
+    N_LOSSES,
     ActivationVerbalizer,
-    Split,
-    av_hash,
+    Recipe,
     checkpoint_record,
     export_av,
     import_av,
-    make_split,
+    published_pairs,
     source_loss,
+    training_spec,
 )
 
 WARM_UP = 3
@@ -84,8 +85,39 @@ class GraphedStep:
         return self.loss
 
 
-# Validation pairs whose cross-entropies are taken.
-N_LOSSES = 64
+def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> Texts:
+    """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again. Targets
+    whose text is not known are skipped."""
+    known = rows[targets.lengths[rows] > 0]
+    return Texts.of("source", known, [targets.sequence(i)[-n:] for i in known])
+
+
+@dataclass
+class Split:
+    """Texts of targets to train on and to validate on (indices into them), the paper's random 5 %; how many were
+    ``skipped`` for their length, and how many ``changed`` where they were tokenized again."""
+
+    pairs: Texts
+    train: np.ndarray
+    validation: np.ndarray
+    skipped: int = 0
+    changed: int = 0
+
+
+def make_split(run: Run, targets: Targets, span: Optional[int] = None) -> Split:
+    """All pairs but the held-out targets' ones, split at random over the pairs as the paper does.
+
+    A pair's text is the whole source; with ``span`` it is the source's last n tokens.
+    """
+    rows = np.arange(run.sizes.n_train_rows)
+    if span is None:
+        pairs, changed = published_pairs(run.backbone, targets, rows, run.sizes.max_new_tokens)
+    else:
+        pairs, changed = tail_pairs(targets, rows, span), 0
+    order = np.random.default_rng(derive_seed(run.seed, "split", 0)).permutation(len(pairs.rows))
+    # Two at least: what v is worth is asked by giving one the other's.
+    n_val = max(2, round(VALIDATION_SHARE * len(order)))
+    return Split(pairs, order[n_val:], order[:n_val], len(rows) - len(pairs.rows), changed)
 
 
 @dataclass
@@ -137,38 +169,6 @@ def validate(backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pai
         "fve_nrm": float(fve(backbone.encode(ids, start=False), v).mean()),
         "fve_nrm_cen": float(fve(backbone.encode(ids, start=True), v, targets.mu).mean()),
         **{f"nats_{name}": float(nats_M.mean()) for name, nats_M in loss.per_target.items()},
-    }
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an AV is trained; the paper's way where nothing is given.
-
-    ``pairs`` and ``steps``: of how many, ``None`` for all of the run's. ``inject_norm``: v is rescaled to this norm.
-    ``span``: the AV is to write the source's last n tokens, not all of it.
-    """
-
-    pairs: Optional[int] = None
-    steps: Optional[int] = None
-    learning_rate: float = LEARNING_RATE
-    inject_norm: Optional[float] = None
-    span: Optional[int] = None
-
-
-def training_spec(config: RunConfig, recipe: Recipe = Recipe()) -> dict:
-    """What a trained AV depends on beside the run's identity and its targets."""
-    s = config.sizes
-    return {
-        "recipe": asdict(recipe),
-        "batch_size": BATCH_SIZE,
-        "grad_clip": GRAD_CLIP,
-        "epochs": s.epochs,
-        "train_rows": s.n_train_rows,
-        "longest_text": s.max_new_tokens,
-        "prefix": resolve(config.backbone).num_prefix_tokens,
-        "validation": [VALIDATION_SHARE, s.n_validate, s.validate_every, N_LOSSES],
-        # μ of the pool centres one of the scores that validation keeps.
-        "pool": [s.n_eval, s.pool_size],
     }
 
 
@@ -290,16 +290,6 @@ class Trainer:
             }
 
 
-def spec(config: RunConfig) -> dict:
-    """What the AV depends on beside the run's identity and its targets: how it is trained, or whose it is."""
-    if config.av is None:
-        return {"av_sha256": None, **training_spec(config)}
-    return {"av_sha256": av_hash(fetch_av(config.av, resolve(config.backbone)))}
-
-
-SPECS[BEST_AV] = spec
-
-
 def train_av(run: Run, targets: Targets) -> dict:
     """Train the AV or take a released one, or do nothing if a finished one is on disk; returns its sidecar.
 
@@ -359,16 +349,6 @@ def _keep(
     tensors = {name: tensor.numpy() for name, tensor in av.trainable().items()}
     facts |= {"best_step": step, "best_val_fve_nrm": score, "trainable_params": sum(x.size for x in tensors.values())}
     return run.folder.save(BEST_AV, tensors, made_from={"targets": targets.sha256}, seed=run.seed, **facts).sidecar
-
-
-def load_av(run: Run) -> ActivationVerbalizer:
-    """The trained AV of this run; raises ``ArtefactError`` if notebook 02 has not made it."""
-    artefact = run.folder.load(BEST_AV)
-    if run.config.av is not None:
-        return import_av(run.folder.file("av"), run.backbone).eval()
-    av = ActivationVerbalizer.fresh(run.backbone, run.sizes.max_new_tokens)
-    tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
-    return av.load_trainable(tensors, str(artefact.path)).eval()
 
 
 FIGURES = (

@@ -1,4 +1,5 @@
-"""The activation verbalizer (AV): a linear map and P prefix vectors in front of a frozen backbone."""
+"""The activation verbalizer (AV): a linear map and P prefix vectors in front of a frozen backbone; its files, its
+rollouts, and what v is worth to it (PROTOCOL.md §2, §3, §9)."""
 
 from __future__ import annotations
 
@@ -14,16 +15,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from nla_utils import workers
-from nla_utils.config import VALIDATION_SHARE, AVConfig
-from nla_utils.encoding import Texts, text_logprobs
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, AVConfig, RunConfig
+from nla_utils.encoding import TEXTS_FORMAT, Texts, read, save_texts, text_logprobs, texts_of, write_in_chunks
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
-from nla_utils.lm.sampling import SamplingSettings, sample
+from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
+from nla_utils.lm.weights import fetch_av, resolve
+from nla_utils.protocol import PROTOCOLS
 from nla_utils.run import Run
-from nla_utils.store import SPECS, Progress, arrays_hash, atomic_write, derive_seed, json_hash, write_json
+from nla_utils.store import SPECS, ChunkStore, Progress, arrays_hash, atomic_write, json_hash, require_disk, write_json
 from nla_utils.targets import Targets
 
 BEST_AV = "best_av"
+# Validation pairs whose cross-entropies are taken.
+N_LOSSES = 64
 # What the authors' verbalizers are made of, and under which keys their scripts look for the tensors.
 MODULES = ("proj", "proj_extra", "layer_embed", "prefix_embeds", "prefix_mlp")
 NESTED = ("trainable", "av", "av_state_dict", "model", "state_dict")
@@ -216,6 +221,56 @@ def import_av(folder: Path, backbone: Backbone) -> ActivationVerbalizer:
     return ActivationVerbalizer.of(config, backbone).load_trainable(tensors, source)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How an AV is trained; the paper's way where nothing is given.
+
+    ``pairs`` and ``steps``: of how many, ``None`` for all of the run's. ``inject_norm``: v is rescaled to this norm.
+    ``span``: the AV is to write the source's last n tokens, not all of it.
+    """
+
+    pairs: Optional[int] = None
+    steps: Optional[int] = None
+    learning_rate: float = LEARNING_RATE
+    inject_norm: Optional[float] = None
+    span: Optional[int] = None
+
+
+def training_spec(config: RunConfig, recipe: Recipe = Recipe()) -> dict:
+    """What a trained AV depends on beside the run's identity and its targets."""
+    s = config.sizes
+    return {
+        "recipe": asdict(recipe),
+        "batch_size": BATCH_SIZE,
+        "grad_clip": GRAD_CLIP,
+        "epochs": s.epochs,
+        "train_rows": s.n_train_rows,
+        "longest_text": s.max_new_tokens,
+        "prefix": resolve(config.backbone).num_prefix_tokens,
+        "validation": [VALIDATION_SHARE, s.n_validate, s.validate_every, N_LOSSES],
+        # μ of the pool centres one of the scores that validation keeps.
+        "pool": [s.n_eval, s.pool_size],
+    }
+
+
+def av_spec(config: RunConfig) -> dict:
+    """What the AV depends on beside the run's identity and its targets: how it is trained, or whose it is."""
+    if config.av is None:
+        return {"av_sha256": None, **training_spec(config)}
+    return {"av_sha256": av_hash(fetch_av(config.av, resolve(config.backbone)))}
+
+
+SPECS[BEST_AV] = av_spec
+
+
+def load_av(run: Run) -> ActivationVerbalizer:
+    """The AV of this run, trained or released; raises ``ArtefactError`` if notebook 02 has not made it."""
+    artefact = run.folder.load(BEST_AV)
+    config = AVConfig.from_json(run.folder.file("av/config.json"))
+    tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
+    return ActivationVerbalizer.of(config, run.backbone).load_trainable(tensors, str(artefact.path)).eval()
+
+
 def check_av(folder: Path, layer: int, d: int, n_layers: int) -> AVConfig:
     """The configuration of a folder's AV, if it fits a backbone of this layer and shape; no weights are needed.
 
@@ -288,41 +343,6 @@ def published_pairs(
         if 0 < len(ids) <= limit:
             kept[row] = ids
     return Texts.of("source", list(kept), list(kept.values())), changed
-
-
-def tail_pairs(targets: Targets, rows: np.ndarray, n: int) -> Texts:
-    """The last n sampled tokens of each source, EOS included where it has one: nothing is tokenized again. Targets
-    whose text is not known are skipped."""
-    known = rows[targets.lengths[rows] > 0]
-    return Texts.of("source", known, [targets.sequence(i)[-n:] for i in known])
-
-
-@dataclass
-class Split:
-    """Texts of targets to train on and to validate on (indices into them), the paper's random 5 %; how many were
-    ``skipped`` for their length, and how many ``changed`` where they were tokenized again."""
-
-    pairs: Texts
-    train: np.ndarray
-    validation: np.ndarray
-    skipped: int = 0
-    changed: int = 0
-
-
-def make_split(run: Run, targets: Targets, span: Optional[int] = None) -> Split:
-    """All pairs but the held-out targets' ones, split at random over the pairs as the paper does.
-
-    A pair's text is the whole source; with ``span`` it is the source's last n tokens.
-    """
-    rows = np.arange(run.sizes.n_train_rows)
-    if span is None:
-        pairs, changed = published_pairs(run.backbone, targets, rows, run.sizes.max_new_tokens)
-    else:
-        pairs, changed = tail_pairs(targets, rows, span), 0
-    order = np.random.default_rng(derive_seed(run.seed, "split", 0)).permutation(len(pairs.rows))
-    # Two at least: what v is worth is asked by giving one the other's.
-    n_val = max(2, round(VALIDATION_SHARE * len(order)))
-    return Split(pairs, order[n_val:], order[:n_val], len(rows) - len(pairs.rows), changed)
 
 
 SOURCE_LOSS = "source_loss"
@@ -411,3 +431,80 @@ def _logprobs(
         logp_BT = text_logprobs(backbone, prefix_BPd, part).cpu().numpy()
         logp_MT[first : first + len(part), : logp_BT.shape[1]] = logp_BT
     return logp_MT
+
+
+ROLLOUTS = "rollouts"
+
+
+def rollouts_spec(config: RunConfig) -> dict:
+    """What rollouts depend on beside the run's identity, its targets and its AV."""
+    sizes = config.sizes
+    sampling = SamplingSettings(sizes.max_new_tokens, AVConfig.temperature, top_p=AVConfig.top_p).record()
+    if config.av is not None:
+        # The rest is said by the configuration of the AV itself.
+        sampling = {key: sampling[key] for key in ("max_new_tokens", "top_k")}
+    return {**TEXTS_FORMAT, "n_eval": sizes.n_eval, "k": sizes.n_rollouts, "rollout_sampling": sampling}
+
+
+SPECS[ROLLOUTS] = rollouts_spec
+
+
+def make_rollouts(run: Run, targets: Targets) -> Texts:
+    """Roll out the AV on the in-sample and the held-out targets, or load finished rollouts.
+
+    Text 0 of each target is greedy. ``logp`` is ``sampled``, under the distribution that was sampled, and
+    ``published``, as the authors compute it, of the targets that the published protocol evaluates.
+    """
+    folder, backbone, k = run.folder, run.backbone, run.sizes.n_rollouts
+    if folder.has(ROLLOUTS):
+        return load_rollouts(run)
+    av = load_av(run)
+    rows = np.concatenate([targets.in_sample, targets.held_out])
+    require_disk(folder.path, 4 * len(rows) * (k + 1) * (2 * backbone.d + run.sizes.max_new_tokens) * 4)
+    settings = av.sampling(run.sizes.max_new_tokens)
+    if settings != SamplingSettings(run.sizes.max_new_tokens):
+        print(
+            f"the AV's configuration has temperature {settings.temperature} and top_p {settings.top_p}: so its "
+            f"rollouts are sampled, where the run's own targets and paraphrases are sampled at temperature 1"
+        )
+    parents = {"targets": targets.sha256, BEST_AV: folder.sha256_of(BEST_AV)}
+    plan = {**folder.conditions, **parents, **rollouts_spec(run.config), "sampling": settings.record()}
+    chunks = ChunkStore(folder.file("rollouts.chunks"), plan)
+
+    def write(chosen: np.ndarray) -> Texts:
+        streams_B = row_streams(run.seed, "rollouts", chosen, k + 1)
+        texts = av.write(backbone, targets.v[chosen], k, settings, streams_B, chosen)
+        wanted_M = np.isin(chosen, targets.in_sample)
+        texts.logp["published"] = published_logprobs(backbone, av, targets.v[chosen], texts, wanted_M)
+        return read(backbone, texts, *PROTOCOLS)
+
+    per_chunk = max(1, backbone.sample_batch // (k + 1))
+    rollouts = write_in_chunks(chunks, "rollout", rows, per_chunk, write, "rolling out")
+    save_texts(folder, ROLLOUTS, {"rollout": rollouts}, made_from=parents, sampling=settings.record())
+    chunks.clear()
+    return rollouts
+
+
+def load_rollouts(run: Run) -> Texts:
+    """Rollouts made by notebook 04; raises ``ArtefactError`` if they are missing, of another run or broken."""
+    return texts_of(run.folder.load(ROLLOUTS))["rollout"]
+
+
+@torch.inference_mode()
+def published_logprobs(
+    backbone: Backbone, av: ActivationVerbalizer, v_Md: np.ndarray, rollouts: Texts, wanted_M: np.ndarray
+) -> np.ndarray:
+    """Mean token log-probability (M, 1 + K) as the authors' rerank script computes it, one target's draws at a time;
+    NaN of greedy texts and where it is not wanted. Slips ``logp_embeds``, ``top_k``.
+
+    Token embeddings are rows of the raw table, so Gemma's √d scale is missing, and the normaliser is the whole
+    vocabulary's although the sampling was truncated to 50.
+    """
+    logp_Mn = np.full(rollouts.lengths.shape, np.nan, dtype=np.float32)
+    table_Vd = backbone.model.get_input_embeddings().weight
+    for m in np.flatnonzero(wanted_M):
+        draws = [rollouts.sequence(m, j) for j in range(1, rollouts.k + 1)]
+        v_Bd = torch.from_numpy(v_Md[m]).to(backbone.device).expand(len(draws), -1)
+        logp_BT = text_logprobs(backbone, av(v_Bd, backbone.dtype), draws, lambda ids_BT: table_Vd[ids_BT])
+        logp_Mn[m, 1:] = logp_BT.nanmean(dim=1).cpu().numpy()
+    return logp_Mn

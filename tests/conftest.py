@@ -165,8 +165,8 @@ def gemma_run(tiny_folders, tmp_path_factory):
 def scored_run(tiny_run):
     """A run taken through training, ceilings and rollouts."""
     from nla_utils.baselines import make_ceilings
-    from nla_utils.rollouts import make_rollouts
     from nla_utils.training import train_av
+    from nla_utils.verbalizer import make_rollouts
 
     run, targets = tiny_run
     train_av(run, targets)
@@ -188,8 +188,7 @@ def probe(scored_run):
 def evidence(scored_run, probe):
     """All that the results of ``scored_run`` are made of."""
     from nla_utils.evidence import of_ceilings, of_rollouts
-    from nla_utils.training import load_av
-    from nla_utils.verbalizer import make_source_loss
+    from nla_utils.verbalizer import load_av, make_source_loss
 
     run, targets, ceilings, rollouts = scored_run
     loss = make_source_loss(run, targets, load_av(run))

@@ -25,11 +25,11 @@ from nla_utils.errors import BackboneError, ConfigError
 from nla_utils.evidence import of_ceilings
 from nla_utils.lm.loading import load_backbone
 from nla_utils.protocol import CORRECTED
-from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
 from nla_utils.scores import score
 from nla_utils.targets import make_targets
 from nla_utils.training import train_av
+from nla_utils.verbalizer import make_rollouts
 
 PLAIN = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
 ARCHITECTURES = {

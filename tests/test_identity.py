@@ -12,7 +12,7 @@ from conftest import CORPUS, tiny_config, with_out
 from safetensors.torch import load_file, save_file
 
 from nla_extensions.cli import BESIDE
-from nla_utils import config, notebooks, protocol, targets, training
+from nla_utils import config, notebooks, protocol, targets, training, verbalizer
 from nla_utils import store as artefacts
 from nla_utils.config import PROFILES, RunConfig
 from nla_utils.errors import ArtefactError, ConfigError
@@ -84,7 +84,7 @@ def test_another_av_of_the_name_is_refused(given_av, tmp_path, what):
     changed = with_out(run, tmp_path / "runs", av=str(other))
     assert changed.folder.path == run.folder.path
     with refused("av_sha256"):
-        training.load_av(changed)
+        verbalizer.load_av(changed)
     with refused("av_sha256"):
         preflight(changed.config, STAGES)
 
@@ -93,7 +93,7 @@ def test_the_same_av_elsewhere_and_in_the_other_format_is_the_same(given_av, tmp
     shutil.copytree(tmp_path / "one" / "av", tmp_path / "two" / "av")
     (tmp_path / "two" / "av" / "best_av.safetensors").unlink()
     assert av_hash(tmp_path / "one" / "av") == av_hash(tmp_path / "two" / "av")
-    assert training.load_av(with_out(given_av, tmp_path / "runs", av=str(tmp_path / "two" / "av")))
+    assert verbalizer.load_av(with_out(given_av, tmp_path / "runs", av=str(tmp_path / "two" / "av")))
 
 
 # What is edited in the code
@@ -117,8 +117,8 @@ def test_another_sampling_temperature_is_refused(gemma_run, monkeypatch):
 @pytest.mark.parametrize(
     "artefact, key, module, name, value",
     [
-        ("best_av", "batch_size", "nla_utils.training", "BATCH_SIZE", 8),
-        ("best_av", "validation", "nla_utils.training", "VALIDATION_SHARE", 0.1),
+        ("best_av", "batch_size", "nla_utils.verbalizer", "BATCH_SIZE", 8),
+        ("best_av", "validation", "nla_utils.verbalizer", "VALIDATION_SHARE", 0.1),
         ("ceilings", "prompt", "nla_utils.baselines", "PROMPT", "Say: {text}"),
         ("ceilings", "tail_lengths", "nla_utils.baselines", "TAIL_LENGTHS", (1, 2)),
         ("ceilings", "readings", "nla_utils.baselines", "READINGS", {"source": {"corrected": protocol.CORRECTED}}),

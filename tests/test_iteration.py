@@ -17,8 +17,8 @@ from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import fve
 from nla_utils.report.claims import ITERATION, iteration_table
 from nla_utils.report.results import RunResults
-from nla_utils.training import Trainer, load_av
-from nla_utils.verbalizer import make_split, source_loss
+from nla_utils.training import Trainer, make_split
+from nla_utils.verbalizer import load_av, source_loss
 
 ROWS = [3, 11, 40]
 

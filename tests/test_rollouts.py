@@ -9,11 +9,10 @@ from nla_utils.baselines import make_ceilings
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
-from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
 from nla_utils.targets import make_targets
-from nla_utils.training import load_av, train_av
-from nla_utils.verbalizer import ActivationVerbalizer
+from nla_utils.training import train_av
+from nla_utils.verbalizer import ActivationVerbalizer, load_av, make_rollouts
 
 
 def test_column_zero_is_greedy_and_the_others_are_not(scored_run):

@@ -9,8 +9,15 @@ from nla_utils.encoding import Texts
 from nla_utils.evidence import of_losses
 from nla_utils.protocol import CORRECTED
 from nla_utils.scores import score
-from nla_utils.training import load_av, pair_loss
-from nla_utils.verbalizer import CONDITIONS, ActivationVerbalizer, make_source_loss, published_pairs, source_loss
+from nla_utils.training import pair_loss
+from nla_utils.verbalizer import (
+    CONDITIONS,
+    ActivationVerbalizer,
+    load_av,
+    make_source_loss,
+    published_pairs,
+    source_loss,
+)
 
 
 def slow_nats(backbone, inputs_1Sd, ids):

@@ -20,7 +20,6 @@ encoding
 targets
 verbalizer
 training
-rollouts
 baselines
 evidence rows
 scores
@@ -31,7 +30,7 @@ cli
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split()}
 # Arrays in, numbers out: types aside, neither scores nor pages know the model.
 WITHOUT_THE_MODEL = {"evidence", "rows", "scores", "report"}
-THE_MODEL = {"lm", "run", "encoding", "targets", "verbalizer", "training", "rollouts", "baselines"}
+THE_MODEL = {"lm", "run", "encoding", "targets", "verbalizer", "training", "baselines"}
 # Data about backbones, read without torch: pages name a backbone's weights from there.
 DATA_ALONE = "nla_utils.lm.weights"
 

@@ -20,12 +20,11 @@ from nla_extensions.release import bundle as bundles
 from nla_utils import store as artefacts
 from nla_utils.config import ROOT
 from nla_utils.errors import ArtefactError, NLAError
-from nla_utils.rollouts import make_rollouts
 from nla_utils.run import open_run
 from nla_utils.store import ChunkStore, arrays_hash, json_hash
 from nla_utils.targets import make_targets, read_released
 from nla_utils.training import train_av
-from nla_utils.verbalizer import import_av
+from nla_utils.verbalizer import import_av, make_rollouts
 
 # Kills while each of the six notebooks runs.
 KILLS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2}

@@ -12,8 +12,8 @@ from nla_utils.lm.backbone import head_cross_entropy, head_logprobs
 from nla_utils.run import open_run
 from nla_utils.store import atomic_write
 from nla_utils.targets import make_targets
-from nla_utils.training import Recipe, Trainer, describe, load_av, padded_loss, pair_loss, train_av
-from nla_utils.verbalizer import ActivationVerbalizer, export_av, import_av, make_split
+from nla_utils.training import Recipe, Trainer, describe, make_split, padded_loss, pair_loss, train_av
+from nla_utils.verbalizer import ActivationVerbalizer, export_av, import_av, load_av
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])

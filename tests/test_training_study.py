@@ -10,8 +10,8 @@ from nla_extensions.training_study import measure, run_itself, shortened, study,
 from nla_utils import rows
 from nla_utils.errors import ConfigError
 from nla_utils.metrics import fve
-from nla_utils.training import Recipe, Trainer, greedy_rollouts
-from nla_utils.verbalizer import ActivationVerbalizer, tail_pairs
+from nla_utils.training import Recipe, Trainer, greedy_rollouts, tail_pairs
+from nla_utils.verbalizer import ActivationVerbalizer
 
 
 def test_a_recipe_of_one_factor_differs_in_that_factor_alone():

@@ -18,8 +18,8 @@ from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import CORRECTED, PROTOCOLS, PUBLISHED
 from nla_utils.scores import score
 from nla_utils.store import RunFolder
-from nla_utils.training import History, load_av
-from nla_utils.verbalizer import make_split, published_pairs
+from nla_utils.training import History, make_split
+from nla_utils.verbalizer import load_av, published_pairs
 
 BY_NAME = {p.name: p for p in PROTOCOLS}
 

@@ -13,7 +13,6 @@ from nla_utils.config import AVConfig
 from nla_utils.encoding import Texts
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.sampling import SamplingSettings
-from nla_utils.rollouts import make_rollouts
 from nla_utils.training import train_av
 from nla_utils.verbalizer import (
     NESTED,
@@ -22,6 +21,7 @@ from nla_utils.verbalizer import (
     checkpoint_record,
     export_av,
     import_av,
+    make_rollouts,
     source_loss,
 )
 

@@ -25,8 +25,7 @@ from nla_utils.lm.weights import resolve, weights_note
 from nla_utils.run import Run
 from nla_utils.store import RunFolder, atomic_write, code_version, read_record, sha256_file, write_record
 from nla_utils.targets import load_targets
-from nla_utils.training import load_av
-from nla_utils.verbalizer import ActivationVerbalizer, import_av
+from nla_utils.verbalizer import ActivationVerbalizer, import_av, load_av
 
 BUNDLES = DATA / "bundles"
 # Tokens that a shipped reader writes, and texts that it retrieves from: what keeps each file under 5 MB.
