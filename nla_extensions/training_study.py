@@ -251,8 +251,7 @@ def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teach
     def search(c: int, part: slice) -> dict[str, np.ndarray]:
         v_Md, streams_B = targets.v[chosen[part]], row_streams(run.seed, "taught", chosen[part], k + 1)
         drawn = read_rollouts(reader, backbone, v_Md, k, streams_B)
-        ids, h, budget = drawn.ids[:, 1:], drawn.read_as(CORRECTED)[:, 1:], av_forward_tokens(run.config)
-        found = guided_search(reader, backbone, v_Md, targets.mu, ids, h, budget)
+        found = guided_search(reader, backbone, v_Md, targets.mu, drawn, av_forward_tokens(run.config))
         return {"ids": found.ids, "lengths": np.full(len(v_Md), reader.n), "score": found.curve[:, -1]}
 
     return _teachers(run, targets, chosen, {"k": k}, GUIDED_BATCH, search, "guided search")

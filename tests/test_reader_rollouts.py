@@ -20,7 +20,7 @@ def test_guided_search_never_loses_and_keeps_to_its_budget(tiny_run):
     v = targets.v[targets.held_out]
     drawn = read_rollouts(reader, run.backbone, v, 4, row_streams(1, "t", range(len(v)), 5))
     budget = 2000
-    found = guided_search(reader, run.backbone, v, targets.mu, drawn.ids[:, 1:], drawn.h["corrected"][:, 1:], budget)
+    found = guided_search(reader, run.backbone, v, targets.mu, drawn, budget)
     assert found.spent[-1] <= budget and len(found.spent) == found.curve.shape[1] > 1
     assert (np.diff(found.curve, axis=1) >= 0).all()
     np.testing.assert_allclose(found.curve[:, 0], fve(drawn.h["corrected"][:, 1:], v[:, None], targets.mu).max(1))

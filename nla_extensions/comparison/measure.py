@@ -6,7 +6,7 @@ the score."""
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -14,11 +14,12 @@ import numpy as np
 
 from nla_extensions.release.api import ASK, DRAWING, IDENTITY_PROMPT, NLA, PLACE
 from nla_extensions.tail_reader.rollouts import GUIDED_BATCH, guided_search
-from nla_utils.encoding import nats_per_token
+from nla_utils.encoding import Texts, nats_per_token, read
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.evidence import Scorer
 from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.metrics import fve, fve_matrix
+from nla_utils.protocol import CORRECTED
 from nla_utils.scores import Column
 from nla_utils.store import Progress, RunFolder, json_hash, read_record, write_record
 from nla_utils.targets import draw_sequences
@@ -32,7 +33,7 @@ ENDS = (1, 2, 4, 8, 16)
 ORACLES = (4, SHARED, 2 * SHARED)
 # Draws of the reader that the guided search starts from, and what a nat a token may cost it in score.
 GUIDED_DRAWS = 64
-FLUENCIES = (0.005, 0.01, 0.02, 0.04, 0.08)
+PRICES = {f"guided, λ = {price:g}": price for price in (0.005, 0.01, 0.02, 0.04, 0.08)}
 
 
 @dataclass
@@ -81,29 +82,16 @@ def twins(sources: Sequence[list[int]]) -> list[list[int]]:
     return [other[:-SHARED] + own[-SHARED:] for own, other in zip(sources, [*sources[1:], sources[0]])]
 
 
-@dataclass
-class Texts:
-    """``ids``: for each of M activations 1 + K texts, the likeliest first; ``h`` (M, 1 + K, d), re-encoded behind BOS;
-    ``fluency``: what the search for them paid for a nat a token."""
-
-    name: str
-    ids: list[list[list[int]]]
-    h: np.ndarray
-    fluency: float = 0.0
-
-    @property
-    def k(self) -> int:
-        return self.h.shape[1] - 1
-
-
 def draw(nla: NLA, method: str, v_Md: np.ndarray, budget: int, seed: int) -> Texts:
-    """The texts of a way of reading that draws, at the most draws that the budget has room for, one at least."""
+    """The texts of a way of reading that draws, the likeliest first, then as many draws as the budget has room for, one
+    at least."""
     k = min(max(1, budget // cost(nla, method)), len(nla.backbone.head_weight))
     together, ids = max(1, nla.backbone.sample_batch // (k + 1)), []
     for first in Progress(range(0, len(v_Md), together), desc=method, unit="batch"):
         part = v_Md[first : first + together]
-        ids += nla.write(method, part, k, row_streams(seed, method, range(first, first + len(part)), k + 1))
-    return _encoded(nla, method, ids)
+        streams_B = row_streams(seed, method, range(first, first + len(part)), k + 1)
+        ids += nla.write(method, part, k, streams_B).sequences
+    return _read(nla, len(v_Md), ids)
 
 
 def cost(nla: NLA, method: str) -> int:
@@ -115,31 +103,29 @@ def cost(nla: NLA, method: str) -> int:
 
 def guided(nla: NLA, start: Texts, v_Md: np.ndarray, budget: int, fluency: float = 0.0) -> Texts:
     """The guided search from the reader's first draws, one text for each of the first M activations."""
-    bundle, k, found = nla.bundle, min(GUIDED_DRAWS, start.k), []
-    ids_MKn, h_MKd = np.array(start.ids)[:, 1 : k + 1], start.h[:, 1 : k + 1]
-    name = "guided" + (f", λ = {fluency:g}" if fluency else "")
-    for first in Progress(range(0, len(v_Md), GUIDED_BATCH), desc=name, unit="batch"):
-        v_md = v_Md[first : first + GUIDED_BATCH]
-        drawn = (x[first : first + len(v_md)] for x in (ids_MKn, h_MKd))
-        search = guided_search(bundle.reader, nla.backbone, v_md, bundle.mu, *drawn, budget, fluency)
+    bundle, found, first_draws = nla.bundle, [], slice(1 + GUIDED_DRAWS)
+    h = {reading: h_MKd[:, first_draws] for reading, h_MKd in start.h.items()}
+    start = replace(start, ids=start.ids[:, first_draws], lengths=start.lengths[:, first_draws], h=h)
+    for first in Progress(range(0, len(v_Md), GUIDED_BATCH), desc="guided search", unit="batch"):
+        part = slice(first, min(first + GUIDED_BATCH, len(v_Md)))
+        search = guided_search(bundle.reader, nla.backbone, v_Md[part], bundle.mu, start.take(part), budget, fluency)
         found += search.ids.tolist()
-    return single(nla, name, found, fluency)
+    return single(nla, found)
 
 
 def retrieved(nla: NLA, v_Md: np.ndarray) -> Texts:
     """The stored text whose activation is nearest: a text that is chosen with v in sight and was written without it."""
     nearest_M = fve_matrix(v_Md, nla.bundle.pool_v, nla.bundle.mu).argmax(axis=1)
-    return single(nla, "retrieved", [nla.bundle.pool_texts[i] for i in nearest_M])
+    return single(nla, [nla.bundle.pool_texts[i] for i in nearest_M])
 
 
-def single(nla: NLA, name: str, texts: Sequence[Sequence[int]], fluency: float = 0.0) -> Texts:
+def single(nla: NLA, texts: Sequence[Sequence[int]]) -> Texts:
     """One text an activation, which is its likeliest and its best of one."""
-    return _encoded(nla, name, [[list(text), list(text)] for text in texts], fluency)
+    return _read(nla, len(texts), [text for text in texts for _ in range(2)])
 
 
-def _encoded(nla: NLA, name: str, ids: list[list[list[int]]], fluency: float = 0.0) -> Texts:
-    h = nla.backbone.encode([text for texts in ids for text in texts], start=True)
-    return Texts(name, ids, h.reshape(len(ids), len(ids[0]), -1), fluency)
+def _read(nla: NLA, m: int, sequences: Sequence[Sequence[int]]) -> Texts:
+    return read(nla.backbone, Texts.of("rollout", range(m), sequences), CORRECTED)
 
 
 def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unfinished: Path) -> dict:
@@ -165,12 +151,12 @@ def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unf
             write_record(unfinished, kept)
         return kept["parts"][name]
 
-    def row(texts: Texts) -> dict:
-        paid = {"fluency": texts.fluency} if texts.fluency else {}
-        return {"method": texts.name, "k": texts.k, **paid, **score(nla, cases, texts).to_json()}
+    def row(name: str, texts: Texts) -> dict:
+        paid = {"fluency": PRICES[name]} if name in PRICES else {}
+        return {"method": name, "k": texts.k, **paid, **score(nla, cases, texts).to_json()}
 
     for name, make in _ways(nla, cases, budget, seed).items():
-        rows += keep(name, lambda: [row(make())])
+        rows += keep(name, lambda: [row(name, make())])
     for kind, v_nd in vectors(nla, n_directions).items():
         directions += keep(kind, lambda: read_directions(nla, kind, v_nd, budget, seed))
     alike = fve(cases.v[:n], cases.twin_v[:n], nla.bundle.mu)
@@ -184,11 +170,11 @@ def _ways(nla: NLA, cases: Cases, budget: int, seed: int) -> dict[str, Callable[
     ways: dict[str, Callable[[], Texts]] = {method: functools.partial(drawn, method) for method in DRAWING}
     ways["guided"] = lambda: guided(nla, drawn("reader"), v_Ld, budget)
     ways["retrieved"] = lambda: retrieved(nla, v_Ld)
-    ways["source"] = lambda: single(nla, "the source", sources)
+    ways["the source"] = lambda: single(nla, sources)
     for k in ORACLES:
-        ways[f"last {k}"] = lambda k=k: single(nla, f"the source's last {k}", [s[-k:] for s in sources])
-    for fluency in FLUENCIES:
-        ways[f"price {fluency:g}"] = lambda x=fluency: guided(nla, drawn("reader"), v_Ld[:n], budget, x)
+        ways[f"the source's last {k}"] = lambda k=k: single(nla, [s[-k:] for s in sources])
+    for name, price in PRICES.items():
+        ways[name] = lambda price=price: guided(nla, drawn("reader"), v_Ld[:n], budget, price)
     return ways
 
 
@@ -197,13 +183,13 @@ def score(nla: NLA, cases: Cases, texts: Texts) -> Column:
     sources' texts, ``{…}_nats`` a token behind BOS, ``{…}_minus_last_{n}``: the text's last n tokens less the source's
     own, ``{…}_names_twin``: how often the text is closer to its own source than to the twin (one half by chance); left
     out where the twins were not read."""
-    n, mu = cases.n, nla.bundle.mu
-    own_LK = fve(texts.h, cases.v[: len(texts.h), None], mu)
+    n, mu, h_LKd = cases.n, nla.bundle.mu, texts.read_as(CORRECTED)
+    own_LK = fve(h_LKd, cases.v[: len(h_LKd), None], mu)
     chosen = {"greedy": np.zeros(len(own_LK), dtype=int), "best": 1 + own_LK[:, 1:].argmax(axis=1)}
-    others = Scorer(cases.v[:n], nla.bundle.pool_v, mu).others(texts.h[:n])
+    others = Scorer(cases.v[:n], nla.bundle.pool_v, mu).others(h_LKd[:n])
     column = Column("corrected", n)
     for (name, at_L), other_M in zip(chosen.items(), others):
-        ids = [texts.ids[i][at_L[i]] for i in range(n)]
+        ids = [texts.sequence(i, at_L[i]) for i in range(n)]
         score_L = own_LK[np.arange(len(own_LK)), at_L]
         column.add(f"{name}_cen", score_L[:n])
         column.add(f"{name}_minus_others", score_L[:n] - other_M)
@@ -214,7 +200,7 @@ def score(nla: NLA, cases: Cases, texts: Texts) -> Column:
         if len(own_LK) == 2 * n:
             # A text that says nothing of what stands before the shared end is right for one of the two, whatever it
             # says. A tie counts half.
-            twin_L = fve(texts.h[np.arange(2 * n), at_L], cases.twin_v, mu)
+            twin_L = fve(h_LKd[np.arange(2 * n), at_L], cases.twin_v, mu)
             hit_L = (score_L > twin_L) + 0.5 * (score_L == twin_L)
             column.add(f"{name}_names_twin", hit_L.reshape(2, -1).mean(axis=0))
     return column
@@ -256,7 +242,7 @@ def read_directions(nla: NLA, kind: str, v_nd: np.ndarray, budget: int, seed: in
     mu, pool_v = kept.bundle.mu, kept.bundle.pool_v
     drawn = {method: draw(kept, method, v_nd, budget, seed) for method in DRAWING}
     for method, texts in {**drawn, "guided": guided(kept, drawn["reader"], v_nd, budget)}.items():
-        score_n = fve(texts.h[:, 1:], v_nd[:, None], mu).max(axis=1)
+        score_n = fve(texts.read_as(CORRECTED)[:, 1:], v_nd[:, None], mu).max(axis=1)
         # The guided search has looked at as many texts as it had tokens for.
         k = drawn["reader"].k if method == "guided" else texts.k
         column = Column("corrected", len(v_nd))

@@ -21,16 +21,17 @@ from nla_extensions.release.bundle import Bundle, load_bundle
 from nla_extensions.tail_reader.reader import read_tails
 from nla_extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.config import RunConfig
-from nla_utils.encoding import nats_per_token
+from nla_utils.encoding import Texts, nats_per_token, read
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.metrics import chance_of_rank, fve, variance_explained
+from nla_utils.protocol import CORRECTED
 
 # Ways of reading that draw texts; the guided search starts from the reader's.
 DRAWING = ("reader", "av", "lens", "patchscope")
-METHODS = ("reader", "guided", "av", "lens", "patchscope")
+METHODS = (*DRAWING, "guided")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
 # Characters of a text that are printed.
@@ -176,25 +177,25 @@ class NLA:
         return ids
 
     @torch.inference_mode()
-    def write(self, method: str, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> list[list[list[int]]]:
-        """Token ids of 1 + k texts for each of M activations, the likeliest first, as one of :data:`DRAWING` writes
-        them in one batch; each of the M (1 + k) texts has a random stream."""
+    def write(self, method: str, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
+        """1 + k texts for each of M activations, the likeliest first, as one of :data:`DRAWING` writes them in one
+        batch; each of the M (1 + k) texts has a random stream."""
         backbone, bundle = self.backbone, self.bundle
-        if method == "reader":
-            return read_tails(bundle.reader, v_Md, k, streams_B)[0].tolist()
-        if method == "lens":
-            # The likeliest token, and then it and the k − 1 next to it: nothing is drawn.
-            v_Bd = torch.from_numpy(v_Md).to(backbone.device)
-            return [[[row[0]], *([i] for i in row)] for row in lens_tokens(backbone, v_Bd, k).tolist()]
         if method == "av":
             settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
-            flat = bundle.av.write(backbone, v_Md, k, settings, streams_B).sequences
+            return bundle.av.write(backbone, v_Md, k, settings, streams_B)
+        v_Bd = torch.from_numpy(v_Md).to(backbone.device)
+        if method == "reader":
+            ids = read_tails(bundle.reader, v_Bd, k, streams_B)[0].flatten(0, 1).tolist()
+        elif method == "lens":
+            # The likeliest token, and then it and the k − 1 next to it: nothing is drawn.
+            ids = [[i] for row in lens_tokens(backbone, v_Bd, k).tolist() for i in (row[0], *row)]
         else:
-            v_Bd = torch.from_numpy(v_Md).to(backbone.device).repeat_interleave(k + 1, dim=0)
+            v_Bd = v_Bd.repeat_interleave(k + 1, dim=0)
             greedy_B = torch.arange(len(v_Bd), device=backbone.device) % (k + 1) == 0
             # As long as the reader's.
-            flat = patchscope(backbone, v_Bd, bundle.reader.n, streams_B, greedy_B)
-        return [flat[first : first + k + 1] for first in range(0, len(flat), k + 1)]
+            ids = patchscope(backbone, v_Bd, bundle.reader.n, streams_B, greedy_B)
+        return Texts.of("rollout", range(len(v_Md)), ids)
 
     def verbalize(
         self,
@@ -225,15 +226,15 @@ class NLA:
         if not 0 <= fluency < np.inf:
             raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
         drawing = "reader" if method == "guided" else method
-        (texts,) = self.write(drawing, v[None], k, row_streams(seed, drawing, [0], k + 1))
-        h = backbone.encode(texts, start=True)
-        worth = fve(h, v, mu) - (fluency * nats_per_token(backbone, texts) if fluency else 0)
-        text = texts[1 + int(worth[1:].argmax())]
+        texts = read(backbone, self.write(drawing, v[None], k, row_streams(seed, drawing, [0], k + 1)), CORRECTED)
         if method == "guided":
-            drawn = np.array(texts[1:])[None], h[None, 1:]
-            found = guided_search(self.bundle.reader, backbone, v[None], mu, *drawn, GUIDED_TOKENS, fluency)
+            found = guided_search(self.bundle.reader, backbone, v[None], mu, texts, GUIDED_TOKENS, fluency)
             text = found.ids[0].tolist()
-        h = self._as_read(text)
+        else:
+            paid = fluency * nats_per_token(backbone, texts.sequences) if fluency else 0
+            worth = fve(texts.read_as(CORRECTED)[0], v, mu) - paid
+            text = texts.sequence(0, 1 + int(worth[1:].argmax()))
+        greedy, h = texts.sequence(0), self._as_read(text)
         value, null = float(fve(h, v, mu)), fve(self.bundle.pool_v, v, mu)
         near = self.bundle.pool_texts[int(null.argmax())]
         closer, stored = int((null >= value).sum()), len(null)
@@ -250,8 +251,8 @@ class NLA:
             p_value=None if method == "guided" else chance_of_rank(closer, stored, k),
             percentile=float((null < value).mean() ** k),
             nats=float(nats),
-            greedy=backbone.decode_text(texts[0]),
-            greedy_score=float(fve(self._as_read(texts[0]), v, mu)),
+            greedy=backbone.decode_text(greedy),
+            greedy_score=float(fve(self._as_read(greedy), v, mu)),
             retrieved=backbone.decode_text(near),
             retrieved_score=float(null.max()),
             retrieved_nats=float(near_nats),

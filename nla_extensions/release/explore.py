@@ -19,11 +19,13 @@ from nla_extensions.release.bundle import SHIPPED_TAIL
 from nla_extensions.tail_reader.reader import ARTEFACT, RIDGES, reader_from, solve_reader, sums_at_layers
 from nla_utils import metrics
 from nla_utils.config import cache_dir
+from nla_utils.encoding import read
 from nla_utils.errors import ConfigError
 from nla_utils.lm.backbone import pad
 from nla_utils.lm.sampling import row_streams
 from nla_utils.lm.weights import weights_note
 from nla_utils.metrics import fve, fve_matrix
+from nla_utils.protocol import CORRECTED
 from nla_utils.store import Progress, RunFolder, atomic_write, json_hash
 from nla_utils.targets import Targets
 
@@ -62,16 +64,15 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = SHOWN_CANDIDATE
 def _cells(nla: NLA, v_Td: np.ndarray, k: int) -> list[dict]:
     """The cells of one layer, one for each token."""
     n_tokens, decode = len(v_Td), nla.backbone.decode_text
-    ids = nla.write("reader", v_Td, k, row_streams(0, "explore", range(n_tokens), k + 1))
-    h_TKd = nla.backbone.encode([tail for tails in ids for tail in tails], start=True).reshape(n_tokens, k + 1, -1)
-    score_TK = fve(h_TKd, v_Td[:, None], nla.bundle.mu)
+    readings = nla.write("reader", v_Td, k, row_streams(0, "explore", range(n_tokens), k + 1))
+    score_TK = fve(read(nla.backbone, readings, CORRECTED).read_as(CORRECTED), v_Td[:, None], nla.bundle.mu)
     null_TP = fve_matrix(v_Td, nla.bundle.pool_v, nla.bundle.mu)
     chance_T = metrics.exact_k_curve(null_TP, [k])[:, 0]
     found = []
     for t in range(n_tokens):
         order = 1 + np.argsort(-score_TK[t, 1:], kind="stable")
         best, near = score_TK[t, order[0]], int(null_TP[t].argmax())
-        texts = [decode(tail) for tail in ids[t]]
+        texts = [decode(readings.sequence(t, j)) for j in range(k + 1)]
         found.append(
             {
                 "reading": texts[order[0]],

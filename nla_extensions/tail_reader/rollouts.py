@@ -71,12 +71,11 @@ def guided_search(
     backbone: Backbone,
     v_Md: np.ndarray,
     mu_d: np.ndarray,
-    ids_MKn: np.ndarray,
-    h_MKd: np.ndarray,
+    tails: Texts,
     budget: int,
     fluency: float = 0.0,
 ) -> GuidedSearch:
-    """Improve the best of K tails until ``budget`` forward tokens per target are spent.
+    """Improve the best of each target's drawn tails until ``budget`` forward tokens per target are spent.
 
     Each round takes one position, the last first, and tries the 16 tokens there that would best explain what the
     re-encoded tail leaves of v, for the two best tails of each target. ``fluency``: score penalty per nat per token.
@@ -88,8 +87,9 @@ def guided_search(
             return score_MK
         return score_MK - fluency * nats_per_token(backbone, ids_MKn.reshape(-1, n).tolist()).reshape(score_MK.shape)
 
-    _, k, n = ids_MKn.shape
-    ids, h, best = _best(ids_MKn, h_MKd, worth(ids_MKn, h_MKd))
+    drawn = tails.ids[:, 1:], tails.read_as(CORRECTED)[:, 1:]
+    k, n = drawn[0].shape[1:]
+    ids, h, best = _best(*drawn, worth(*drawn))
     # A tail is read to the layer, and to the head too where its words are paid for.
     reads = (n + 1) * (2 if fluency else 1)
     spent, curve = [k * reads], [best[:, 0]]
@@ -166,11 +166,10 @@ def write_tails(
 
     drawn = write_in_chunks(tails, "rollout", rows, max(1, ROW_BATCH // (k + 1)), write, "reading tails")
     own = drawn.at(held_out)
-    ids_MKn, h_MKd = own.ids[:, 1:], own.read_as(CORRECTED)[:, 1:]
 
     def search(c: int, m: slice) -> dict[str, np.ndarray]:
         v_Md = targets.v[held_out[m]]
-        found = guided_search(reader, backbone, v_Md, targets.mu, ids_MKn[m], h_MKd[m], av_forward_tokens(run.config))
+        found = guided_search(reader, backbone, v_Md, targets.mu, own.take(m), av_forward_tokens(run.config))
         # One row a target, as everything in a chunk: what is spent is the same for all of them.
         return {**vars(found), "spent": np.tile(found.spent, (len(v_Md), 1))}
 
