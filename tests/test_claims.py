@@ -223,9 +223,9 @@ def families():
     found |= {f"{r.stem}-reader-scorecard": reader_figures(r) for r in read}
     found["reader-findings"] = [
         f
-        for row in reader.FOUND
+        for q in reader.FOUND
         for r in largest(read)
-        for f in figures_of(reader.reader_column(r), row.cen, 0.0, math.inf)
+        for f in figures_of(reader.reader_column(r), q.row.cen, q.low, q.high)
     ]
     compared = [r.optional(findings.COMPARISON) for r in SHOWN if r.optional(findings.COMPARISON)]
     found["comparison-findings"] = [

@@ -24,9 +24,10 @@ from nla_extensions.tail_reader.reader import (
     solve_reader,
     sums_at_layers,
 )
-from nla_extensions.tail_reader.study import _log_probability, ablate_reader, read_with_language_model, replicate
+from nla_extensions.tail_reader.study import ablate_reader, read_with_language_model, replicate
 from nla_utils.baselines import fit_probe, fit_split, make_probe, nearest_tokens, tail_features
 from nla_utils.config import PROBE_LENGTHS
+from nla_utils.encoding import nats_per_token
 from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import fve
 from nla_utils.targets import load_targets
@@ -209,8 +210,8 @@ def test_a_heavy_language_prior_gives_likelier_text(tiny_run):
     reader = fit_reader(run, targets)
     v = torch.from_numpy(targets.v[targets.held_out])
     texts = [read_with_language_model(reader, run.backbone, v, w) for w in (0.0, 50.0)]
-    light, heavy = (_log_probability(run.backbone, t).mean() for t in texts)
-    assert heavy > light
+    light, heavy = (nats_per_token(run.backbone, t.tolist()).mean() for t in texts)
+    assert heavy < light
 
 
 def test_ablation_names_every_variant_and_its_difference(tiny_run):

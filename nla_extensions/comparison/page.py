@@ -49,21 +49,13 @@ def findings_table(records: Mapping[str, dict]) -> pd.DataFrame:
     """Some questions and each backbone's verdict with its number; ``records`` by the label of the run. The verdicts of
     the table are one family."""
     rows = {(label, row["method"]): row for label, record in records.items() for row in record["rows"]}
-    words = decide(
-        {
-            (ask, label): claimed(rows[label, method], key, low)
-            for ask, method, key, low in QUESTIONS
-            for label in records
-        }
-    )
-    table = []
-    for ask, method, key, low in QUESTIONS:
-        row = {"question": ask}
-        for label in records:
-            of = rows[label, method]
-            row[label] = f"{words[ask, label]}: {signed(of, key) if low == 0 else with_interval(of, key, 2)}"
-        table.append(row)
-    return pd.DataFrame(table, columns=["question", *records]).set_index("question")
+    asked = {(ask, label): (rows[label, method], key, low) for ask, method, key, low in QUESTIONS for label in records}
+    words = decide({place: claimed(*figure) for place, figure in asked.items()})
+    table = pd.DataFrame(index=pd.Index([ask for ask, *_ in QUESTIONS], name="question"), columns=list(records))
+    for (ask, label), (row, key, low) in asked.items():
+        value = signed(row, key) if low == 0 else with_interval(row, key, 2)
+        table.loc[ask, label] = f"{words[ask, label]}: {value}"
+    return table
 
 
 def ways_table(record: dict) -> pd.DataFrame:

