@@ -201,7 +201,7 @@ def verbalize(
     with contextlib.redirect_stdout(sys.stderr):
         nla = NLA.load(backbone, run)
     found = nla.verbalize(nla.activation(text, token) if given is None else given, **how)
-    click.echo(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False) if as_json else str(found))
+    click.echo(json.dumps(dataclasses.asdict(found), ensure_ascii=False, allow_nan=False) if as_json else str(found))
 
 
 @app.command()

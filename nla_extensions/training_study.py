@@ -23,7 +23,7 @@ from nla_utils.encoding import Texts, re_encode
 from nla_utils.errors import ConfigError
 from nla_utils.evidence import of_losses
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
-from nla_utils.metrics import fve, fve_matrix
+from nla_utils.metrics import fve, fve_matrix, off_diagonal
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
 from nla_utils.scores import Column, score
@@ -98,11 +98,8 @@ def study_of(run: Run, targets: Targets) -> list[Variant]:
 
 
 def run_itself(run: Run, targets: Targets) -> dict:
-    """The record of the run's own AV, measured as the variants are; needs notebook 02.
-
-    It is the checkpoint that validation kept, which may be far from the last step, where the variants are measured: the
-    learning curve's end is a variant of its own.
-    """
+    """The record of the run's own AV, at the checkpoint that validation kept; needs notebook 02. Variants are measured
+    at their last step, which may be far from there: the learning curve's end is a variant of its own."""
     own = run.folder.load(BEST_AV).sidecar
     column = measure(run, targets, load_av(run), held_out_pairs(run, targets))
     variant = Variant("the run's own", "the AV that validation kept", Recipe())
@@ -153,17 +150,15 @@ def held_out_pairs(run: Run, targets: Targets) -> Texts:
 def measure(run: Run, targets: Targets, av: ActivationVerbalizer, pairs: Texts) -> Column:
     """Nats of the pairs' texts by what stands in the slot; scores of the greedy texts against own and other targets."""
     column = score(of_losses(source_loss(run.backbone, av, targets, pairs, N_OTHERS)), CORRECTED, rows.OF_LOSSES)
-    v_Md, m = targets.v[pairs.rows], len(pairs.rows)
+    v_Md = targets.v[pairs.rows]
     # As long as the texts can be: short sources are not to be compared with long texts.
     longest = pairs.lengths.max()
     greedy = [ids[:longest] for ids in greedy_rollouts(run.backbone, av, v_Md)]
     scores_MM = fve_matrix(v_Md, re_encode(run.backbone, greedy, CORRECTED), targets.mu)
-    own_M = scores_MM.diagonal()
-    column.add(rows.GREEDY.cen, own_M)
-    column.add(rows.OTHERS_GREEDY.cen, (scores_MM.sum(axis=1) - own_M) / (m - 1))
+    column.add(rows.GREEDY.cen, scores_MM.diagonal())
+    column.add(rows.OTHERS_GREEDY.cen, off_diagonal(scores_MM).mean(axis=1))
     column.difference(rows.GREEDY.cen, rows.OTHERS_GREEDY.cen)
-    same = [ids[: len(text)] == text for ids, text in zip(greedy, pairs.sequences)]
-    column.add("greedy_is_source", np.array(same, dtype=float))
+    column.add("greedy_is_source", [ids[: len(text)] == text for ids, text in zip(greedy, pairs.sequences)])
     return column
 
 
@@ -270,10 +265,8 @@ def _teachers(
 def train_on(
     run: Run, targets: Targets, av: ActivationVerbalizer, teachers: Teachers, validation: Texts
 ) -> ActivationVerbalizer:
-    """The AV after some epochs on the teachers' texts, from where it stands; it is left as it was.
-
-    ``validation``: sources, whatever is trained on, so that the curves are comparable.
-    """
+    """The AV after some epochs on the teachers' texts, from where it stands; it is left as it was. ``validation``:
+    sources, whatever is trained on, so that the curves are comparable."""
     pairs = teachers.pairs
     both = np.concatenate([pairs.rows, validation.rows])
     together = Texts.of("source", both, pairs.sequences + validation.sequences)

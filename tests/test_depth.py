@@ -168,8 +168,7 @@ def test_one_run_and_a_record_make_the_figure_and_the_table(beside_a_run, tmp_pa
 def test_an_av_stands_at_the_layers_where_it_was_trained(beside_a_run):
     (found,) = depths(find_results([beside_a_run]))
     (layer,) = found.runs
-    record = dict(found.record, layers={str(layer): found.record["layers"]["1"]})
-    row = depth_table(dataclasses.replace(found, record=record)).loc[layer]
+    row = depth_table(dataclasses.replace(found, texts={layer: found.texts[1]})).loc[layer]
     column = found.runs[layer].column("centered_eval", "corrected")
     assert row["AV, best-of-K"].startswith(f"{column['adapter_cen_bestofK_mean']:.3f}")
 

@@ -10,15 +10,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nla_utils.config import ROOT
+from nla_extensions.pages import page
 from nla_utils.report.claims import COMPARISON as RESULTS
 from nla_utils.report.claims import claimed, decide
-from nla_utils.report.figures import NULL_GREY, WIDTH, colour, name_points, style, styled
-from nla_utils.report.pages import FigureSpec, Page, Table, provenance
-from nla_utils.report.results import COMMITTED, RunResults, find_results, weights_note
+from nla_utils.report.figures import NULL_GREY, WIDTH, colour, measured, name_points, style, styled
+from nla_utils.report.pages import FigureSpec, Page, Table
+from nla_utils.report.results import COMMITTED, RunResults, find_results
 from nla_utils.report.tables import number, signed, with_interval
 
-PAGE = ROOT / "paper" / "comparison.md"
 # What a reader is shown for a method.
 SHOWN = {
     "av": "the paper's AV",
@@ -137,7 +136,7 @@ def _draw_frontier(ax: Axes, ways: Sequence[dict], color: str) -> None:
         priced, written = way in searched[1:], way["k"] > 1
         tint = color if written or way in searched else NULL_GREY
         best, greedy = ((way[f"{name}_nats"], way[f"{name}_cen"]) for name in ("best", "greedy"))
-        bars = [[[abs(end - at)] for end in way["ci95"][f"best_{key}"]] for at, key in zip(best, ("nats", "cen"))]
+        bars = [measured([(way, f"best_{key}")])[1] for key in ("nats", "cen")]
         size = 2.5 if priced else 5
         ax.errorbar(*best, xerr=bars[0], yerr=bars[1], fmt="o", markersize=size, color=tint, elinewidth=0.6)
         if written:
@@ -152,10 +151,10 @@ def _draw_frontier(ax: Axes, ways: Sequence[dict], color: str) -> None:
 FRONTIER = FigureSpec(
     "fig9_fluency",
     figure_9,
-    "How close a text comes to v against what its words cost the language model. Filled: the best "
-    "of as many texts as the budget buys; hollow, joined to it: the likeliest text. The line is the guided search, "
-    "paying more for fluent words from right to left. Grey: texts that nobody wrote for v. Upper left is best. Bars "
-    "are 95 % intervals over sources.",
+    "How close a text comes to v against what its words cost the language model. Filled: the best of as many texts as "
+    "the budget buys; hollow, joined to it: the likeliest text. The line is the guided search, paying more for fluent "
+    "words from right to left. Grey: texts that nobody wrote for v. Upper left is best. Bars are 95 % intervals over "
+    "sources.",
 )
 
 
@@ -174,16 +173,8 @@ def tables_of_run(results: RunResults) -> list[Table]:
 def comparison_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     """The page of the results below ``roots``."""
     everything = find_results(roots)
-    compared = [r for r in everything if r.optional(RESULTS)]
-    of_runs = {r.label: tables_of_run(r) for r in compared}
-    facts = {r.label: r.optional(RESULTS) for r in compared}
-    findings = Table("comparison-findings", "What was found", findings_table(facts))
-    values = {
-        "findings": findings,
-        "of_runs": of_runs,
-        "facts": facts,
-        "weights": weights_note(compared),
-        "provenance": provenance(everything, (RESULTS,)),
-    }
-    made, drawn = [findings, *(table for tables in of_runs.values() for table in tables)], {FRONTIER: compared}
-    return Page(PAGE, Path(__file__).with_name("page.md.j2"), made, drawn if compared else {}, values)
+    shown = [r for r in everything if r.optional(RESULTS)]
+    facts = {r.label: r.optional(RESULTS) for r in shown}
+    found = {"findings": Table("comparison-findings", "What was found", findings_table(facts))}
+    of_runs = {r.label: tables_of_run(r) for r in shown}
+    return page("comparison", everything, (RESULTS,), shown, {FRONTIER: shown}, found, of_runs, facts=facts)

