@@ -114,9 +114,7 @@ def sequences(config: RunConfig, to: Optional[Path]) -> None:
 
 
 @with_config("seed")
-@click.option(
-    "--seeds", default="1", help="Seed of the run; more of them add their training targets to the growth with N."
-)
+@click.option("--seeds", default="1", help="Seed of the run; the targets of more of them add to the growth with N.")
 def ablate(config: RunConfig, seeds: str) -> None:
     """Take the tail reader of a run apart: one change at a time, and its growth with N. Needs notebook 07."""
     from nla_extensions.tail_reader.page import ABLATION_RESULTS
@@ -179,7 +177,7 @@ def iterate(config: RunConfig, n: int, k: int, rounds: int, av: Optional[str]) -
 
 @app.command()
 @click.option("--text", help="Take the activation of this text.")
-@click.option("--vector", type=FILE, help="Or read it from a .npy, .safetensors or .pt file.")
+@click.option("--vector", type=click.Path(exists=True, path_type=Path), help="Or a .npy, .safetensors or .pt file.")
 @click.option("--token", default=-1, help="Which token of the text; negative counts from the end.")
 @backbone_option
 @run_option

@@ -283,8 +283,6 @@ def read_vector(path: Path) -> Tensor:
     }
     if path.suffix not in readers:
         raise ConfigError(f"{path}: a vector is read from {', '.join(readers)}, not {path.suffix or 'a bare name'}")
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist")
     try:
         content = readers[path.suffix]()
     # Each format has errors of its own for a file that is empty, cut, or of another kind.

@@ -21,7 +21,7 @@ from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import resolve, weights_note
 from nla_utils.run import Run
-from nla_utils.store import RunFolder, atomic_write, code_version, read_record, sha256_file, write_record
+from nla_utils.store import RunFolder, atomic_write, code_version, read_record, require_same, sha256_file, write_record
 from nla_utils.targets import load_targets
 from nla_utils.verbalizer import ActivationVerbalizer, import_av, load_av
 
@@ -80,10 +80,8 @@ def _shipped(backbone: Backbone) -> Bundle:
             f"no verbalizers ship for {backbone.name}; make them with "
             f"`nla reproduce --backbone {backbone.name} --with tail-reader` and give the run folder (run=, --run)"
         )
-    record, own = read_record(folder / "bundle.json"), backbone.identity()
-    for key, value in record["identity"].items():
-        if own[key] != value:
-            raise ArtefactError(f"{folder}: made with {key} = {value!r}, this backbone has {own[key]!r}")
+    record, own = read_record(folder / "bundle.json"), {key: backbone.identity()[key] for key in IDENTITY}
+    require_same(folder, record["identity"], own, "give the folder of a run of this backbone (run=, --run)")
     for name, digest in record["sha256"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise ArtefactError(f"{folder / name} is not the file that bundle.json names; restore it from git")

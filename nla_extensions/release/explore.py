@@ -29,11 +29,10 @@ from nla_utils.protocol import CORRECTED
 from nla_utils.store import Progress, RunFolder, atomic_write, json_hash
 from nla_utils.targets import Targets
 
-SHOWN_CANDIDATES = 8
 MOST_TOKENS = 48
 
 
-def explore(nla: NLA, text: str, layers: Sequence[int], k: int = SHOWN_CANDIDATES) -> dict:
+def explore(nla: NLA, text: str, layers: Sequence[int], k: int = 8) -> dict:
     """What the page shows: tokens, layers, and a cell for each layer and token.
 
     A cell's ``above`` is the score of the best of ``k`` texts less what the best of ``k`` stored texts gets on average.
