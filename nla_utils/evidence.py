@@ -32,17 +32,19 @@ if TYPE_CHECKING:
     from nla_utils.verbalizer import SourceLoss
 
 
-VERSION = 2
+VERSION = 3
 FILE = "results/evidence.parquet"
 # The key of the file's own record among Parquet's metadata.
 RECORD = b"nla_evidence"
-# raw; centred by the pool's μ; centred by the mean of the part's own targets (slip ``self_mu``).
-CENTRINGS = ("raw", "cen", "own")
+# raw; centred by the pool's μ; that with the pool's first principal direction projected out; centred by the mean of the
+# part's own targets (slip ``self_mu``).
+CENTRINGS = ("raw", "cen", "cen1", "own")
 KEYS = ("kind", "part", "reading")
 # What is kept once a centring: {what: {centring: column}}; ``score`` is that of a text.
-_OF_TARGETS = ("nearest", "floor", "nearest_other", "pair_floor", "null")
+_OF_TARGETS = ("nearest", "floor", "nearest_other", "pair_floor", "null", "null_sd")
 CENTRED = {"score": {c: c for c in CENTRINGS}} | {what: {c: f"{what}_{c}" for c in CENTRINGS} for what in _OF_TARGETS}
-CENTRED |= {what: {c: f"{what}_{c}" for c in ("raw", "cen")} for what in ("others_greedy", "others_best")}
+CENTRED |= {what: {c: f"{what}_{c}" for c in CENTRINGS[:3]} for what in ("others_greedy", "others_best")}
+CENTRED["null_left_out"] = {c: f"null_left_out_{c}" for c in ("cen", "cen1")}
 
 
 def _columns(kind: pa.DataType, *names: str) -> list[tuple[str, pa.DataType]]:
@@ -57,9 +59,10 @@ SCHEMA = pa.schema(
     + _columns(_NUMBER, "score", "anchor", "norm", "logp", "logp_published")
     + [("rank", pa.int32()), ("pc", _NUMBERS), ("others", _NUMBERS)]
     # Of the losses of sources, and of texts of the pool.
-    + _columns(_NUMBERS, "nats_own", "nats_other", "nats_mean", "nats_none", "against")
+    + _columns(_NUMBERS, "nats_own", "nats_other", "nats_mean", "nats_none", "nats_ends_alike", "nats_begins_alike")
+    + _columns(_NUMBERS, "against")
     # Of targets.
-    + _columns(_NUMBER, "nearest", "floor", "nearest_other", "pair_floor", "constant_mu")
+    + _columns(_NUMBER, "nearest", "floor", "nearest_other", "pair_floor", "null_sd", "constant_mu")
     + _columns(_NUMBERS, "null", "null_left_out")
     + _columns(_NUMBER, "others_greedy", "others_best")
     + [("others_curve", _NUMBERS), ("greedy_rank", pa.int32())]
@@ -218,7 +221,7 @@ N_DIRECTIONS, OTHERS_KEPT, N_BLOCKS = 4, 8, 10
 LOGP = {"sampled": "logp", "published": "logp_published"}
 # Rollouts and the probe's texts are never centred by the targets' own mean.
 CENTRINGS_OF = dict.fromkeys(("source", "paraphrase", "tail"), CENTRINGS)
-CENTRINGS_OF |= dict.fromkeys(("rollout", "probe"), CENTRINGS[:2])
+CENTRINGS_OF |= dict.fromkeys(("rollout", "probe"), CENTRINGS[:3])
 
 
 class Scorer:
@@ -228,19 +231,26 @@ class Scorer:
         v_Md: the targets' activations.
         pool_Pd: activations of P other texts.
         mu_d: what both sides are centred by.
+        out_d: a direction at norm 1 that is projected out of both sides.
     """
 
-    def __init__(self, v_Md: np.ndarray, pool_Pd: np.ndarray, mu_d: Optional[np.ndarray] = None):
-        self.v, self.pool, self.mu = v_Md, pool_Pd, mu_d
+    def __init__(
+        self,
+        v_Md: np.ndarray,
+        pool_Pd: np.ndarray,
+        mu_d: Optional[np.ndarray] = None,
+        out_d: Optional[np.ndarray] = None,
+    ):
+        self.v, self.pool, self.mu, self.out = v_Md, pool_Pd, mu_d, out_d
 
     def own(self, h: np.ndarray) -> np.ndarray:
         """Score of each target's own texts: h (M, d) gives (M,), h (M, K, d) gives (M, K)."""
-        return fve(h, self.v if h.ndim == 2 else self.v[:, None], self.mu)
+        return fve(h, self.v if h.ndim == 2 else self.v[:, None], self.mu, self.out)
 
     @cached_property
     def against_pool(self) -> np.ndarray:
         """Score of each text of the pool for each target (M, P)."""
-        return fve_matrix(self.v, self.pool, self.mu)
+        return self.against(self.pool)
 
     @property
     def nearest(self) -> np.ndarray:
@@ -254,14 +264,14 @@ class Scorer:
 
     def against(self, h_Pd: np.ndarray) -> np.ndarray:
         """Score of each of P texts for each target (M, P)."""
-        return fve_matrix(self.v, h_Pd, self.mu)
+        return fve_matrix(self.v, h_Pd, self.mu, self.out)
 
     def others(self, h_MKd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rollouts of every other target against this one: mean greedy (M,) and mean best-of-K (M,).
 
         Column 0 of ``h_MKd`` is greedy, the others are sampled.
         """
-        scores_MMK = np.stack([fve_matrix(self.v, h_Kd, self.mu) for h_Kd in h_MKd], axis=1)
+        scores_MMK = np.stack([self.against(h_Kd) for h_Kd in h_MKd], axis=1)
         greedy_MM, best_MM = scores_MMK[:, :, 0], scores_MMK[:, :, 1:].max(axis=2)
         return metrics.off_diagonal(greedy_MM).mean(axis=1), metrics.off_diagonal(best_MM).mean(axis=1)
 
@@ -286,9 +296,9 @@ class Part:
         self.protocol, self.name, self.rows = protocol, part_of(protocol), targets.eval_rows(protocol)
         self.v, self.pool, self.mu = targets.v[self.rows], targets.v[targets.pool], targets.mu
         self.own_mu = self.v.mean(axis=0)
-        centres = {"raw": None, "cen": self.mu, "own": self.own_mu}
-        self.scorers = {kind: Scorer(self.v, self.pool, mu) for kind, mu in centres.items()}
         self.directions_4d = metrics.principal_directions(self.pool, N_DIRECTIONS)
+        centres = {"raw": (), "cen": (self.mu,), "cen1": (self.mu, self.directions_4d[0]), "own": (self.own_mu,)}
+        self.scorers = {kind: Scorer(self.v, self.pool, *centre) for kind, centre in centres.items()}
         self.anchor_Md = self.pool[self.scorers["cen"].against_pool.argmax(axis=1)]
         self.null_MP = np.sort(self.scorers["cen"].against(null_Pd), axis=1)
 
@@ -318,22 +328,24 @@ class Part:
         columns = self.place(self.v) | {"constant_mu": fve(self.mu, self.v)}
         null_MP = {centring: scorer.against(null_Pd) for centring, scorer in self.scorers.items()}
         for centring, scorer in self.scorers.items():
-            others = metrics.off_diagonal(fve_matrix(self.v, self.v, scorer.mu))
+            others = metrics.off_diagonal(scorer.against(self.v))
             columns |= {
                 f"nearest_{centring}": scorer.nearest,
                 f"floor_{centring}": scorer.floor,
                 f"nearest_other_{centring}": others.max(axis=1),
                 f"pair_floor_{centring}": others.mean(axis=1),
                 f"null_{centring}": metrics.exact_k_curve(null_MP[centring], ks),
+                f"null_sd_{centring}": null_MP[centring].std(axis=1),
             }
         if reading == self.protocol.name:
-            columns["null_left_out"] = metrics.curves_without_blocks(null_MP["cen"], ks, N_BLOCKS)
+            for centring, name in CENTRED["null_left_out"].items():
+                columns[name] = metrics.curves_without_blocks(null_MP[centring], ks, N_BLOCKS)
         return block("target", self.name, reading, self.rows, **{k: np.asarray(x)[:, None] for k, x in columns.items()})
 
     def others(self, reading: str, h_MKd: np.ndarray) -> pa.Table:
         """A row a target: what the rollouts of other targets score, and the rank of its own v for its greedy text."""
         columns = {}
-        for kind in ("raw", "cen"):
+        for kind in CENTRED["others_greedy"]:
             greedy, best = self.scorers[kind].others(h_MKd)
             columns |= {f"others_greedy_{kind}": greedy, f"others_best_{kind}": best}
         ks = metrics.k_values(h_MKd.shape[1] - 1)

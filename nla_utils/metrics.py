@@ -8,30 +8,34 @@ from typing import Optional, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
-from scipy.stats import rankdata
+from scipy.special import gammaln, ndtri, stdtrit
+from scipy.stats import false_discovery_control, rankdata
 
 Array = NDArray[np.floating]
 
 N_RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20_240
+NORMAL_95 = float(ndtri(0.975))
 
 
-def _unit(x: Array, mu: Optional[Array] = None) -> Array:
-    """x − μ at norm 1; a zero vector stays one."""
+def _unit(x: Array, mu: Optional[Array] = None, out: Optional[Array] = None) -> Array:
+    """x − μ, without its part along ``out``, at norm 1; a zero vector stays one."""
     x = np.asarray(x, dtype=np.float64)
     if mu is not None:
         x = x - mu
+    if out is not None:
+        x = x - (x @ out)[..., None] * out
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
     return x / np.where(norm == 0, 1.0, norm)
 
 
-def fve(h: Array, v: Array, mu: Optional[Array] = None) -> Array:
+def fve(h: Array, v: Array, mu: Optional[Array] = None, out: Optional[Array] = None) -> Array:
     """½ (1 + cos(h − μ, v − μ)) over the last axis, in [0, 1]; raw where ``mu`` is ``None``.
 
-    ``h`` and ``v`` broadcast against each other; a zero vector has cosine 0 with everything.
+    ``h`` and ``v`` broadcast against each other; a zero vector has cosine 0 with everything. ``out``: a direction (d,)
+    at norm 1 that is projected out of both once they are centred.
     """
-    return np.clip(0.5 * (1.0 + (_unit(h, mu) * _unit(v, mu)).sum(axis=-1)), 0.0, 1.0)
+    return np.clip(0.5 * (1.0 + (_unit(h, mu, out) * _unit(v, mu, out)).sum(axis=-1)), 0.0, 1.0)
 
 
 def variance_explained(h: Array, v: Array, predictor: Array) -> Array:
@@ -48,9 +52,9 @@ def mean_direction(pool_Pd: Array) -> Array:
     return _unit(pool_Pd).mean(axis=0)
 
 
-def fve_matrix(a_Nd: Array, b_Md: Array, mu: Optional[Array] = None) -> Array:
+def fve_matrix(a_Nd: Array, b_Md: Array, mu: Optional[Array] = None, out: Optional[Array] = None) -> Array:
     """fve of every row of ``a`` against every row of ``b``, (N, M)."""
-    return np.clip(0.5 * (1.0 + _unit(a_Nd, mu) @ _unit(b_Md, mu).T), 0.0, 1.0)
+    return np.clip(0.5 * (1.0 + _unit(a_Nd, mu, out) @ _unit(b_Md, mu, out).T), 0.0, 1.0)
 
 
 def rho(score: float | Array, floor: float, ceiling: float) -> float | Array:
@@ -129,6 +133,78 @@ def chance_of_rank(closer: int, stored: int, k: int) -> float:
     return 1 - math.prod((stored - i) / (stored + k - i) for i in range(closer + 1))
 
 
+# Bits at K, pool P (PROTOCOL.md §11).
+
+
+def limits_of_bits(k: int, p: int) -> tuple[float, float]:
+    """The least and the most bits that P unrelated texts can tell of a best of k: one text, and all of them."""
+    return 0.0 - math.log2(k), math.log2(p / k)
+
+
+def bits(score: float, ks: Sequence[int], null_J: Array, k: int) -> float:
+    """log₂ K₀ − log₂ k, where the best of K₀ unrelated texts scores as much as a best of k: how many doublings of k
+    unrelated texts it is worth.
+
+    ``null_J`` is the null's mean curve at ``ks``, joined by lines against log₂; NaN is left out. Beyond its ends the
+    figure is that of the end (:func:`limits_of_bits`): nothing is extrapolated.
+    """
+    known = np.isfinite(null_J)
+    return float(np.interp(score, null_J[known], np.log2(ks)[known])) - math.log2(k)
+
+
+def bits_of_means(values: tuple[Array, Array, Array, Sequence[int], int]) -> tuple[float, list[float]]:
+    """Bits of a best of k (M,) against its null's curve (M, J) at ``ks``, and an interval.
+
+    Targets are resampled together with their null rows. The pool is never resampled, which would be biased: what
+    another pool would move is a jackknife's, from the curves without one block of it each (M, B, J). The two are added
+    as independent errors are.
+    """
+    score_M, null_MJ, left_out_MBJ, ks, k = values
+    known = np.isfinite(score_M) & np.isfinite(null_MJ[:, 0])
+    if not known.any():
+        return math.nan, [math.nan, math.nan]
+    score_M, null_MJ, left_out_BJ = score_M[known], null_MJ[known], left_out_MBJ[known].mean(axis=0)
+    found = bits(score_M.mean(), ks, null_MJ.mean(axis=0), k)
+    resampled = zip(bootstrap_means(score_M), bootstrap_means(null_MJ))
+    ends = interval(np.array([bits(score, ks, null_J, k) for score, null_J in resampled]))
+    blocks_B = np.array([bits(score_M.mean(), ks, null_J, k) for null_J in left_out_BJ])
+    pool = NORMAL_95 * math.sqrt((len(blocks_B) - 1) * blocks_B.var())
+    low, high = (found + sign * math.hypot(end - found, pool) for sign, end in zip((-1, 1), ends))
+    return found, [float(x) for x in np.clip([low, high], *limits_of_bits(k, ks[-1]))]
+
+
+def surprise_of_rank(closer: Array, p: int) -> Array:
+    """−log₂((r + 1) / (P + 1)) of a text that r of P unrelated texts equal or beat."""
+    return -np.log2((np.asarray(closer, dtype=np.float64) + 1) / (p + 1))
+
+
+@functools.lru_cache(maxsize=4)
+def expected_surprise(p: int) -> tuple[Array, Array]:
+    """(log₂ x, the surprise that the best of x unrelated texts has on average), for x from 1 to P.
+
+    Pr(r ≥ j | x) = P! Γ(P + x − j + 1) / [(P − j)! Γ(P + x + 1)]: all P + x texts are in random order.
+    """
+    log2_x, j = np.linspace(0, math.log2(p), 1 + 16 * math.ceil(math.log2(p))), np.arange(p + 1)
+    drops_P = -np.diff(surprise_of_rank(j, p))
+    expected = []
+    for x in 2**log2_x:
+        log_tail = gammaln(p + 1) - gammaln(p - j + 1) + gammaln(p + x - j + 1) - gammaln(p + x + 1)
+        expected.append(surprise_of_rank(0, p) - drops_P @ np.exp(log_tail[1:]))
+    return log2_x, np.array(expected)
+
+
+def bits_by_rank(values: tuple[Array, int, int]) -> tuple[float, list[float]]:
+    """Bits of the best of k from its surprise (M,) among P unrelated texts: the number of texts whose best would have
+    the same on average, over k. It does not change with any monotone change of the score."""
+    surprise_M, p, k = values
+    surprise_M = surprise_M[np.isfinite(surprise_M)]
+    if not len(surprise_M):
+        return math.nan, [math.nan, math.nan]
+    log2_x, expected = expected_surprise(p)
+    found, *ends = np.interp([surprise_M.mean(), *ci95(surprise_M)], expected, log2_x) - math.log2(k)
+    return float(found), [float(x) for x in ends]
+
+
 def slope_per_doubling(ks: Sequence[int], curve_J: Array) -> tuple[float, float, float]:
     """Least-squares line of a curve against log₂ K: (slope, intercept, R²)."""
     x = np.log2(np.asarray(ks, dtype=np.float64))
@@ -142,11 +218,54 @@ def slope_per_doubling(ks: Sequence[int], curve_J: Array) -> tuple[float, float,
 
 def spearman_rows(a_MK: Array, b_MK: Array) -> Array:
     """Spearman correlation of a[i] with b[i] per row (M,); NaN where a row is constant."""
-    ra = rankdata(a_MK, axis=1) - (a_MK.shape[1] + 1) / 2
-    rb = rankdata(b_MK, axis=1) - (b_MK.shape[1] + 1) / 2
-    size = np.sqrt((ra**2).sum(axis=1) * (rb**2).sum(axis=1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(size > 0, (ra * rb).sum(axis=1) / size, np.nan)
+    return (_unit_ranks(a_MK) * _unit_ranks(b_MK)).sum(axis=1)
+
+
+def permuted_spearman(a_MK: Array, b_MK: Array, n: int = 2_000, seed: int = BOOTSTRAP_SEED) -> Array:
+    """Spearman per row with the order of b shuffled within each row, (n, M): what there is if the two are unrelated."""
+    rng, a_MK, b_MK = np.random.default_rng(seed), _unit_ranks(a_MK), _unit_ranks(b_MK)
+    return np.stack([(a_MK * rng.permuted(b_MK, axis=1)).sum(axis=1) for _ in range(n)])
+
+
+def _unit_ranks(x_MK: Array) -> Array:
+    """Ranks within each row, centred, at norm 1; NaN where a row is constant."""
+    ranks_MK = rankdata(x_MK, axis=1) - (x_MK.shape[1] + 1) / 2
+    with np.errstate(invalid="ignore"):
+        return ranks_MK / np.linalg.norm(ranks_MK, axis=1, keepdims=True)
+
+
+def p_of_null(values: Array, null_n: Array) -> Array:
+    """Share of a null's draws that are at least as large, the value itself counted among them."""
+    null_n = np.sort(null_n)
+    return (1 + len(null_n) - np.searchsorted(null_n, values, "left")) / (1 + len(null_n))
+
+
+def share_of_discoveries(p_M: Array, level: float = 0.05) -> float:
+    """Share of p-values that Benjamini and Hochberg's method takes for discoveries at a false discovery rate."""
+    return float((false_discovery_control(p_M[np.isfinite(p_M)]) <= level).sum() / len(p_M))
+
+
+def between_targets(rho_M: Array, k: int) -> float:
+    """τ²: the variance of Spearman's ρ over targets less what k draws alone give, 1 / (k − 1)."""
+    return float(rho_M.var(ddof=1) - 1 / (k - 1))
+
+
+def signs_of_others(x_M: Array, rho_M: Array) -> Array:
+    """For each target the sign that ρ has where x has its sign, learned from the other targets (M,)."""
+    by_sign_M = np.sign(x_M) * rho_M
+    return np.sign(x_M) * np.sign(by_sign_M.sum() - by_sign_M)
+
+
+def gain_of_choice(by_MK: Array, scores_MK: Array) -> Array:
+    """The score of the text that ``by`` ranks first, less that of a random one (M,)."""
+    return np.take_along_axis(scores_MK, by_MK.argmax(axis=1)[:, None], axis=1)[:, 0] - scores_MK.mean(axis=1)
+
+
+def t_interval(values_n: Array) -> list[float]:
+    """95 % interval of a mean by Student's t: of trainings, of which there are few."""
+    values_n = np.asarray(values_n, dtype=np.float64)
+    half = stdtrit(len(values_n) - 1, 0.975) * values_n.std(ddof=1) / math.sqrt(len(values_n))
+    return [float(values_n.mean() - half), float(values_n.mean() + half)]
 
 
 def bootstrap_means(values_M: Array, resamples: int = N_RESAMPLES, seed: int = BOOTSTRAP_SEED) -> Array:

@@ -2,7 +2,8 @@
 prints it.
 
 Results files, tables, figures and notebooks all read it: a new row is one entry here, a new statistic one function and
-one entry. ``{kind}`` in a key or path stands for ``raw`` or ``cen``. Keys are the authors' where they have one.
+one entry. ``{kind}`` in a key or path stands for ``raw``, ``cen`` or, of ``corrected`` alone, ``cen1``: centred, with
+the pool's first principal direction projected out. Keys are the authors' where they have one.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Row:
 
     ``needs``: other rows, and names of :data:`~nla_utils.scores.KEPT` and :data:`~nla_utils.scores.FACTS`; ``value``
     makes of them the values per target (M,), and ``summary`` of those a number and its interval. ``under``: a slip, and
-    what is needed while it is in force; a row that needs nothing is not measured. ``only``: ``raw`` or ``cen``, where
-    it is not made of both. ``part``: of which targets, where not of those that are asked for.
+    what is needed while it is in force; a row that needs nothing is not measured. ``only``: of ``raw``, ``cen`` and
+    ``cen1`` those that it is made of, where not of all. ``part``: of which targets, where not of those that are asked
+    for.
     """
 
     label: str
@@ -45,7 +47,7 @@ class Row:
     file: str = EVALUATION_FILE
     summary: Callable = metrics.mean
     under: Optional[tuple[str, tuple]] = None
-    only: str = ""
+    only: tuple[str, ...] = ()
     part: str = ""
 
     @property
@@ -59,15 +61,13 @@ class Row:
         return self.at("raw")
 
     def at(self, kind: str) -> str:
-        """The key, ``kind`` being ``raw`` or ``cen``."""
+        """The key, ``kind`` being ``raw``, ``cen`` or ``cen1``."""
         return self.key.format(kind=kind)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What it is made of: ``raw`` and ``cen`` where its key holds both, else ``cen``."""
-        if self.only:
-            return (self.only,)
-        return ("raw", "cen") if "{kind}" in self.key else ("cen",)
+        """What it is made of: ``raw``, ``cen`` and ``cen1`` where its key holds them, else ``cen``."""
+        return self.only or (("raw", "cen", "cen1") if "{kind}" in self.key else ("cen",))
 
     @property
     def title(self) -> str:
@@ -178,6 +178,8 @@ EVALUATION = (
 )
 # Raw alone: centred, μ is the zero vector, which has no direction.
 CONSTANT_MU = _control("constant μ", "constant_mu_raw_mean", ("constant_mu",))
+# How far apart the scores of unrelated texts are for one target: the less, the sharper a centring measures.
+NULL_SD = _control("standard deviation of unrelated texts", "unrelated_text_{kind}_sd", ("null_sd",))
 
 GREEDY_MINUS_OTHERS = minus(GREEDY, OTHERS_GREEDY)
 BEST_MINUS_OTHERS = minus(BEST, OTHERS_BEST)
@@ -199,7 +201,7 @@ RANK_MINUS_CHANCE = minus(
     RECIPROCAL_RANK, CHANCE, label="mean reciprocal rank − chance", key="greedy_identification_mrr_minus_chance"
 )
 OF_ANY_TARGETS = (
-    *(*EVALUATION, CONSTANT_MU, *PAIRED, GREEDY_MINUS_PROBE),
+    *(*EVALUATION, CONSTANT_MU, NULL_SD, *PAIRED, GREEDY_MINUS_PROBE),
     *(IDENTIFIED, RECIPROCAL_RANK, RANK_MINUS_CHANCE, CHANCE),
     _fact("identification_chance_top1", ("greedy_rank",), lambda rank: 1 / len(rank)),
     _fact("shorter_than_limit_share", ("tokens", "T"), lambda n, t: (n[:, 1:] < t).mean()),
@@ -212,7 +214,7 @@ BEST_8 = Row("best-of-8", "adapter_cen_bestof8_mean", (DRAWS,), _best_8)
 BEST_MINUS_PARAPHRASE = minus(BEST, PARAPHRASE, key="adapter_cen_bestofK_minus_paraphrase_bestof8")
 BEST_8_MINUS_PARAPHRASE = minus(BEST_8, PARAPHRASE, key="adapter_cen_bestof8_minus_paraphrase_bestof8")
 RAW_GREEDY_MINUS_FLOOR = minus(
-    GREEDY, FLOOR, label="raw greedy − raw floor", key="adapter_raw_greedy_minus_random_floor", only="raw"
+    GREEDY, FLOOR, label="raw greedy − raw floor", key="adapter_raw_greedy_minus_random_floor", only=("raw",)
 )
 
 
@@ -237,7 +239,56 @@ RHO = (
 # Rows of one text: their ceiling, at equal counts, is one paraphrase.
 RHO_OF_ONE = RHO[:2]
 BESIDE_CEILINGS = (BEST_MINUS_PARAPHRASE, BEST_8_MINUS_PARAPHRASE)
-OF_ROLLOUTS = (*OF_ANY_TARGETS, BEST_8, *BESIDE_CEILINGS, RAW_GREEDY_MINUS_FLOOR, *RHO)
+
+
+# Bits at K, pool P: what a row is worth in doublings of unrelated texts, and the same by ranks, which any monotone
+# change of the score leaves alone. A row that takes the best of k texts is compared at that k.
+@dataclass(frozen=True)
+class Bits:
+    """A figure in bits, the same by rank, and its k: a number, or ``K``."""
+
+    row: Row
+    by_rank: Row
+    k: int | str
+
+
+_NULL = ("null", "null_left_out", "K")
+
+
+def _curves(best_M: np.ndarray, null: pd.DataFrame, left_out: np.ndarray, k: int) -> tuple:
+    ks = [int(x) for x in null]
+    return best_M, null.to_numpy(), left_out.reshape(len(best_M), -1, len(ks)), ks, k
+
+
+def _bits(label: str, key: str, kind: str, pick: Callable, k: int | str = 1) -> Bits:
+    def by_score(scores_MK, null, left_out, k_max) -> tuple:
+        return _curves(pick(scores_MK), null, left_out, k_max if k == "K" else k)
+
+    def by_rank(rank_MK, null, k_max) -> tuple:
+        p = max(null)
+        return pick(metrics.surprise_of_rank(rank_MK, p)), p, k_max if k == "K" else k
+
+    row = Row(label, f"bits_{{kind}}_{key}", (kind, *_NULL), by_score, summary=metrics.bits_of_means)
+    ranked = Row(f"{label}, by rank", f"bits_by_rank_{key}", (f"rank_of_{kind}", "null", "K"), by_rank)
+    return Bits(replace(row, only=("cen", "cen1")), replace(ranked, summary=metrics.bits_by_rank), k)
+
+
+def _of_draws(pick: Callable) -> Callable:
+    return lambda kept_MK: pick(kept_MK[:, 1:])
+
+
+BITS_BEST = _bits("best-of-K", "bestofK", "rollout", _of_draws(_max), "K")
+BITS_PARAPHRASE = _bits("paraphrase best-of-8", "paraphrase_bestof8", "paraphrase", _max, N_PARAPHRASES)
+BITS = (
+    _bits("greedy", "greedy", "rollout", _column(0)),
+    _bits("sampled (mean)", "sampled", "rollout", _of_draws(_mean)),
+    _bits("best-of-8", "bestof8", "rollout", _of_draws(_best_8), N_PARAPHRASES),
+    BITS_BEST,
+    _bits(f"probe decode, last {max(PROBE_LENGTHS)}", "probe_decode", "probe", _column(-1)),
+    BITS_PARAPHRASE,
+)
+OF_BITS = tuple(row for figure in BITS for row in (figure.row, figure.by_rank))
+OF_ROLLOUTS = (*OF_ANY_TARGETS, BEST_8, *BESIDE_CEILINGS, RAW_GREEDY_MINUS_FLOOR, *RHO, *OF_BITS)
 
 
 def _in_sample(name: str, key: str, margin: Row) -> Row:
@@ -279,17 +330,52 @@ NATS_OTHER_MINUS_OWN, NATS_MEAN_MINUS_OWN = minus(NATS_OTHER, NATS_OWN), minus(N
 NATS_GAINED = (NATS_OTHER_MINUS_OWN, NATS_MEAN_MINUS_OWN, minus(NATS_NONE, NATS_OWN))
 
 
+# What of v the saving is at one end of the text: another's v whose source has the same token there (NaN without one).
+ENDS = {"last": ("ends_alike", -1), "first": ("begins_alike", 0)}
+
+
+def _at(end: int) -> Callable:
+    def value(a_MT: np.ndarray, b_MT: np.ndarray) -> np.ndarray:
+        at = [np.flatnonzero(np.isfinite(row))[end] for row in b_MT]
+        return np.array([a_T[i] - b_T[i] for a_T, b_T, i in zip(a_MT, b_MT, at)])
+
+    return value
+
+
+AT_ENDS = {
+    end: (
+        Row(
+            f"at the {end} token, another's − own", f"nats_at_{end}_other_minus_own", ("nats_other", "nats_own"), _at(i)
+        ),
+        Row(
+            f"at the {end} token, another's with the same one − own",
+            f"nats_at_{end}_alike_minus_own",
+            (f"nats_{alike}", "nats_own"),
+            _at(i),
+            control=True,
+        ),
+    )
+    for end, (alike, i) in ENDS.items()
+}
+
+
 def _by_position(*nats_MT: np.ndarray) -> dict[str, list[float]]:
     return dict(zip(("own", "other", "mean", "none"), [np.nanmean(x, axis=0).tolist() for x in nats_MT]))
 
 
 BY_POSITION = _fact("nats_by_position", tuple(need for row in NATS for need in row.needs), _by_position)
 OF_LOSSES = (*NATS, *NATS_GAINED, BY_POSITION)
+OF_ENDS = tuple(row for pair in AT_ENDS.values() for row in pair)
 
 _rerank = partial(Row, file=RERANK_FILE)
 LOGP_RERANK = _rerank("logp-rerank", "logp_rerank_{kind}_mean", (LOGP, DRAWS), _picked, "rerank.logp.cen")
 ANCHOR_RERANK = _rerank(
-    "NN-anchor rerank", "nn_anchor_rerank_{kind}_mean", (ANCHORED, DRAWS), _picked, "rerank.nn_anchor.cen", only="cen"
+    "NN-anchor rerank",
+    "nn_anchor_rerank_{kind}_mean",
+    (ANCHORED, DRAWS),
+    _picked,
+    "rerank.nn_anchor.cen",
+    only=("cen",),
 )
 # Slip uncentred_anchor: the paper's row is labelled centred and computed raw.
 ANCHOR = _rerank(
@@ -306,8 +392,8 @@ MEAN_LOGP = _rerank("mean token log-probability", "mean_logp", (LOGP,), np.mean,
 
 
 def _spearman(name: str, of: str, needs: tuple, value: Callable, **fields) -> Row:
-    path = f"rerank.spearman_logp_vs_oracle_cen.{of}"
-    return _rerank(f"Spearman{name}", f"spearman_logp_vs_oracle_cen_{of}", needs, value, path, **fields)
+    path, key = f"rerank.spearman_logp_vs_oracle_cen.{of}", f"spearman_logp_vs_oracle_{{kind}}_{of}"
+    return _rerank(f"Spearman{name}", key, needs, value, path, only=("cen", "cen1"), **fields)
 
 
 SPEARMAN = _spearman("(logp, oracle), mean", "mean", (LOGP, DRAWS), metrics.spearman_rows)
@@ -317,8 +403,132 @@ SPEARMAN_TAILS = tuple(
 )
 RERANKS = (
     _rerank("greedy", GREEDY.key, (GREEDY,), _same, "k_curve.greedy.cen"),
-    _rerank("sampled (mean)", SAMPLED.key, (SAMPLED,), _same, "k_curve.sampled_mean.cen", only="cen"),
+    _rerank("sampled (mean)", SAMPLED.key, (SAMPLED,), _same, "k_curve.sampled_mean.cen", only=("cen",)),
     *(LOGP_RERANK, LOGP_MINUS_GREEDY, ANCHOR_RERANK, ANCHOR, SPEARMAN, *SPEARMAN_TAILS),
+)
+
+
+# Whether the sign of that correlation is the AV's doing. First chance alone, the K rollouts' order shuffled within each
+# target, whose dispersion is 1. Then others' rollouts with their own log-probabilities, scored against this target's v.
+SHUFFLED = Row("", "", (LOGP, DRAWS), metrics.permuted_spearman)
+OTHERS_SPEARMAN = Row("", "", (LOGP, "others"), lambda logp_MK, others: _spearman_of_others(logp_MK, others[:, 1:]))
+
+
+def _spearman_of_others(logp_MK: np.ndarray, others_MKS: np.ndarray) -> np.ndarray:
+    return np.stack([metrics.spearman_rows(logp_MK, scores_MK) for scores_MK in np.moveaxis(others_MKS, 2, 0)])
+
+
+def _dispersion(rho: np.ndarray, k: int) -> np.ndarray:
+    return (k - 1) * rho**2
+
+
+def _fact_of_spread(key: str, label: str, needs: tuple, value: Callable, summary: Callable = _no_interval) -> Row:
+    return _rerank(label, f"spearman_{key}", needs, value, summary=summary, under=("logp_embeds", ()))
+
+
+def _tau2(values: tuple) -> tuple[float, list[float]]:
+    rho_M, k = values
+    m, rng = len(rho_M), np.random.default_rng(metrics.BOOTSTRAP_SEED)
+    resampled = [metrics.between_targets(rho_M[rng.integers(m, size=m)], k) for _ in range(2_000)]
+    return metrics.between_targets(rho_M, k), metrics.interval(np.array(resampled))
+
+
+DISPERSION = _fact_of_spread("dispersion", "dispersion, mean of (K − 1)ρ²", (SPEARMAN, "K"), _dispersion, metrics.mean)
+OTHERS_DISPERSION = _fact_of_spread(
+    "dispersion_others",
+    "dispersion of others' rollouts",
+    (OTHERS_SPEARMAN, "K"),
+    lambda rho_SM, k: _dispersion(rho_SM, k).mean(axis=0),
+    metrics.mean,
+)
+SPREAD = (
+    DISPERSION,
+    OTHERS_DISPERSION,
+    _fact_of_spread(
+        "dispersion_p",
+        "p of the dispersion by chance",
+        (SPEARMAN, SHUFFLED),
+        lambda rho_M, null_nM: float(metrics.p_of_null((rho_M**2).sum(), (null_nM**2).sum(axis=1))),
+    ),
+    _fact_of_spread(
+        "mean_p",
+        "p of the mean by chance",
+        (SPEARMAN, SHUFFLED),
+        lambda rho_M, null_nM: float(metrics.p_of_null(abs(rho_M.mean()), abs(null_nM.mean(axis=1)))),
+    ),
+    _fact_of_spread("tau2", "variance between targets, τ²", (SPEARMAN, "K"), lambda *both: both, _tau2),
+    _fact_of_spread(
+        "significant_share",
+        "share of targets that differ from 0 (BH, 5 %)",
+        (SPEARMAN, SHUFFLED),
+        lambda rho_M, null_nM: metrics.share_of_discoveries(metrics.p_of_null(abs(rho_M), abs(null_nM.ravel()))),
+    ),
+)
+
+
+# A rerank by log-probability whose sign is set for each target: what the chosen text scores more than a random one of
+# the same texts. The sign is read off v's coordinate on the pool's first principal direction, by a rule learned from
+# the other targets. Only own less others' is a claim about the AV.
+SIGN = Row("", "", ("pc", SPEARMAN), lambda pc_M4, rho_M: metrics.signs_of_others(pc_M4[:, 0], rho_M))
+
+
+def _gain(key: str, label: str, needs: tuple, value: Callable, **fields) -> Row:
+    return _rerank(label, f"signed_rerank_{key}_gain", needs, value, under=("logp_embeds", ()), **fields)
+
+
+def _signed(sign_M: np.ndarray, logp_MK: np.ndarray, scores_MK: np.ndarray) -> np.ndarray:
+    return metrics.gain_of_choice(sign_M[:, None] * logp_MK, scores_MK)
+
+
+def _signed_of_others(sign_M: np.ndarray, logp_MK: np.ndarray, others_MKS: np.ndarray) -> np.ndarray:
+    """The last axis has scores against the 1, 2, … S-th target after the rollouts' own; mean over them, by target."""
+    found = []
+    for s, scores_MK in enumerate(np.moveaxis(others_MKS[:, 1:], 2, 0), 1):
+        found.append(np.roll(_signed(np.roll(sign_M, -s), logp_MK, scores_MK), s))
+    return np.mean(found, axis=0)
+
+
+def _signed_of_pool(sign_M: np.ndarray, logp_n: np.ndarray, against_nM: np.ndarray, k: int) -> np.ndarray:
+    """The pool's texts, k at a time, chosen by the model's own log-probability of them."""
+    known = np.isfinite(logp_n) & np.isfinite(against_nM[:, 0])
+    logp_n, against_nM = logp_n[known], against_nM[known]
+    groups = [slice(first, first + k) for first in range(0, len(logp_n) - k + 1, k)]
+    gains = [_signed(sign_M, np.tile(logp_n[g], (len(sign_M), 1)), against_nM[g].T) for g in groups]
+    return np.mean(gains, axis=0) if gains else np.full(len(sign_M), np.nan)
+
+
+GAIN_OWN = _gain("own", "its own rollouts", (SIGN, LOGP, DRAWS), _signed)
+GAIN_OTHERS = _gain(
+    "others", "others' rollouts, the same rule", (SIGN, LOGP, "others"), _signed_of_others, control=True
+)
+GAIN_OWN_MINUS_OTHERS = _gain("own_minus_others", "own − others'", (GAIN_OWN, GAIN_OTHERS), operator.sub)
+GAINS = (
+    *(GAIN_OWN, GAIN_OTHERS, GAIN_OWN_MINUS_OTHERS),
+    _gain(
+        "constant",
+        "one sign for all targets",
+        (SPEARMAN, LOGP, DRAWS),
+        lambda rho_M, *texts: _signed(metrics.signs_of_others(np.ones(len(rho_M)), rho_M), *texts),
+    ),
+    _gain(
+        "unrelated",
+        "K unrelated texts, the model's log-probability",
+        (SIGN, "logp_of_pool", "against_of_pool", "K"),
+        _signed_of_pool,
+        control=True,
+    ),
+    _gain(
+        "reads_h",
+        "by v · PC × h · PC, which reads h",
+        ("pc", "pc_of_rollout", DRAWS),
+        lambda pc_M4, h_MK4, scores_MK: metrics.gain_of_choice(pc_M4[:, :1] * h_MK4[:, 1:, 0], scores_MK),
+    ),
+    _gain(
+        "oracle",
+        "the better sign, in hindsight",
+        (LOGP, DRAWS),
+        lambda logp_MK, scores_MK: np.maximum(*(metrics.gain_of_choice(s * logp_MK, scores_MK) for s in (1, -1))),
+    ),
 )
 
 
@@ -348,6 +558,18 @@ CURVE_OTHERS = _null_curve(
     ("others_curve", "K"),
     lambda curve_MJ, k: pd.DataFrame(curve_MJ, columns=metrics.k_values(k)),
 )
+
+
+def _bits_of_curve(values: tuple) -> tuple[dict, dict]:
+    curve, *null = values
+    found = {str(k): metrics.bits_of_means(_curves(curve[k].to_numpy(), *null, k)) for k in curve}
+    return {k: value for k, (value, _) in found.items()}, {k: ci95 for k, (_, ci95) in found.items()}
+
+
+CURVE_BITS = _rerank(
+    "bits at K", "kcurve_bits_{kind}", (CURVE_EXACT, *_NULL[:2]), lambda *all_of: all_of, summary=_bits_of_curve
+)
+CURVE_BITS = replace(CURVE_BITS, only=("cen", "cen1"))
 
 
 def _line(curve: pd.DataFrame) -> tuple[float, float, float]:
@@ -389,6 +611,7 @@ def _line_row(row: Row, name: str, i: int) -> Row:
 SLOPE_R_SQUARED = replace(_line_row(SLOPE, "r2", 2), label="R² of the mean curve")
 OF_RERANKS = (
     *RERANKS,
+    *(*SPREAD, *GAINS, CURVE_BITS),
     *(ANCHOR_MINUS_GREEDY, MEAN_LOGP, CURVE, CURVE_FIRST, CURVE_EXACT, CURVE_UNRELATED, CURVE_OTHERS),
     *SLOPES,
     *(_line_row(row, "intercept", 1) for row in SLOPES),

@@ -54,14 +54,19 @@ def _without_nan(x):
 
 # What rows need of the evidence, by name: the kind of its rows, and the column, or its name in ``CENTRED``.
 _COLUMNS = {
-    "target": ("nearest", "nearest_raw", "nearest_cen", "nearest_other", "floor", "pair_floor", "null", "constant_mu"),
-    "rollout": ("tokens", "anchor", "logp", "logp_published"),
+    "target": (
+        *("nearest", "nearest_raw", "nearest_cen", "nearest_other", "floor", "pair_floor", "null", "null_sd"),
+        *("null_left_out", "constant_mu", "pc"),
+    ),
+    "rollout": ("tokens", "anchor", "logp", "logp_published", "others"),
     "others": ("others_greedy", "others_best", "others_curve", "greedy_rank"),
-    "source_loss": ("nats_own", "nats_other", "nats_mean", "nats_none"),
+    "source_loss": ("nats_own", "nats_other", "nats_mean", "nats_none", "nats_ends_alike", "nats_begins_alike"),
 }
 KEPT = {kind: (kind, "score") for kind in ("source", "paraphrase", "tail", "rollout", "probe")}
 KEPT |= {column: (kind, column) for kind, columns in _COLUMNS.items() for column in columns}
-KEPT["pairs_of_pool"] = ("pool", "floor")
+KEPT |= {f"rank_of_{kind}": (kind, "rank") for kind in ("paraphrase", "rollout", "probe")}
+KEPT |= {"pairs_of_pool": ("pool", "floor"), "pc_of_rollout": ("rollout", "pc")}
+KEPT |= {f"{column}_of_pool": ("pool", column) for column in ("against", "logp")}
 # What rows need besides, by name.
 FACTS: dict[str, Callable[[Scores], object]] = {
     "K": lambda s: s.evidence.facts["K"],
@@ -118,11 +123,12 @@ class Scores:
 def score(evidence: Evidence, protocol: Protocol, chosen: Sequence[rows.Row], part: Optional[str] = None) -> Column:
     """The column of these rows of one protocol, of its own targets or those of ``part``; the first row is a mean over
     targets."""
-    scores = {kind: Scores(evidence, protocol, kind, part) for kind in ("raw", "cen")}
+    kinds = ("raw", "cen") if protocol.slips else ("raw", "cen", "cen1")
+    scores = {kind: Scores(evidence, protocol, kind, part) for kind in kinds}
     column = Column(protocol.reading, len(scores["cen"][chosen[0]]))
     for row in chosen:
         for kind in row.kinds:
-            if not scores[kind].needed(row):
+            if kind not in scores or not scores[kind].needed(row):
                 continue
             if row.summary is metrics.mean:
                 column.add(row.at(kind), scores[kind][row])
@@ -162,7 +168,7 @@ def centered_eval(evidence: Evidence) -> dict:
     """What notebook 04 keeps."""
     return {
         "protocols": _as_json({name: score(evidence, *way) for name, way in WAYS.items()}),
-        "source_loss": score(evidence, CORRECTED, rows.OF_LOSSES).to_json(),
+        "source_loss": score(evidence, CORRECTED, rows.OF_LOSSES + rows.OF_ENDS).to_json(),
         "ablation": score_ablation(evidence, with_rollouts=True),
     }
 

@@ -7,7 +7,8 @@ import io
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from types import MappingProxyType
+from typing import Callable, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -348,6 +349,8 @@ def published_pairs(
 SOURCE_LOSS = "source_loss"
 # What stands in the slot; ``none``: the prefix alone, without one.
 CONDITIONS = ("own", "other", "mean", "none")
+# Other targets whose source has the same token at one end, and which token of it that is.
+ALIKE = {"ends_alike": -1, "begins_alike": 0}
 # Other targets whose v each text is predicted from. Of the shipped AVs, on 64 stored texts, the interval of another's −
 # own is 3 to 5 % wider with 8 than with 32; of the AVs of two `quick` runs, 7 %.
 N_OTHERS = 8
@@ -358,6 +361,7 @@ SPECS[SOURCE_LOSS] = lambda config: {
     "pool_size": config.sizes.pool_size,
     "longest_text": config.sizes.max_new_tokens,
     "n_others": N_OTHERS,
+    "alike": list(ALIKE),
 }
 
 
@@ -365,7 +369,8 @@ SPECS[SOURCE_LOSS] = lambda config: {
 class SourceLoss:
     """Nats of every token of M sources, (M, T) by condition, NaN after the end; ``rows`` (M,) are the targets'.
 
-    ``other`` is the mean over up to ``N_OTHERS`` other targets.
+    ``other`` is the mean over up to ``N_OTHERS`` other targets, those of ``ALIKE`` over as many that no protocol
+    evaluates; NaN where no source ends, or begins, with the same token.
     """
 
     rows: np.ndarray
@@ -381,20 +386,38 @@ def make_source_loss(run: Run, targets: Targets, av: Optional[ActivationVerbaliz
     """The losses of the held-out targets' texts, cut at the length trained on, or what is on disk, without ``av``."""
     if run.folder.has(SOURCE_LOSS):
         tensors = run.folder.load(SOURCE_LOSS).tensors
-        return SourceLoss(tensors["rows"], {c: tensors[c] for c in CONDITIONS})
+        return SourceLoss(tensors["rows"], {c: tensors[c] for c in (*CONDITIONS, *ALIKE)})
     pairs, _ = published_pairs(run.backbone, targets, targets.held_out)
     pairs.lengths = np.minimum(pairs.lengths, run.sizes.max_new_tokens)
-    loss = source_loss(run.backbone, av, targets, pairs, N_OTHERS, "losses of the sources' texts")
+    alike = {name: v_of_alike(targets, pairs, at) for name, at in ALIKE.items()}
+    loss = source_loss(run.backbone, av, targets, pairs, N_OTHERS, "losses of the sources' texts", alike)
     parents = {"targets": targets.sha256, BEST_AV: run.folder.sha256_of(BEST_AV)}
     run.folder.save(SOURCE_LOSS, {"rows": loss.rows, **loss.nats}, made_from=parents)
     return loss
 
 
+def v_of_alike(targets: Targets, pairs: Texts, at: int) -> list[np.ndarray]:
+    """Up to ``N_OTHERS`` times a v for each of M texts (M, d), of targets that no protocol evaluates and whose source
+    has the text's token at index ``at``; NaN where there are not so many."""
+    token_of = {row: targets.sequence(row)[at] for row in targets.unevaluated}
+    found_MJd = np.full((len(pairs.rows), N_OTHERS, targets.v.shape[1]), np.nan, dtype=np.float32)
+    for found_Jd, text in zip(found_MJd, pairs.sequences):
+        alike = [row for row, token in token_of.items() if token == text[at]][:N_OTHERS]
+        found_Jd[: len(alike)] = targets.v[alike]
+    return list(found_MJd.transpose(1, 0, 2))
+
+
 def source_loss(
-    backbone: Backbone, av: ActivationVerbalizer, targets: Targets, pairs: Texts, n_others: int, label: str = ""
+    backbone: Backbone,
+    av: ActivationVerbalizer,
+    targets: Targets,
+    pairs: Texts,
+    n_others: int,
+    label: str = "",
+    alike: Mapping[str, list[np.ndarray]] = MappingProxyType({}),
 ) -> SourceLoss:
     """Nats of the texts of M pairs under every condition, NaN for ``other`` where there is none; a progress bar where
-    ``label`` names it."""
+    ``label`` names it. ``alike``: further conditions, and the v (M, d) that each is the mean over, NaN left out."""
     v_Md, texts = targets.v[pairs.rows], pairs.sequences
     shifts = range(1, min(n_others, len(texts) - 1) + 1)
     given = {
@@ -402,15 +425,19 @@ def source_loss(
         "other": [np.roll(v_Md, shift, axis=0) for shift in shifts],
         "mean": [np.broadcast_to(targets.mu, v_Md.shape)],
         "none": [None],
+        **alike,
     }
     found = {}
     with Progress(total=sum(map(len, given.values())), desc=label, unit="pass", disable=not label) as bar:
         for condition, slots in given.items():
             total_MT = np.zeros((len(texts), pairs.lengths.max(initial=1)))
+            known_MT = np.zeros_like(total_MT)
             for slot_Md in slots:
-                total_MT -= _logprobs(backbone, av, slot_Md, texts)
+                logp_MT = _logprobs(backbone, av, slot_Md, texts)
+                total_MT -= np.nan_to_num(logp_MT)
+                known_MT += np.isfinite(logp_MT)
                 bar.update()
-            found[condition] = (total_MT / (len(slots) or np.nan)).astype(np.float32)
+            found[condition] = np.where(known_MT, total_MT / np.maximum(known_MT, 1), np.nan).astype(np.float32)
     return SourceLoss(pairs.rows, found)
 
 
