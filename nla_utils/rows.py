@@ -245,8 +245,9 @@ BESIDE_CEILINGS = (BEST_MINUS_PARAPHRASE, BEST_8_MINUS_PARAPHRASE)
 # change of the score leaves alone. A row that takes the best of k texts is compared at that k.
 @dataclass(frozen=True)
 class Bits:
-    """A figure in bits, the same by rank, and its k: a number, or ``K``."""
+    """The row ``of`` in bits, the same by rank, and its k: a number, or ``K``."""
 
+    of: Row
     row: Row
     by_rank: Row
     k: int | str
@@ -260,7 +261,7 @@ def _curves(best_M: np.ndarray, null: pd.DataFrame, left_out: np.ndarray, k: int
     return best_M, null.to_numpy(), left_out.reshape(len(best_M), -1, len(ks)), ks, k
 
 
-def _bits(label: str, key: str, kind: str, pick: Callable, k: int | str = 1) -> Bits:
+def _bits(of: Row, key: str, kind: str, pick: Callable, k: int | str = 1) -> Bits:
     def by_score(scores_MK, null, left_out, k_max) -> tuple:
         return _curves(pick(scores_MK), null, left_out, k_max if k == "K" else k)
 
@@ -268,23 +269,23 @@ def _bits(label: str, key: str, kind: str, pick: Callable, k: int | str = 1) -> 
         p = max(null)
         return pick(metrics.surprise_of_rank(rank_MK, p)), p, k_max if k == "K" else k
 
-    row = Row(label, f"bits_{{kind}}_{key}", (kind, *_NULL), by_score, summary=metrics.bits_of_means)
-    ranked = Row(f"{label}, by rank", f"bits_by_rank_{key}", (f"rank_of_{kind}", "null", "K"), by_rank)
-    return Bits(replace(row, only=("cen", "cen1")), replace(ranked, summary=metrics.bits_by_rank), k)
+    row = Row(of.label, f"bits_{{kind}}_{key}", (kind, *_NULL), by_score, summary=metrics.bits_of_means)
+    ranked = Row(f"{of.label}, by rank", f"bits_by_rank_{key}", (f"rank_of_{kind}", "null", "K"), by_rank)
+    return Bits(of, replace(row, only=("cen", "cen1")), replace(ranked, summary=metrics.bits_by_rank), k)
 
 
 def _of_draws(pick: Callable) -> Callable:
     return lambda kept_MK: pick(kept_MK[:, 1:])
 
 
-BITS_BEST = _bits("best-of-K", "bestofK", "rollout", _of_draws(_max), "K")
-BITS_PARAPHRASE = _bits("paraphrase best-of-8", "paraphrase_bestof8", "paraphrase", _max, N_PARAPHRASES)
+BITS_BEST = _bits(BEST, "bestofK", "rollout", _of_draws(_max), "K")
+BITS_PARAPHRASE = _bits(PARAPHRASE, "paraphrase_bestof8", "paraphrase", _max, N_PARAPHRASES)
 BITS = (
-    _bits("greedy", "greedy", "rollout", _column(0)),
-    _bits("sampled (mean)", "sampled", "rollout", _of_draws(_mean)),
-    _bits("best-of-8", "bestof8", "rollout", _of_draws(_best_8), N_PARAPHRASES),
+    _bits(GREEDY, "greedy", "rollout", _column(0)),
+    _bits(SAMPLED, "sampled", "rollout", _of_draws(_mean)),
+    _bits(BEST_8, "bestof8", "rollout", _of_draws(_best_8), N_PARAPHRASES),
     BITS_BEST,
-    _bits(f"probe decode, last {max(PROBE_LENGTHS)}", "probe_decode", "probe", _column(-1)),
+    _bits(LONGEST_PROBE, "probe_decode", "probe", _column(-1)),
     BITS_PARAPHRASE,
 )
 OF_BITS = tuple(row for figure in BITS for row in (figure.row, figure.by_rank))
@@ -441,9 +442,7 @@ OTHERS_DISPERSION = _fact_of_spread(
     lambda rho_SM, k: _dispersion(rho_SM, k).mean(axis=0),
     metrics.mean,
 )
-SPREAD = (
-    DISPERSION,
-    OTHERS_DISPERSION,
+P_VALUES = (
     _fact_of_spread(
         "dispersion_p",
         "p of the dispersion by chance",
@@ -456,6 +455,9 @@ SPREAD = (
         (SPEARMAN, SHUFFLED),
         lambda rho_M, null_nM: float(metrics.p_of_null(abs(rho_M.mean()), abs(null_nM.mean(axis=1)))),
     ),
+)
+SPREAD = (
+    *(DISPERSION, OTHERS_DISPERSION, *P_VALUES),
     _fact_of_spread("tau2", "variance between targets, τ²", (SPEARMAN, "K"), lambda *both: both, _tau2),
     _fact_of_spread(
         "significant_share",
@@ -473,6 +475,7 @@ SIGN = Row("", "", ("pc", SPEARMAN), lambda pc_M4, rho_M: metrics.signs_of_other
 
 
 def _gain(key: str, label: str, needs: tuple, value: Callable, **fields) -> Row:
+    label = f"signed rerank, gain: {label}"
     return _rerank(label, f"signed_rerank_{key}_gain", needs, value, under=("logp_embeds", ()), **fields)
 
 
@@ -497,7 +500,7 @@ def _signed_of_pool(sign_M: np.ndarray, logp_n: np.ndarray, against_nM: np.ndarr
     return np.mean(gains, axis=0) if gains else np.full(len(sign_M), np.nan)
 
 
-GAIN_OWN = _gain("own", "its own rollouts", (SIGN, LOGP, DRAWS), _signed)
+GAIN_OWN = _gain("own", "own rollouts", (SIGN, LOGP, DRAWS), _signed)
 GAIN_OTHERS = _gain(
     "others", "others' rollouts, the same rule", (SIGN, LOGP, "others"), _signed_of_others, control=True
 )

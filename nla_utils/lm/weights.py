@@ -234,6 +234,7 @@ class BackboneSpec:
     ceiling: str = "paraphrase_bestof8"
     license: Optional[str] = None
     title: str = ""
+    family: str = "other"
     variant: str = ""
     weights: str = ""
     samples: str = ""

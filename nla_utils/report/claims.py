@@ -7,24 +7,24 @@ the test and not judged.
 from __future__ import annotations
 
 import math
+import statistics
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Callable, Hashable, Mapping, Optional, Sequence, TypeVar
 
 import pandas as pd
+from scipy.special import stdtr, stdtrit
 
 from nla_utils import metrics, rows
 from nla_utils.report.results import PROTOCOLS, SECTION_11, TITLES, RunResults, k_curve, largest, look_up, published
-from nla_utils.report.tables import number, signed, with_interval
+from nla_utils.report.tables import bits_cell, number, signed, with_interval
 from nla_utils.rows import Row
 
 YES, NO, UNDECIDED = "yes", "no", "not decided"
 # A value without an interval is shown and not judged; what was not measured is a dash.
 VALUE_ONLY, UNMEASURED = "value only", number(None)
 LEVEL = 0.05
-NORMAL = NormalDist()
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -32,13 +32,15 @@ Key = TypeVar("Key", bound=Hashable)
 class Claimed:
     """A figure, its 95 % interval ``ci95`` (low, high), and what is claimed: that it lies between ``low`` and ``high``.
 
-    "Above 0" has one bound. "Equal", "zero" and "no better than" have two, a distance Δ written down beforehand.
+    "Above 0" has one bound. "Equal", "zero" and "no better than" have two, a distance Δ written down beforehand. Where
+    the interval is Student's, ``df`` are its degrees of freedom.
     """
 
     value: Optional[float]
     ci95: Optional[Sequence[Optional[float]]]
     low: float = -math.inf
     high: float = math.inf
+    df: float = math.inf
 
     @property
     def is_judged(self) -> bool:
@@ -59,7 +61,7 @@ class Claimed:
         facing = self.value - self.ci95[0] if self.value > bound else self.ci95[1] - self.value
         if facing <= 0:
             return 0.0
-        return 2 * NORMAL.cdf(-abs(self.value - bound) / facing * NORMAL.inv_cdf(1 - LEVEL / 2))
+        return 2 * float(stdtr(self.df, -abs(self.value - bound) / facing * stdtrit(self.df, 1 - LEVEL / 2)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -267,6 +269,12 @@ def gamed(results: RunResults) -> str:
     return " · ".join(f"{number(found[k]['score'])} ({found[k]['percentile']:.0%})" for k in VECTORS)
 
 
+def bits_of_best(results: RunResults) -> str:
+    """Bits at K of the best of K; ``≈`` marks what is read off a few points of the null, without an interval."""
+    (found, ends, p), k = results.bits_curve, results.of(rows.BEST)["K"]
+    return f"{'' if ends else '≈ '}{bits_cell(found[k], ends and ends[k], k, p)}, K = {k}"
+
+
 # What is shown beside the verdicts, by question: figures that no rule judges, and the notebook.
 VALUES: dict[str, tuple[Callable[[RunResults], str], str]] = {
     "Is the best of K rollouts closer than the nearest stored text?": (_pair(rows.BEST, rows.RETRIEVAL, "cen"), "04"),
@@ -274,6 +282,7 @@ VALUES: dict[str, tuple[Callable[[RunResults], str], str]] = {
         _pair(rows.BEST, rows.CONSTANT_MU, "raw"),
         "04",
     ),
+    "What is the best of K worth, in bits: doublings of K unrelated texts?": (bits_of_best, "05"),
     "What does greedy text score: ½(1 + cos) · cosine · variance explained?": (
         lambda r: three_scales(r, rows.GREEDY),
         "04",
@@ -302,6 +311,37 @@ def answered(record: dict) -> pd.DataFrame:
     alone = RunResults(record["identity"]["backbone"], record["profile"], {name: record}, Path())
     cells = judge({q.sentence: (q, alone.of(q.row, q.protocol)) for q in QUESTIONS if q.row.file == name})
     return pd.DataFrame({"in this run": cells}).rename_axis(FIRST)
+
+
+def trainings_table(by_seed: Mapping[int, RunResults]) -> pd.DataFrame:
+    """What is asked of a backbone, over trainings that each have their own seed and targets: no longer "in this run".
+
+    A yes or no needs three trainings, all on the same side of the bound, and passes by Student's interval over their
+    means. All verdicts are one family. Beside it half the width of one run's interval over targets, on average.
+    """
+    asked, found = {}, {}
+    for q in QUESTIONS:
+        columns = [r.of(q.row, q.protocol) for r in by_seed.values()]
+        values = [column.get(q.row.cen) for column in columns]
+        if None not in values:
+            ends, n = metrics.t_interval(values), len(values)
+            asked[q] = Claimed(statistics.mean(values), ends, q.low, q.high, df=n - 1)
+            halves = [(high - low) / 2 for low, high in (column["ci95"][q.row.cen] for column in columns)]
+            same = len({q.low < x < q.high for x in values}) == 1
+            found[q] = ends, statistics.stdev(values), statistics.mean(halves), same and n >= 3
+    words = decide(asked)
+    table = [
+        {
+            FIRST: q.sentence,
+            "over trainings": cell(
+                {"all": asked[q].value, "ci95": {"all": ends}}, "all", words[q] if decidable else UNDECIDED
+            ),
+            "standard deviation of a training": number(sd),
+            "± of one run, over targets": number(half),
+        }
+        for q, (ends, sd, half, decidable) in found.items()
+    ]
+    return pd.DataFrame(table).set_index(FIRST)
 
 
 # What an AV reads of v
@@ -346,6 +386,14 @@ def study_table(results: RunResults) -> pd.DataFrame:
         for v in results.optional(STUDY)["variants"]
     ]
     return pd.DataFrame(table).set_index("variant")
+
+
+def ends_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """What own v saves at the last and at the first token of a source against another's, and against another's whose
+    source has the same token there: what is left once that token is the same is not its identity."""
+    measured = [r for r in everything if rows.OF_ENDS[0].key in r.of(rows.OF_ENDS[0])]
+    table = {r.label: {row.label: signed(r.of(row), row.key) for row in rows.OF_ENDS} for r in measured}
+    return pd.DataFrame(table).rename_axis("nats")
 
 
 def iteration_table(results: RunResults) -> pd.DataFrame:

@@ -18,7 +18,19 @@ from nla_utils import rows
 from nla_utils.config import N_PARAPHRASES
 from nla_utils.metrics import fve, fve_matrix
 from nla_utils.protocol import SLIPS, Protocol, ablation_steps
-from nla_utils.report.results import BACKBONES, PROTOCOLS, TITLES, RunResults, ceiling, k_curve, largest, published
+from nla_utils.report.results import (
+    BACKBONES,
+    FAMILIES,
+    POOL,
+    PROTOCOLS,
+    TITLES,
+    RunResults,
+    ceiling,
+    k_curve,
+    largest,
+    published,
+    published_curves,
+)
 from nla_utils.report.tables import with_interval
 from nla_utils.rows import Row
 from nla_utils.scores import Column
@@ -469,6 +481,44 @@ def figure_1(everything: Sequence[RunResults]) -> Figure:
         ax.set_ylabel("")
     for ax, names, results in zip(ours, ends, shown):
         name_ends(ax, results.of(rows.CURVE)["ks"][-1], names)
+    return fig
+
+
+@styled
+def figure_bits(everything: Sequence[RunResults]) -> Figure:
+    """Bits against K, published and ours: of each backbone the largest run, and those that have intervals."""
+    fig, (ax,) = panels(1, WIDTH, 4.2)
+    ends: dict[str, tuple[float, str]] = {}
+    for c in published_curves():
+        color, limit = colour(FAMILIES.get(c.family, "gpt_oss_20b")), max(c.null)
+        above = {k: b for k, b in c.bits.items() if b >= np.log2(limit / k) - 1e-9}
+        if c.at_least:
+            ax.plot(c.k, c.bits[c.k], "v", color=color, markerfacecolor="white")
+        else:
+            ax.plot(list(c.bits), list(c.bits.values()), "D--", color=color, linewidth=1)
+            ax.plot(list(above), [b + 0.25 for b in above.values()], "^", color=color, markersize=6)
+        ends[f"{c.title}{' (at most)' if c.at_least else ''}"] = (c.bits[c.k], color)
+    shown = largest(everything)
+    shown += [r for r in everything if r not in shown and r.bits_curve[1] and not r.corpus]
+    pools = {POOL}
+    for r in shown:
+        (found, intervals, p), color = r.bits_curve, colour(FAMILIES.get(r.spec.family, ""))
+        pools.add(p)
+        ax.plot(list(found), list(found.values()), f"{mark(r.backbone)}{'-' if intervals else ':'}", color=color)
+        if intervals:
+            ax.fill_between(
+                list(intervals), *np.array(list(intervals.values())).T, color=color, alpha=0.12, linewidth=0
+            )
+        ends[f"{r.name}, {r.size}"] = (found[max(found)], color)
+    ks = np.array(PUBLISHED_KS)
+    for p in sorted(pools):
+        ax.plot(ks, np.log2(p / ks), color=NULL_GREY, linewidth=0.7)
+        ax.annotate(f"pool of {p:,}", (1, np.log2(p)), (2, 2), textcoords="offset points", fontsize=7, color=NULL_GREY)
+    ax.axhline(0, color="black", linewidth=0.8)
+    log2_k_axis(ax, PUBLISHED_KS)
+    ax.set_xlim(0.9, 75)
+    style(ax, "K (texts to choose from, log₂)", "bits at K: doublings of K unrelated texts")
+    name_ends(ax, 75, ends)
     return fig
 
 

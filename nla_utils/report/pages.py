@@ -8,7 +8,7 @@ import re
 import statistics
 import textwrap
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, Optional, Sequence
@@ -39,7 +39,7 @@ from nla_utils.report.results import (
     largest,
     load_results,
     published,
-    published_null,
+    published_curves,
     section_runs,
     weights_note,
     without_variants,
@@ -203,6 +203,15 @@ FIGURE_1 = FigureSpec(
     "adds is its distance from them. The best of eight paraphrases and the nearest stored text are levels, not "
     "curves. Bands are 95 % intervals over targets.",
 )
+BITS = FigureSpec(
+    "fig9_bits",
+    figures.figure_bits,
+    "What the best of K is worth, in doublings of K unrelated texts (bits at K); one colour a family. Published "
+    "(diamonds, dashed): the null is a line through NN-in-pool and NN-retrieval; above a pool of 2,000 texts nothing "
+    "can be said (arrows). Ours, held out and corrected: with a 95 % band over targets and pool where the run has "
+    "evidence, dotted and without one where it has none; below 199 texts the published line is an extension, which "
+    "makes bits too few if anything. Grey lines: the most that a pool can tell at each K.",
+)
 READING = FigureSpec(
     "fig8_reading",
     figures.figure_reading,
@@ -238,6 +247,11 @@ def tables_of_run(results: RunResults, released: Optional[RunResults] = None) ->
         "reranks": ("Table 5. Cheap reranks, centred", shown(tables.rerank_table), narrow),
         "slips": ("Audit: what each slip moves", tables.audit_table(results)),
     }
+    if rows.NULL_SD.at("cen1") in results.of(rows.NULL_SD):
+        both = tables.rows_by_run(ALL_ROWS, [results], CENTRED_BY).rename(
+            columns=lambda c: f"centred by {c.split(', ')[-1]}"
+        )
+        made["direction"] = ("All rows with one direction out, corrected", both)
     if results.optional(STUDY):
         caption = "Training in other ways, measured at the last step; the run's own AV at the step that was kept, "
         made["study"] = (f"{caption}{results.training['best_step']}", claims.study_table(results))
@@ -259,7 +273,20 @@ def shared_tables(
     found, facts, audit = (26, *ours(55), 8), (15, 9, 9, 9, *ours(42)), (15, 18, *ours(58))
     nulls = (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)
     best = "The published best of K beside the null that the paper itself prints"
+    measured = [r for r in shown if tables.has_bits(r)]
+    own = [r for r in measured if not r.corpus]
+    # A label and the runs' columns together.
+    of_each, of_both = ((30, *(66 / max(1, n) for _ in range(n))) for n in (len(measured), 2 * len(own)))
     made = {
+        "bits": Table("bits", "What the best of K is worth, in bits", tables.bits_table(shown), (17, 4, 7, *[9] * 7)),
+        "sign": Table("sign", "The sign of log-probability", tables.rows_by_run(SIGN, measured, {"cen": ""}), of_each),
+        "direction": Table(
+            "direction",
+            "Centred by μ, and by μ and one direction",
+            tables.rows_by_run(SHARPER, own, CENTRED_BY) if own else pd.DataFrame(),
+            of_both,
+        ),
+        "ends": Table("ends", "What v saves at the ends of a text", claims.ends_table(shown), (30, *ours(66))),
         "findings": Table("findings", "What was found", claims.findings_table(shown), found),
         "facts": Table("facts", "The backbones and the trainings", tables.facts_table(about), facts),
         "null": Table("published-null", best, tables.published_null_table(released), nulls),
@@ -271,11 +298,35 @@ def shared_tables(
     return {name: table for name, table in made.items() if len(table.frame)}
 
 
+# What says whether the sign of log-probability is the AV's; by which rows two ways of centring are compared.
+SIGN = (rows.SPEARMAN, *rows.SPREAD, *rows.GAINS)
+CENTRED_BY = {"cen": "μ", "cen1": "μ and one direction"}
+SHARPER = (
+    *(rows.NULL_SD, rows.UNRELATED, rows.GREEDY, rows.GREEDY_MINUS_OTHERS, rows.BEST, rows.BEST_MINUS_UNRELATED),
+    *(rows.PARAPHRASE, rows.RETRIEVAL, rows.LONGEST_PROBE, rows.LOGP_RERANK, rows.SPEARMAN),
+    *(replace(figure.row, label=f"{figure.of.label}, bits") for figure in rows.BITS),
+)
+ALL_ROWS = (*rows.CEILINGS, rows.GAP, *rows.EVALUATION, rows.NULL_SD, *rows.PAIRED, *rows.SLOPES)
+
+
 def _reading_runs(measured: Sequence[RunResults]) -> str:
     """The runs whose own v makes a source more likely than another's; their verdicts are one family."""
     row = rows.NATS_OTHER_MINUS_OWN
     words = claims.decide({r.label: claims.claimed(r.of(row), row.key, low=0) for r in measured})
     return ", ".join(label for label, word in words.items() if word == claims.YES)
+
+
+def _listed_verdicts(row: rows.Row, shown: Sequence[RunResults]) -> str:
+    """What runs say of "above 0", with figures; one family."""
+    claim = claims.Claim("", "", row, low=0)
+    cells = claims.judge({r.label: (claim, r.of(row)) for r in shown if r.value(row) is not None})
+    return listed([f"{label}: {cell}" for label, cell in cells.items()])
+
+
+def _sharper(shown: Sequence[RunResults]) -> str:
+    """How far apart unrelated texts score under the two ways of centring, by run."""
+    pairs = {r.label: [r.value(rows.NULL_SD, kind) for kind in CENTRED_BY] for r in shown if not r.corpus}
+    return listed([f"{a:.3f} and {b:.3f} on {label}" for label, (a, b) in pairs.items() if b is not None])
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -308,10 +359,7 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
         return each(lambda r: signed(r.of(row), row.cen), [r for r in about if row.cen in r.of(row)])
 
     evaluations = {name: published(name)["centred_eval"] for name in BACKBONES}
-    margins = {}
-    for name, evaluation in evaluations.items():
-        null, best = published_null(name, evaluation["K"])
-        margins[TITLES[name]] = best - null
+    margins = {c.title: c.margin for c in published_curves() if not c.at_least}
     # Whose null is read off the same points as the published one.
     same = [r for r in about if (r.sizes["M"], r.sizes["pool"]) == (TARGETS, POOL)]
     return {
@@ -360,12 +408,14 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
         "counts": {r.label: claims.verdict_counts(r) for r in about},
         "reads": _reading_runs(read),
         "said": said(about),
+        "sign": _listed_verdicts(rows.GAIN_OWN_MINUS_OTHERS, shown),
+        "sharper": _sharper(shown),
         "rows": rows,
         "weights": weights_note(shown),
         "references": references(),
     }
     made = [*shared.values(), *of_released.values(), *(t for of_run in of_runs.values() for t in of_run.values())]
-    drawn = {FIGURE_1: shown} | ({READING: shown} if read else {})
+    drawn = {FIGURE_1: shown, BITS: shown} | ({READING: shown} if read else {})
     return Page(SECTION, TEMPLATES / "section11.j2", made, drawn, values, ("md", "tex"))
 
 
@@ -441,6 +491,8 @@ def appendix_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str,
     for by_seed in tables.seed_groups(everything):
         stem = f"{next(iter(by_seed.values())).stem}-seeds"
         seeds.append(Table(stem, "Repeated with other seeds", tables.seeds_table(by_seed)))
+        if len(by_seed) > 2:
+            seeds.append(Table(f"{stem}-verdicts", "Over trainings", claims.trainings_table(by_seed)))
     released = tables.released_runs(shown).get(SECTION_11)
     of_runs = {f"{r.label}: {r.title}": tables_of_run(r, released) for r in shown}
     # The floors of a sweep's layers are points of figure 2.

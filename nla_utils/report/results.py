@@ -10,6 +10,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Optional
 
+import numpy as np
+
 from nla_utils import metrics, rows
 from nla_utils.config import DATA, PROFILES, ROOT, RunConfig
 from nla_utils.lm import weights
@@ -111,13 +113,33 @@ class RunResults:
         """What v is worth to the AV in nats of the sources; ``None`` in results from before it was measured."""
         return self.data["centered_eval"].get("source_loss")
 
+    @property
+    def bits_curve(self) -> tuple[dict[int, float], Optional[dict[int, list[float]]], int]:
+        """(bits at each K, their intervals, P), held out, corrected. Without evidence there is no interval, and the
+        null is read off lines between its points up to K and NN-retrieval."""
+        column, key = self.of(rows.CURVE), rows.CURVE_BITS.cen
+        if key in column:
+            found, ends = ({int(k): x for k, x in of[key].items()} for of in (column, column["ci95"]))
+            return found, ends, column["unrelated_text_pool_size"]
+        return (
+            {int(k): self.interpolated_bits(x, int(k)) for k, x in column[rows.CURVE.cen].items()},
+            None,
+            self.sizes["pool"],
+        )
+
+    def interpolated_bits(self, score: float, k: int) -> float:
+        """Bits at k of a centred score where there is no evidence."""
+        null = {int(n): x for n, x in self.of(rows.CURVE)[rows.CURVE_UNRELATED.cen].items()}
+        null[self.sizes["pool"]] = self.value(rows.RETRIEVAL)
+        return metrics.bits(score, list(null), np.array(list(null.values())), k)
+
     def column(self, name: str, protocol: str) -> dict:
         """One protocol's numbers in a results file."""
         return self.data[name]["protocols"][protocol]
 
     def of(self, row: rows.Row, protocol: str = "corrected") -> dict:
         """The column that has a row; without any rows where it was not measured."""
-        if row in (*rows.NATS, *rows.NATS_GAINED):
+        if row in (*rows.NATS, *rows.NATS_GAINED, *rows.OF_ENDS):
             return self.source_loss or {"ci95": {}}
         return self.column(row.file, protocol)
 
@@ -191,7 +213,9 @@ def group(everything: Iterable[RunResults], alike, varied, least: int) -> list[d
     return [dict(sorted(g.items())) for _, g in sorted(groups.items()) if len(g) >= least]
 
 
-BACKBONES = ("qwen25_7b", "llama32_3b", "gemma2_2b")
+# The paper's backbones, and the families that they are of.
+FAMILIES = {"Qwen": "qwen25_7b", "Llama": "llama32_3b", "Gemma": "gemma2_2b"}
+BACKBONES = tuple(FAMILIES.values())
 TITLES = {
     "qwen25_7b": "Qwen2.5-7B",
     "llama32_3b": "Llama-3.2-3B",
@@ -239,33 +263,51 @@ def null_at(points: Mapping[int, float], k: int) -> float:
     return slope * math.log2(k) + intercept
 
 
-def published_null(name: str, k: int) -> tuple[float, float]:
-    """(best of k unrelated texts, best of K rollouts), centred, from what the paper itself prints.
+@dataclass(frozen=True)
+class PublishedCurve:
+    """What is published of one backbone's best of K texts, ``{K: centred score}``, and of its null.
 
-    NN-in-pool among 200 and NN-retrieval from 2,000 are the best of 199 and of 2,000 unrelated texts: two
-    points of a line against log K, read off at k. Unlike the rollouts those texts are encoded behind BOS,
-    and the first point uses the 200 targets' own mean.
+    ``null``: points of the best of unrelated texts, ``{number of texts: centred score}``. NN-in-pool among 200 and
+    NN-retrieval from 2,000 are the best of 199 and of 2,000. Later ports print no NN-in-pool: their line starts at the
+    floor, one text. A null curve bends down against log K, so it lies above that line (``at_least``). Unlike the
+    rollouts those texts are encoded behind BOS, and NN-in-pool uses the 200 targets' own mean.
     """
-    record = published(name)
-    evaluation = record["centred_eval"]
-    points = {TARGETS - 1: record["ceilings"]["nn_in_pool"]["cen"], POOL: evaluation["nn_retrieval"]["cen"]}
-    return null_at(points, k), evaluation["best_of_k"]["cen"]
+
+    title: str
+    family: str
+    best: dict[int, float]
+    null: dict[int, float]
+    at_least: bool = False
+
+    @property
+    def k(self) -> int:
+        return max(self.best)
+
+    @property
+    def margin(self) -> float:
+        """The best of K less the best of as many unrelated texts; with ``at_least`` at most that."""
+        return self.best[self.k] - null_at(self.null, self.k)
+
+    @property
+    def bits(self) -> dict[int, float]:
+        """Bits at each K, read off the null's line; none above what the larger point allows."""
+        slope, intercept, _ = metrics.slope_per_doubling(list(self.null), list(self.null.values()))
+        most = math.log2(max(self.null))
+        return {k: min(max((y - intercept) / slope, 0), most) - math.log2(k) for k, y in self.best.items()}
 
 
-def later_nulls() -> Iterator[tuple[str, int, float, float]]:
-    """(backbone, k, best of k unrelated texts, best of k rollouts), centred, of the paper's later ports.
-
-    They print no NN-in-pool, so the line runs from one text (the floor) to NN-retrieval from the pool. A null curve
-    bends down against log K, so it lies above that line between its ends, and the difference is an upper bound.
-    """
+def published_curves() -> Iterator[PublishedCurve]:
+    """The paper's three backbones, then its later ports."""
+    for family, name in FAMILIES.items():
+        record = published(name)
+        evaluation, pool = record["centred_eval"], record["ceilings"]["nn_in_pool"]["cen"]
+        best = k_curve(name) | {evaluation["K"]: evaluation["best_of_k"]["cen"]}
+        null = {TARGETS - 1: pool, POOL: evaluation["nn_retrieval"]["cen"]}
+        yield PublishedCurve(TITLES[name], family, best, null)
     gemma_4 = published("gemma4_31b")
-    parts = {
-        TITLES["gpt_oss_20b"]: published("gpt_oss_20b"),
-        "gemma-4-31B-it": gemma_4["it"],
-        "gemma-4-31B": gemma_4["base"],
-    }
-    for title, record in parts.items():
-        anchors, curve = record["ceilings"], record["k_curve"]["cen"]
-        k = max(map(int, curve))
-        points = {1: anchors["random_floor"]["cen"], anchors["pool"]: anchors["nn_retrieval"]["cen"]}
-        yield title, k, null_at(points, k), curve[str(k)]
+    later = {"gemma-4-31B-it": gemma_4["it"], "gemma-4-31B": gemma_4["base"]}
+    for title, record in {TITLES["gpt_oss_20b"]: published("gpt_oss_20b"), **later}.items():
+        anchors, best = record["ceilings"], record["k_curve"]["cen"]
+        null = {1: anchors["random_floor"]["cen"], anchors["pool"]: anchors["nn_retrieval"]["cen"]}
+        family = "Gemma" if record in later.values() else "other"
+        yield PublishedCurve(title, family, {int(k): y for k, y in best.items()}, null, at_least=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from typing import Callable, Iterable, Mapping, Optional, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import pandas as pd
 
-from nla_utils import rows
+from nla_utils import metrics, rows
 from nla_utils.protocol import SLIPS
 from nla_utils.report.results import (
     BACKBONES,
@@ -20,11 +20,10 @@ from nla_utils.report.results import (
     card,
     group,
     k_curve,
-    later_nulls,
     look_up,
     null_at,
     published,
-    published_null,
+    published_curves,
 )
 from nla_utils.rows import Row
 
@@ -234,18 +233,15 @@ def _plain(value: Optional[float]) -> str:
 def published_null_table(released: Mapping[str, RunResults]) -> pd.DataFrame:
     """The paper's best of K beside the best of as many unrelated texts, interpolated from the paper's own rows; right
     of them, measured by us under the published protocol, runs of a ``released`` AV, by the name of its record."""
-    k_of = {name: published(name)["centred_eval"]["K"] for name in BACKBONES}
-    found = [(TITLES[name], k, *published_null(name, k), "", "") for name, k in k_of.items()]
-    found += [(*later, "at least ", "at most ") for later in later_nulls()]
     table = [
         {
-            "backbone": title,
-            "K": str(k),
-            "best of K rollouts": number(rollouts),
-            "best of K unrelated texts": at_least + number(null),
-            "difference": at_most + number(rollouts - null, sign="+"),
+            "backbone": c.title,
+            "K": str(c.k),
+            "best of K rollouts": number(c.best[c.k]),
+            "best of K unrelated texts": "at least " * c.at_least + number(null_at(c.null, c.k)),
+            "difference": "at most " * c.at_least + number(c.margin, sign="+"),
         }
-        for title, k, null, rollouts, at_least, at_most in found
+        for c in published_curves()
     ]
     made = pd.DataFrame(table).set_index("backbone")
     for name, results in released.items():
@@ -253,6 +249,75 @@ def published_null_table(released: Mapping[str, RunResults]) -> pd.DataFrame:
         best, null = (with_interval(column, row.cen) for row in (rows.BEST, rows.UNRELATED))
         made.loc[TITLES[name], RELEASED] = f"{best} against {null}, K = {column['K']}"
     return made.fillna(number(None))
+
+
+def bits_cell(value: Optional[float], ci95: Optional[Sequence[float]], k: int, p: int) -> str:
+    """Bits with their interval. Beyond what P texts can tell there is a bound, ``> 5.0``; ``°`` marks a figure that is
+    told from fewer than a quarter of them."""
+    if value is None:
+        return number(None)
+    least, most = metrics.limits_of_bits(k, p)
+
+    def one(bits: float) -> str:
+        return ("> " if bits > most - 1e-9 else "< " if bits < least + 1e-9 else "") + f"{bits:.1f}"
+
+    thin = "°" if most - 2 < value <= most - 1e-9 else ""
+    return one(value) + thin + (f" [{', '.join(map(one, ci95))}]" if ci95 else "")
+
+
+def _bits_at(k_max: int) -> Iterator[tuple[rows.Bits, str, int]]:
+    """The figures in bits, what each is called, and the k of it."""
+    for figure in rows.BITS:
+        at = "" if figure.k == "K" else f", at {figure.k}"
+        yield figure, figure.of.label + at, figure.k if at else k_max
+
+
+def bits_of(column: Mapping) -> dict[str, str]:
+    """The figures in bits of a column that has them, the best of K by rank too."""
+    k, p = column["K"], column["unrelated_text_pool_size"]
+    shown = [(label, figure.row.cen, at) for figure, label, at in _bits_at(k)]
+    shown.append((rows.BITS_BEST.by_rank.label, rows.BITS_BEST.by_rank.key, k))
+    return {label: bits_cell(column[key], column["ci95"].get(key), at, p) for label, key, at in shown}
+
+
+def has_bits(results: RunResults) -> bool:
+    """Whether the run kept scores per text, from which bits have an interval."""
+    return rows.BITS_BEST.row.cen in results.of(rows.BEST)
+
+
+def bits_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """Bits at K, held out, corrected; published curves first. ``≈`` marks what has no evidence, and so no interval."""
+    table = {
+        f"{c.title}, published": {
+            "K": str(c.k),
+            "unrelated texts": f"{max(c.null):,}",
+            rows.BEST.label: "at most " * c.at_least + bits_cell(c.bits[c.k], None, c.k, max(c.null)),
+        }
+        for c in published_curves()
+    }
+    for r in everything:
+        column, p = r.of(rows.BEST), r.bits_curve[2]
+        found = bits_of(column) if has_bits(r) else {}
+        for figure, label, k in _bits_at(column["K"]):
+            score = r.value(figure.of)
+            if label not in found and score is not None:
+                found[label] = f"≈ {bits_cell(r.interpolated_bits(score, k), None, k, p)}"
+        table[r.title] = {"K": str(column["K"]), "unrelated texts": f"{p:,}"} | found
+    return pd.DataFrame.from_dict(table, orient="index").fillna(number(None)).rename_axis("backbone")
+
+
+def rows_by_run(shown: Sequence[Row], runs: Sequence[RunResults], kinds: Mapping[str, str]) -> pd.DataFrame:
+    """Rows of several runs, held out and corrected: a column for each run and each of ``kinds``, ``{kind: name}``."""
+    table = {
+        (f"{r.label}, {name}" if name else r.label): {
+            row.title: with_interval(r.of(row), row.at(kind), 4 if row in rows.P_VALUES else 3)
+            for row in shown
+            if kind in row.kinds
+        }
+        for r in runs
+        for kind, name in kinds.items()
+    }
+    return pd.DataFrame(table).fillna(number(None)).rename_axis("row")
 
 
 def null_mismatch(results: RunResults) -> float:
