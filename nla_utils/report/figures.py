@@ -318,7 +318,7 @@ def spearman_histogram(columns: Mapping[str, Column], backbone: str) -> Figure:
     """Distribution over targets of Spearman(mean log-probability, oracle score)."""
     fig, axes = panels(2, 8, 2.6, sharey=True)
     for ax, (protocol, column) in zip(axes, columns.items()):
-        values = column.per_target[rows.SPEARMAN.key]
+        values = column.per_target[rows.SPEARMAN.cen]
         ax.hist(values[np.isfinite(values)], bins=np.linspace(-1, 1, 21), color=colour(backbone))
         ax.axvline(np.nanmean(values), color="black", linestyle="--", linewidth=1)
         style(ax, "Spearman per target", "targets", f"{protocol}: mean {np.nanmean(values):+.3f}")
