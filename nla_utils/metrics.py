@@ -251,9 +251,9 @@ def between_targets(rho_M: Array, k: int) -> float:
 
 
 def signs_of_others(x_M: Array, rho_M: Array) -> Array:
-    """For each target the sign that ρ has where x has its sign, learned from the other targets (M,)."""
+    """For each target the sign that ρ has where x has its sign, learned from the other targets (M,); + if they tie."""
     by_sign_M = np.sign(x_M) * rho_M
-    return np.sign(x_M) * np.sign(by_sign_M.sum() - by_sign_M)
+    return np.sign(x_M) * np.where(by_sign_M.sum() - by_sign_M > -1e-9, 1, -1)
 
 
 def gain_of_choice(by_MK: Array, scores_MK: Array) -> Array:

@@ -9,17 +9,7 @@ import pytest
 import torch
 
 from nla_extensions.comparison import measure as of
-from nla_extensions.comparison.measure import (
-    KINDS,
-    LEAST,
-    PRICES,
-    SHARED,
-    compare,
-    draw_cases,
-    score,
-    twins,
-    vectors,
-)
+from nla_extensions.comparison.measure import KINDS, LEAST, PRICES, SHARED, compare, draw_cases, score, twins, vectors
 from nla_extensions.comparison.page import comparison_page
 from nla_extensions.release.api import DRAWING
 from nla_utils import NLA

@@ -84,6 +84,8 @@ def test_texts_against_loops(evidence, scored_run):
         null = [naive.fve(x, v[2], mu) for x in null_texts(targets, ceilings, p).astype(float)]
         assert kept("raw")[2, 1] == pytest.approx(naive.fve(h[2, 1], v[2]), abs=1e-6)
         assert kept("cen")[2, 1] == pytest.approx(naive.fve(h[2, 1], v[2], mu), abs=1e-6)
+        without = [x - mu - ((x - mu) @ first) * first for x in (h[2, 1], v[2])]
+        assert kept("cen1")[2, 1] == pytest.approx(naive.fve(*without), abs=1e-5)
         assert kept("rank")[2, 1] == sum(s >= naive.fve(h[2, 1], v[2], mu) for s in null)
         assert kept("norm")[2, 1] == pytest.approx(np.linalg.norm(h[2, 1] - mu), rel=1e-5)
         assert abs(kept("pc")[2, 1, 0]) == pytest.approx(abs((h[2, 1] - mu) @ first), rel=1e-3)

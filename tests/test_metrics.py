@@ -265,6 +265,7 @@ def test_signs_are_learned_from_the_other_targets():
     # The last target alone is of the other opinion, which does not count for itself.
     assert metrics.signs_of_others(x, rho).tolist() == [1, -1, 1, 1]
     assert metrics.signs_of_others(np.ones(2), np.array([1.0, -1.0])).tolist() == [-1, 1]
+    assert metrics.signs_of_others(np.ones(3), np.array([0.1, 0.2, -0.2])).tolist() == [1, -1, 1]
 
 
 def test_the_interval_of_trainings_is_students():

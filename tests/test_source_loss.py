@@ -17,6 +17,7 @@ from nla_utils.verbalizer import (
     make_source_loss,
     published_pairs,
     source_loss,
+    v_of_alike,
 )
 
 
@@ -44,6 +45,22 @@ def test_each_condition_equals_an_independent_slow_computation(tiny_run):
         for name in CONDITIONS:
             np.testing.assert_allclose(found[name][i, : len(ids)], expected[name], rtol=2e-4, atol=2e-5)
             assert np.isnan(found[name][i, len(ids) :]).all()
+
+
+def test_targets_whose_source_ends_alike_stand_in_for_each_other(tiny_run):
+    run, targets = tiny_run
+    backbone, av = run.backbone, ActivationVerbalizer.fresh(run.backbone)
+    end, never = targets.sequence(targets.unevaluated[0])[-1], 399
+    pairs = Texts.of("source", [0, 1], [[5, 6, end], [5, 6, never]])
+    found_Md = v_of_alike(targets, pairs, -1)
+    alike = [row for row in targets.unevaluated if targets.sequence(row)[-1] == end][: len(found_Md)]
+    nats = source_loss(backbone, av, targets, pairs, 1, alike={"ends_alike": found_Md}).nats["ends_alike"]
+    with torch.no_grad():
+        slots = av(torch.from_numpy(targets.v[alike]), backbone.dtype)
+    expected = np.mean([slow_nats(backbone, slots[i : i + 1], [5, 6, end]) for i in range(len(alike))], axis=0)
+    np.testing.assert_allclose(nats[0], expected, rtol=2e-4, atol=2e-5)
+    if all(targets.sequence(row)[-1] != never for row in targets.unevaluated):
+        assert np.isnan(nats[1]).all()
 
 
 def test_own_loss_is_what_training_minimises(tiny_run):
