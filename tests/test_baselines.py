@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nla_extensions.release.api import ASK, IDENTITY_PROMPT, PLACE, lens_tokens, patchscope, replaced
+from nla_extensions.release.verbalizers import ASK, IDENTITY_PROMPT, PLACE, lens_tokens, patchscope, replaced
 from nla_utils.lm.sampling import SamplingSettings, sample
 
 GREEDY, STREAM = torch.tensor([True]), np.array([0])

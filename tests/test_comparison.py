@@ -11,7 +11,7 @@ import torch
 from nla_extensions.comparison import measure as of
 from nla_extensions.comparison.measure import KINDS, LEAST, PRICES, SHARED, compare, draw_cases, score, twins, vectors
 from nla_extensions.comparison.page import comparison_page
-from nla_extensions.release.api import DRAWING
+from nla_extensions.release.verbalizers import VERBALIZERS
 from nla_utils import NLA
 from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ArtefactError
@@ -74,7 +74,7 @@ def test_the_source_itself_is_right_about_everything(record):
 
 
 def test_naming_the_twin_is_counted_as_by_hand(long_nla, cases):
-    texts = of.draw(long_nla, "av", cases.v, 3 * of.cost(long_nla, "av"), seed=1)
+    texts = of.draw(long_nla, "av", cases.v, 3 * long_nla.verbalizer("av").cost, seed=1)
     mu, values = long_nla.bundle.mu, []
     for i in range(N):
         hits = 0.0
@@ -89,7 +89,7 @@ def test_naming_the_twin_is_counted_as_by_hand(long_nla, cases):
 
 def test_every_way_has_a_row_with_intervals_and_the_best_is_no_worse_than_what_it_is_chosen_from(record):
     rows = by_method(record)
-    assert set(DRAWING) | {"guided", "retrieved", "the source"} <= set(rows)
+    assert set(VERBALIZERS) | {"guided", "retrieved", "the source"} <= set(rows)
     assert set(PRICES) <= set(rows)
     for row in record["rows"]:
         for key in ("best_cen", "best_nats", "best_minus_others"):
@@ -118,7 +118,7 @@ def test_nats_are_those_of_a_plain_forward_pass(nla):
 
 
 def test_a_dearer_word_makes_the_search_more_fluent(long_nla, cases):
-    v, budget = cases.v[:N], 20 * of.cost(long_nla, "av")
+    v, budget = cases.v[:N], 20 * long_nla.verbalizer("av").cost
     start = of.draw(long_nla, "reader", v, budget, seed=1)
     nats = []
     for fluency in (0.0, 10.0):
@@ -156,7 +156,7 @@ def test_what_vectors_are_made_from_is_not_what_they_are_compared_with(nla):
 
 def test_every_way_reads_every_kind(record):
     records = record["directions"]
-    assert {(r["method"], r["kind"]) for r in records} == {(m, k) for m in (*DRAWING, "guided") for k in KINDS}
+    assert {(r["method"], r["kind"]) for r in records} == {(m, k) for m in (*VERBALIZERS, "guided") for k in KINDS}
     assert all(r["ci95"]["score"][0] <= r["score"] <= r["ci95"]["score"][1] for r in records)
     assert all(0 <= r["percentile"] <= 1 for r in records)
 

@@ -12,7 +12,8 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from nla_extensions.release.api import ASK, DRAWING, IDENTITY_PROMPT, NLA, PLACE
+from nla_extensions.release.api import NLA
+from nla_extensions.release.verbalizers import VERBALIZERS
 from nla_extensions.tail_reader.rollouts import GUIDED_BATCH, guided_search
 from nla_utils.encoding import Texts, nats_per_token, read
 from nla_utils.errors import ArtefactError, ConfigError
@@ -85,20 +86,14 @@ def twins(sources: Sequence[list[int]]) -> list[list[int]]:
 def draw(nla: NLA, method: str, v_Md: np.ndarray, budget: int, seed: int) -> Texts:
     """The texts of a way of reading that draws, the likeliest first, then as many draws as the budget has room for, one
     at least."""
-    k = min(max(1, budget // cost(nla, method)), len(nla.backbone.head_weight))
+    cost = nla.verbalizer(method).cost
+    k = min(max(1, budget // cost), len(nla.backbone.head_weight))
     together, ids = max(1, nla.backbone.sample_batch // (k + 1)), []
     for first in Progress(range(0, len(v_Md), together), desc=method, unit="batch"):
         part = v_Md[first : first + together]
         streams_B = row_streams(seed, method, range(first, first + len(part)), k + 1)
-        ids += nla.write(method, part, k, streams_B).sequences
+        ids += nla.verbalizer(method).write(part, k, streams_B).sequences
     return _read(nla, len(v_Md), ids)
-
-
-def cost(nla: NLA, method: str) -> int:
-    """Forward tokens of one text, written and read again behind BOS; the reader writes without the model."""
-    n, longest = nla.bundle.reader.n, nla.bundle.av.config.max_new_tokens
-    prompt = 1 + sum(len(nla.backbone.tokenize_text(part)) for part in (IDENTITY_PROMPT, PLACE, ASK))
-    return {"reader": n + 1, "av": 2 * longest + 1, "lens": 2, "patchscope": prompt + 2 * n + 1}[method]
 
 
 def guided(nla: NLA, start: Texts, v_Md: np.ndarray, budget: int, fluency: float = 0.0) -> Texts:
@@ -135,7 +130,7 @@ def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unf
     ``unfinished`` is the file that keeps what is there, for the caller to remove once it has written the record. Raises
     ``ArtefactError`` where it is of another comparison.
     """
-    cases, budget = draw_cases(nla, n, seed), n_rollouts * cost(nla, "av")
+    cases, budget = draw_cases(nla, n, seed), n_rollouts * nla.verbalizer("av").cost
     asked = {"n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED}
     conditions = RunFolder(unfinished, nla.backbone.identity(), device=nla.backbone.device.type).conditions
     plan = {**asked, "of": json_hash({**conditions, **nla.bundle.made_from, "directions": n_directions})}
@@ -167,7 +162,7 @@ def _ways(nla: NLA, cases: Cases, budget: int, seed: int) -> dict[str, Callable[
     """By name how each way's texts are made; what the reader draws is drawn once for all that start from it."""
     n, v_Ld, sources = cases.n, cases.v, cases.sources
     drawn = functools.cache(lambda method: draw(nla, method, v_Ld, budget, seed))
-    ways: dict[str, Callable[[], Texts]] = {method: functools.partial(drawn, method) for method in DRAWING}
+    ways: dict[str, Callable[[], Texts]] = {method: functools.partial(drawn, method) for method in VERBALIZERS}
     ways["guided"] = lambda: guided(nla, drawn("reader"), v_Ld, budget)
     ways["retrieved"] = lambda: retrieved(nla, v_Ld)
     ways["the source"] = lambda: single(nla, sources)
@@ -240,7 +235,7 @@ def read_directions(nla: NLA, kind: str, v_nd: np.ndarray, budget: int, seed: in
     # Texts that vectors were made from are kept out of what they are compared with.
     kept, records = nla.without_last(len(v_nd)), []
     mu, pool_v = kept.bundle.mu, kept.bundle.pool_v
-    drawn = {method: draw(kept, method, v_nd, budget, seed) for method in DRAWING}
+    drawn = {method: draw(kept, method, v_nd, budget, seed) for method in VERBALIZERS}
     for method, texts in {**drawn, "guided": guided(kept, drawn["reader"], v_nd, budget)}.items():
         score_n = fve(texts.read_as(CORRECTED)[:, 1:], v_nd[:, None], mu).max(axis=1)
         # The guided search has looked at as many texts as it had tokens for.

@@ -7,78 +7,33 @@ print(nla.verbalize(v, k=64).text)
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nla_extensions.release.bundle import Bundle, load_bundle
-from nla_extensions.tail_reader.reader import read_tails
+from nla_extensions.release.verbalizers import VERBALIZERS, Verbalizer
 from nla_extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.config import RunConfig
 from nla_utils.encoding import Texts, nats_per_token, read
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
-from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
+from nla_utils.lm.sampling import row_streams
 from nla_utils.metrics import chance_of_rank, fve, mean_direction, variance_explained
 from nla_utils.protocol import CORRECTED
 
-# Ways of reading that draw texts; the guided search starts from the reader's.
-DRAWING = ("reader", "av", "lens", "patchscope")
-METHODS = (*DRAWING, "guided")
+# The guided search starts from the reader's texts.
+METHODS = (*VERBALIZERS, "guided")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
 # Characters of a text that are printed.
 SHOWN = 90
-# Ghandeharioun et al. 2024: a prompt that repeats whatever stands last, and the token that v takes the place of.
-IDENTITY_PROMPT, PLACE, ASK = "cat->cat; 135->135; hello->hello; ", "?", "->"
-
-
-@contextlib.contextmanager
-def replaced(block: nn.Module, v_Bd: Tensor, position: int) -> Iterator[None]:
-    """The block's output at one position is v while a prompt longer than that is read, in every row of the batch."""
-
-    def put(_module, _given, output):
-        h_BTd = output[0] if isinstance(output, tuple) else output
-        if h_BTd.shape[1] <= position:
-            return output  # a later step of decoding, one token a time
-        h_BTd = h_BTd.clone()
-        h_BTd[:, position] = v_Bd.to(h_BTd)
-        return (h_BTd, *output[1:]) if isinstance(output, tuple) else h_BTd
-
-    handle = block.register_forward_hook(put)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.inference_mode()
-def lens_tokens(backbone: Backbone, v_Bd: Tensor, k: int) -> Tensor:
-    """The k likeliest next tokens (B, k), best first, if v were what the last block leaves: the logit lens."""
-    start_B1 = torch.full((len(v_Bd), 1), backbone.start_id, device=backbone.device)
-    with replaced(backbone.blocks[-1], v_Bd, 0):
-        hidden_Bd = backbone.last_hidden(input_ids=start_B1)[:, -1]
-    return backbone.logits(hidden_Bd).topk(k).indices
-
-
-@torch.inference_mode()
-def patchscope(
-    backbone: Backbone, v_Bd: Tensor, n_tokens: int, streams_B: np.ndarray, greedy_B: Tensor
-) -> list[list[int]]:
-    """What the backbone writes after an identity prompt with v at its own layer: ``n_tokens`` for each row."""
-    before, place, after = (backbone.tokenize_text(text) for text in (IDENTITY_PROMPT, PLACE, ASK))
-    ids = [backbone.start_id, *before, *place, *after]
-    embeds_BPd = backbone.embed(torch.tensor([ids])).expand(len(v_Bd), -1, -1)
-    with replaced(backbone.blocks[backbone.layer - 1], v_Bd, len(before) + len(place)):
-        found = sample(backbone, embeds_BPd, SamplingSettings(max_new_tokens=n_tokens), streams_B, greedy_B=greedy_B)
-    return [found.sequence(i) for i in range(len(v_Bd))]
 
 
 @dataclass(frozen=True)
@@ -173,26 +128,9 @@ class NLA:
             raise ConfigError(f"the text {text!r} has no tokens")
         return ids
 
-    @torch.inference_mode()
-    def write(self, method: str, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
-        """1 + k texts for each of M activations, the likeliest first, as one of :data:`DRAWING` writes them in one
-        batch; each of the M (1 + k) texts has a random stream."""
-        backbone, bundle = self.backbone, self.bundle
-        if method == "av":
-            settings = bundle.av.sampling(bundle.av.config.max_new_tokens)
-            return bundle.av.write(backbone, v_Md, k, settings, streams_B)
-        v_Bd = torch.from_numpy(v_Md).to(backbone.device)
-        if method == "reader":
-            ids = read_tails(bundle.reader, v_Bd, k, streams_B)[0].flatten(0, 1).tolist()
-        elif method == "lens":
-            # The likeliest token, and then it and the k − 1 next to it: nothing is drawn.
-            ids = [[i] for row in lens_tokens(backbone, v_Bd, k).tolist() for i in (row[0], *row)]
-        else:
-            v_Bd = v_Bd.repeat_interleave(k + 1, dim=0)
-            greedy_B = torch.arange(len(v_Bd), device=backbone.device) % (k + 1) == 0
-            # As long as the reader's.
-            ids = patchscope(backbone, v_Bd, bundle.reader.n, streams_B, greedy_B)
-        return Texts.of("rollout", range(len(v_Md)), ids)
+    def verbalizer(self, method: str) -> Verbalizer:
+        """One of :data:`VERBALIZERS`, with this backbone and bundle."""
+        return VERBALIZERS[method](self.backbone, self.bundle)
 
     def verbalize(
         self,
@@ -223,7 +161,9 @@ class NLA:
         if not 0 <= fluency < np.inf:
             raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
         drawing = "reader" if method == "guided" else method
-        texts = read(backbone, self.write(drawing, v[None], k, row_streams(seed, drawing, [0], k + 1)), CORRECTED)
+        texts = read(
+            backbone, self.verbalizer(drawing).write(v[None], k, row_streams(seed, drawing, [0], k + 1)), CORRECTED
+        )
         if method == "guided":
             found = guided_search(self.bundle.reader, backbone, v[None], mu, texts, GUIDED_TOKENS, fluency)
             text = found.ids[0].tolist()

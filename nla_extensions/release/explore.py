@@ -63,7 +63,7 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = 8) -> dict:
 def _cells(nla: NLA, v_Td: np.ndarray, k: int) -> list[dict]:
     """The cells of one layer, one for each token."""
     n_tokens, decode = len(v_Td), nla.backbone.decode_text
-    readings = nla.write("reader", v_Td, k, row_streams(0, "explore", range(n_tokens), k + 1))
+    readings = nla.verbalizer("reader").write(v_Td, k, row_streams(0, "explore", range(n_tokens), k + 1))
     score_TK = fve(read(nla.backbone, readings, CORRECTED).read_as(CORRECTED), v_Td[:, None], nla.bundle.mu)
     null_TP = fve_matrix(v_Td, nla.bundle.pool_v, nla.bundle.mu)
     chance_T = metrics.exact_k_curve(null_TP, [k])[:, 0]
