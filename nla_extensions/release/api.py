@@ -20,7 +20,7 @@ from nla_extensions.release.bundle import Bundle, load_bundle
 from nla_extensions.release.verbalizers import VERBALIZERS, Verbalizer
 from nla_extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.config import RunConfig
-from nla_utils.encoding import Texts, nats_per_token, read
+from nla_utils.encoding import nats_per_token, read
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
