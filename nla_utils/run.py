@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Optional
 
-from nla_utils.config import Profile, RunConfig
+from nla_utils.config import ROOT, Profile, RunConfig
 from nla_utils.lm.backbone import Backbone, Description
 from nla_utils.lm.loading import describe, hardware, load_backbone, pick_device
 from nla_utils.store import RunFolder, code_version, library_versions, write_record
@@ -24,7 +24,7 @@ class Run:
     @classmethod
     def of(cls, config: RunConfig, backbone: Backbone) -> "Run":
         """The run of a configuration with a backbone that is loaded."""
-        return cls(config, RunFolder.of(config, backbone.identity(), backbone.device.type), backbone)
+        return cls(config, folder_of(config, backbone), backbone)
 
     @property
     def sizes(self) -> Profile:
@@ -57,14 +57,10 @@ class Run:
         }
 
     def write_results(self, name: str, values: Mapping, made_from: Mapping[str, str]) -> Path:
-        """Write ``results/{name}.json``: provenance first, then ``values``; returns the path."""
+        """Write ``results/{name}.json``, which :meth:`RunFolder.read_results` reads: provenance, then ``values``."""
         path = self.folder.file(f"results/{name}.json")
         write_record(path, {"name": name, **self.provenance, "made_from": dict(made_from), **values})
         return path
-
-    def read_results(self, name: str) -> dict:
-        """What :meth:`write_results` wrote; raises as :meth:`RunFolder.read_results` does."""
-        return self.folder.read_results(name)
 
 
 def open_run(config: RunConfig, weights: bool = True) -> Run:
@@ -75,9 +71,11 @@ def open_run(config: RunConfig, weights: bool = True) -> Run:
     """
     if weights:
         return Run.of(config, load_backbone(config))
-    return Run(config, described_folder(config, describe(config)))
+    return Run(config, folder_of(config, describe(config)))
 
 
-def described_folder(config: RunConfig, found: Description) -> RunFolder:
-    """The folder of a run whose weights are not loaded, its identity that of the run with them."""
-    return RunFolder.of(config, found.identity(), pick_device(config.device).split(":")[0])
+def folder_of(config: RunConfig, backbone: Description) -> RunFolder:
+    """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
+    path = ROOT / config.out / backbone.name / config.folder_name
+    device = pick_device(config.device).split(":")[0]
+    return RunFolder(path, {**backbone.identity(), "seed": config.seed}, config, device)

@@ -70,9 +70,9 @@ def hold(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
         way_on = f"wait for it, or delete {path}.held if the process that it names is dead"
         with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=0)
-    if not lock.is_locked and not wait:
-        raise ArtefactError(f"{busy}; {way_on}")
     if not lock.is_locked:
+        if not wait:
+            raise ArtefactError(f"{busy}; {way_on}")
         print(f"{busy}; waiting for it", flush=True)
         lock.acquire()
     try:
@@ -231,12 +231,6 @@ class RunFolder:
     identity: dict = field(default_factory=dict)
     config: Optional[RunConfig] = field(default=None, compare=False)
     device: Optional[str] = None
-
-    @classmethod
-    def of(cls, config: RunConfig, identity: Mapping[str, Any], device: str) -> "RunFolder":
-        """Folder of a run; a relative ``out`` is taken from the repository's root, wherever a notebook runs."""
-        path = ROOT / config.out / identity["backbone"] / config.folder_name
-        return cls(path, {**identity, "seed": config.seed}, config, device)
 
     @property
     def backbone(self) -> str:

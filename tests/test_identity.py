@@ -194,7 +194,7 @@ def test_a_run_of_a_gpu_opens_without_one(gemma_run, tmp_path):
     assert here.folder.load("targets").sha256 == made.sha256
     record = here.provenance | {"name": "targets", "device": "cuda", "hardware": "a GPU"}
     write_record(here.folder.file("results/targets.json"), record)
-    assert here.read_results("targets")["device"] == "cuda"
+    assert here.folder.read_results("targets")["device"] == "cuda"
 
 
 @pytest.mark.parametrize("key", ["device", "torch", "code"])

@@ -217,7 +217,7 @@ def readers(tiny_folders, tmp_path_factory):
         (
             folder / "results" / "targets.json",
             folder / "targets.safetensors.json",
-            lambda keys=tuple(run.read_results("targets")): same_keys(run.read_results("targets"), keys),
+            lambda keys=tuple(run.folder.read_results("targets")): same_keys(run.folder.read_results("targets"), keys),
             every,
         ),
         (chunks._file(0), chunks._file(1), chunk, ("truncated", "flipped", "emptied", "directory")),
