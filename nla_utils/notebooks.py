@@ -29,7 +29,7 @@ from nla_utils.lm import weights
 from nla_utils.lm.loading import describe, pick_layer
 from nla_utils.report.results import COMMITTED, find_results
 from nla_utils.rows import CEILING_FILE, EVALUATION_FILE
-from nla_utils.run import described_folder
+from nla_utils.run import folder_of
 from nla_utils.store import MIRROR_VARIABLE, RunFolder, atomic_write, hold, read_json, require_disk
 from nla_utils.verbalizer import BEST_AV, ROLLOUTS, SOURCE_LOSS, check_av
 
@@ -63,8 +63,6 @@ STAGES = (
     Stage("05_k_curve", (), "rerank_eval", (1, 2, 3, 4)),
     Stage("06_cross_backbone", (), None),
 )
-# Results whose notebooks add to the run's evidence.
-EVIDENCED = (CEILING_FILE, EVALUATION_FILE)
 
 
 def reproduce(
@@ -105,7 +103,7 @@ def preflight(config: RunConfig, stages: Sequence[Stage]) -> RunFolder:
     """The run's folder; raises before long work what can be refused: names, layer, weights, artefacts, disk."""
     require_room(config)
     found = describe(config)
-    folder = described_folder(config, found)
+    folder = folder_of(config, found)
     if config.av is not None:
         check_av(weights.fetch_av(config.av, found.spec), found.layer, found.d, found.n_layers)
     if config.released_targets is not None:
@@ -137,15 +135,19 @@ def require_room(config: RunConfig) -> None:
     Raises ``ArtefactError`` where there is no room, ``ConfigError`` or ``SourceError`` for what cannot be used.
     """
     spec = weights.resolve(config.backbone)
-    sources = weights.sources_on_hub(spec, config.av, config.released_targets)
-    sizes = {what: weights.bytes_to_fetch(*arguments) for what, arguments in sources.items()}
+    sources = {
+        "backbone": spec.on_hub,
+        "AV": config.av and weights.released_on_hub(config.av, spec, "av"),
+        "targets": config.released_targets and weights.released_on_hub(config.released_targets, spec, "targets"),
+    }
+    sizes = {what: files.bytes_to_fetch() for what, files in sources.items() if files}
     if not any(sizes.values()):
         return
-    parts = ", ".join(f"{what} {sources[what][0]} {size / 1e9:.2f} GB" for what, size in sizes.items())
+    parts = ", ".join(f"{what} {sources[what].source} {size / 1e9:.2f} GB" for what, size in sizes.items())
     print(f"to fetch: {parts}; into {cache_dir()}")
     require_disk(cache_dir(), sum(sizes.values()))
     if sizes.get("backbone"):
-        model = weights.read_model_config(spec, weights.config_alone(spec.source))
+        model = weights.read_model_config(spec)
         pick_layer(config.layer, spec, model.num_hidden_layers)
         s, d = config.sizes, model.hidden_size
         # The weights; targets as read and as used; re-encoded rollouts of both protocols, and as they are scored.
@@ -168,7 +170,7 @@ def is_cached(folder: RunFolder, stage: Stage) -> bool:
     if not all(folder.file(f).exists() for f in (f"executed/{stage.name}.ipynb", f"results/{stage.results}.json")):
         return False
     made_from = folder.read_results(stage.results)["made_from"]
-    if stage.results in EVIDENCED and not is_kept(folder, stage.results, made_from):
+    if stage.results in (CEILING_FILE, EVALUATION_FILE) and not is_kept(folder, stage.results, made_from):
         return False
     return all(folder.sha256_of(name) == digest for name, digest in made_from.items())
 

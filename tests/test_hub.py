@@ -21,10 +21,10 @@ def hub():
 
 
 def ask(hub, cache, source, **environment):
-    """(exit code, answer or message) of ``snapshot`` in a process of its own, as the endpoint is read at import."""
+    """(exit code, answer or message) of ``HubFiles.fetch`` in a process of its own, as the endpoint is read at import."""
     program = (
-        "import sys, json; from nla_utils.lm.weights import snapshot; from nla_utils.errors import SourceError\n"
-        "try:\n    folder = snapshot(sys.argv[1], ['*.json', '*.safetensors'])\n"
+        "import sys, json; from nla_utils.lm.weights import HubFiles; from nla_utils.errors import SourceError\n"
+        "try:\n    folder = HubFiles(sys.argv[1], ['*.json', '*.safetensors']).fetch()\n"
         "    print(json.dumps({p.name: p.stat().st_size for p in folder.iterdir()} | {'at': folder.name}))\n"
         "except SourceError as e:\n    print(e); sys.exit(3)"
     )
@@ -166,7 +166,9 @@ def test_a_pinned_commit_that_is_gone_is_named_with_the_file_that_pins_it(hub, t
 
 
 def test_files_that_an_earlier_run_did_not_ask_for_are_fetched_at_the_same_commit(hub, tmp_path):
-    program = "import sys; from nla_utils.lm.weights import snapshot; print(snapshot('org/model', sys.argv[1:]))"
+    program = (
+        "import sys; from nla_utils.lm.weights import HubFiles; print(HubFiles('org/model', sys.argv[1:]).fetch())"
+    )
     assert in_a_process(hub, tmp_path, program, "config.json").returncode == 0
     assert "model.safetensors" not in hub.served
     assert in_a_process(hub, tmp_path, program, "*.safetensors").returncode == 0 and "model.safetensors" in hub.served
@@ -176,8 +178,8 @@ def test_files_that_an_earlier_run_did_not_ask_for_are_fetched_at_the_same_commi
 
 def test_what_is_still_to_be_fetched_is_known_before(hub, tmp_path):
     program = (
-        "from nla_utils.lm.weights import bytes_to_fetch\n"
-        "print(bytes_to_fetch('org/model', ['*.json', '*.safetensors']))"
+        "from nla_utils.lm.weights import HubFiles\n"
+        "print(HubFiles('org/model', ['*.json', '*.safetensors']).bytes_to_fetch())"
     )
     wanted = sum(len(data) for name, data in hub.files["org/model"].items() if name != "notes.md")
     assert int(in_a_process(hub, tmp_path, program).stdout) == wanted and not hub.served
@@ -215,8 +217,8 @@ def test_what_is_pushed_is_what_a_download_gives(hub, tmp_path):
         "import sys, pathlib; from nla_extensions.release.publish import push\n"
         "out = pathlib.Path(sys.argv[1])\n"
         "print(*push(out, 'org/av'), sep='\\n')\n"
-        "from nla_utils.lm.weights import snapshot\n"
-        "folder = snapshot('org/av', ['*']); assert (folder / 'eval' / 'centered_eval.json').read_bytes() == b'[1]'"
+        "from nla_utils.lm.weights import HubFiles\n"
+        "folder = HubFiles('org/av', ['*']).fetch(); assert (folder / 'eval' / 'centered_eval.json').read_bytes() == b'[1]'"
     )
     done = in_a_process(hub, tmp_path / "cache", program, str(release), HF_TOKEN="hf_test")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nla_utils import rows
 from nla_utils.errors import ArtefactError
-from nla_utils.lm.weights import REGISTRY, explained, weights_note
+from nla_utils.lm.weights import REGISTRY, HubFiles, weights_note
 from nla_utils.report.pages import render, tables_of_run
 from nla_utils.report.results import RunResults, load_results
 from nla_utils.store import RunFolder, atomic_write, sha256_file
@@ -73,7 +73,7 @@ def push(out: Path, repo: str) -> list[str]:
 
     api, done = HfApi(), []
     for folder, name, kind in ((MODEL, repo, "model"), (DATASET, f"{repo}-targets", "dataset")):
-        with explained(name, "", kind):
+        with HubFiles(name, (), kind).explained():
             api.create_repo(name, repo_type=kind, exist_ok=True)
             commit = api.upload_folder(repo_id=name, folder_path=out / folder, repo_type=kind, commit_message="Release")
         done.append(f"{name} @ {commit.oid}")

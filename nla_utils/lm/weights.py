@@ -30,120 +30,164 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 # In a snapshot's folder: the patterns whose files are complete and have the hub's hashes.
 VERIFIED = ".verified"
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
+# The same weights again, under another name or in a folder.
+OTHER_LAYOUTS = ("consolidated*", "*/*")
 
 
-def snapshot(source: str, patterns: Sequence[str], kind: str = "model", ignored: Sequence[str] = ()) -> Path:
-    """Folder of the files of a hub repository that match ``patterns`` and none of ``ignored``, at one commit.
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of a hub repository, all at one commit: those that match ``patterns`` and none of ``ignored``.
 
-    ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``. Without a revision the
-    newest commit is pinned: later runs take the same one. Files in a cache are not fetched again, and hashes are
-    compared with the hub's. Raises ``SourceError`` that says what to do.
+    ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``. Without a revision it is the
+    commit that an earlier download pinned, else the newest. Raises ``SourceError`` that says what to do.
     """
-    repo, revision = _repo_and_revision(source, kind)
-    folder = _at_one_commit(repo, revision, patterns, kind, ignored)
-    if not COMMIT.match(revision):
-        print(f"{repo}: using commit {folder.name}; pin it with {repo}@{folder.name}")
-    if not revision:
-        atomic_write(_pin_file(repo, kind), folder.name.encode())
-    return folder
 
+    source: str
+    patterns: Sequence[str]
+    kind: str = "model"
+    ignored: Sequence[str] = ()
 
-def config_alone(source: str) -> Path:
-    """Folder with a model's ``config.json``, fetched before its weights; pins nothing, raises as :func:`snapshot`."""
-    return _at_one_commit(*_repo_and_revision(source, "model"), ("config.json",), "model", ())
+    @property
+    def repo(self) -> str:
+        return self.source.partition("@")[0]
 
+    @property
+    def _pin(self) -> Path:
+        return cache_dir() / "pins" / f"{self.kind}s--{self.repo.replace('/', '--')}"
 
-def bytes_to_fetch(source: str, patterns: Sequence[str], kind: str = "model", ignored: Sequence[str] = ()) -> int:
-    """How many bytes :func:`snapshot` would still fetch; raises as it does."""
-    repo, revision = _repo_and_revision(source, kind)
-    if _kept(repo, revision, kind, patterns):
-        return 0
-    commit, files = _published_files(repo, revision, patterns, kind, ignored)
-    return _cached(repo, commit, kind, files)[1]
+    @property
+    def revision(self) -> str:
+        """The one that is asked for or pinned, else empty."""
+        stated = self.source.partition("@")[2]
+        return stated or (self._pin.read_text(encoding="ascii").strip() if self._pin.exists() else "")
 
+    @property
+    def _wanted(self) -> dict:
+        return {"allow_patterns": [*self.patterns], "ignore_patterns": [*self.ignored]}
 
-def _repo_and_revision(source: str, kind: str) -> tuple[str, str]:
-    """Of ``org/name[@revision]``; without a revision the commit that an earlier download pinned, else empty."""
-    repo, _, revision = source.partition("@")
-    pin = _pin_file(repo, kind)
-    if not revision and pin.exists():
-        revision = pin.read_text(encoding="ascii").strip()
-    return repo, revision
+    def fetch(self) -> Path:
+        """Their folder; without a revision the commit is pinned, so that later runs take the same one."""
+        revision, folder = self.revision, self.fetch_once()
+        if not COMMIT.match(revision):
+            print(f"{self.repo}: using commit {folder.name}; pin it with {self.repo}@{folder.name}")
+        if not revision:
+            atomic_write(self._pin, folder.name.encode())
+        return folder
 
+    def fetch_once(self) -> Path:
+        """Their folder, nothing pinned. Files in a cache are not fetched again; hashes are compared with the hub's."""
+        from huggingface_hub import snapshot_download
 
-def _pin_file(repo: str, kind: str) -> Path:
-    return cache_dir() / "pins" / f"{kind}s--{repo.replace('/', '--')}"
+        if kept := self._kept():
+            return kept
+        commit, files = self._published()
+        own, missing = self._cached(commit, files)
+        if own:
+            return own
+        require_disk(_hub_cache(), missing)
+        where = dict(repo_type=self.kind, revision=commit, cache_dir=_hub_cache())
+        with self.explained():
+            folder = Path(snapshot_download(self.repo, **where, **self._wanted))
+        for file in files:
+            path = folder / file.rfilename
+            if not _is_published(path, file):
+                path.resolve().unlink()
+                path.unlink()
+                said = f"{self.repo}@{commit}: {file.rfilename} does not have the hash that the hub names"
+                raise SourceError(f"{said}; it was removed, run the command again")
+        atomic_write(folder / VERIFIED, "\n".join({*_verified(folder), *self.patterns}).encode())
+        return folder
+
+    def bytes_to_fetch(self) -> int:
+        """How many bytes :meth:`fetch` would still fetch."""
+        return 0 if self._kept() else self._cached(*self._published())[1]
+
+    def _kept(self) -> Optional[Path]:
+        """A snapshot of a pinned commit whose files of these patterns were fetched completely and checked before."""
+        revision = self.revision
+        folder = _hub_cache() / self._pin.name / "snapshots" / revision
+        return folder if COMMIT.match(revision) and set(self.patterns) <= _verified(folder) else None
+
+    def _published(self) -> tuple[str, list]:
+        """The commit, and the hub's records of the files."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import filter_repo_objects
+
+        how = dict(revision=self.revision or None, repo_type=self.kind, files_metadata=True)
+        with self.explained():
+            info = HfApi().repo_info(self.repo, **how)
+        files = list(filter_repo_objects(info.siblings, **self._wanted, key=lambda file: file.rfilename))
+        if not files:
+            names = sorted(file.rfilename for file in info.siblings)
+            raise SourceError(f"{self.repo}@{info.sha} has no file {' or '.join(self.patterns)}; it holds {names}")
+        return info.sha, files
+
+    def _cached(self, commit: str, files: list) -> tuple[Optional[Path], int]:
+        """The snapshot in the user's own cache (``HF_HOME``), if it is complete and has the hub's hashes; else the
+        bytes that ours lacks."""
+        from huggingface_hub import try_to_load_from_cache
+
+        def found(file, cache: Optional[Path]) -> Optional[Path]:
+            where = dict(cache_dir=cache, revision=commit, repo_type=self.kind)
+            path = try_to_load_from_cache(self.repo, file.rfilename, **where)
+            return Path(path) if isinstance(path, str) else None
+
+        own = [found(file, None) for file in files]
+        if all(path and _is_published(path, file) for path, file in zip(own, files)):
+            return own[0].parents[files[0].rfilename.count("/")], 0
+        return None, sum(file.size or 0 for file in files if not found(file, _hub_cache()))
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within it, what the hub's client raises becomes ``SourceError``."""
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        # The base of its transport's errors, whichever HTTP library this version is built on. The part of it that
+        # fetches large files raises a plain RuntimeError.
+        transport = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+        try:
+            yield
+        except (OSError, transport, HFValidationError, RuntimeError) as error:
+            raise SourceError(self._explain(error)) from None
+
+    def _explain(self, error: Exception) -> str:
+        from huggingface_hub import errors as hub
+
+        repo, where, said = self.repo, self.source, " ".join(str(error).split())
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, hub.HFValidationError):
+            return f"{repo} is no name that a repository of the hub can have: {said}"
+        if isinstance(error, hub.GatedRepoError):
+            page = f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{repo}"
+            sign_in = "run `hf auth login` with a token that may read it"
+            return f"{where} is gated: open {page} signed in, accept its terms, then {sign_in}, and start again"
+        if isinstance(error, hub.RevisionNotFoundError):
+            if repo == where:
+                pinned = f"{repo} no longer has {self.revision}, which an earlier run pinned"
+                return f"{pinned}; to take the newest, delete {self._pin}"
+            return (
+                f"{repo} has no revision {self.revision!r}; leave it out to use the newest, or give one of its commits"
+            )
+        if isinstance(error, hub.RepositoryNotFoundError):
+            return f"{where} does not exist, or is private and you are not signed in (`hf auth login`)"
+        if status is not None:
+            sign_in = "; run `hf auth login` with a token that may do this" if status in (401, 403) else ""
+            return f"{where}: the hub answered {status}: {said}{sign_in}"
+        if isinstance(error, OSError) and error.filename:
+            return f"{where}: {error.filename}: {error.strerror}; put that right, then run the same command again"
+        name = type(error).__name__ + (f": {said}" if type(error) is RuntimeError else "")
+        remedy = "check the network and HF_HUB_OFFLINE, or give a local folder or a commit that was fetched before"
+        return f"{where} could not be reached ({name}); {remedy}"
 
 
 def _hub_cache() -> Path:
     return cache_dir() / "hub"
 
 
-def _at_one_commit(repo: str, revision: str, patterns: Sequence[str], kind: str, ignored: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if kept := _kept(repo, revision, kind, patterns):
-        return kept
-    commit, files = _published_files(repo, revision, patterns, kind, ignored)
-    own, missing = _cached(repo, commit, kind, files)
-    if own:
-        return own
-    require_disk(_hub_cache(), missing)
-    where = dict(repo_type=kind, revision=commit, cache_dir=_hub_cache())
-    with explained(repo, revision, kind):
-        folder = Path(snapshot_download(repo, **where, allow_patterns=[*patterns], ignore_patterns=[*ignored]))
-    for file in files:
-        path = folder / file.rfilename
-        if not _is_published(path, file):
-            path.resolve().unlink()
-            path.unlink()
-            said = f"{repo}@{commit}: {file.rfilename} does not have the hash that the hub names"
-            raise SourceError(f"{said}; it was removed, run the command again")
-    atomic_write(folder / VERIFIED, "\n".join({*_verified(folder), *patterns}).encode())
-    return folder
-
-
-def _kept(repo: str, revision: str, kind: str, patterns: Sequence[str]) -> Path | None:
-    """A snapshot of a pinned commit whose files of these patterns were fetched completely and checked before."""
-    folder = _hub_cache() / f"{kind}s--{repo.replace('/', '--')}" / "snapshots" / revision
-    return folder if COMMIT.match(revision) and set(patterns) <= _verified(folder) else None
-
-
 def _verified(folder: Path) -> set[str]:
     path = folder / VERIFIED
     return set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-
-
-def _published_files(
-    repo: str, revision: str, patterns: Sequence[str], kind: str, ignored: Sequence[str]
-) -> tuple[str, list]:
-    """The commit that a revision is, and the hub's records of its files that are wanted."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
-
-    with explained(repo, revision, kind):
-        info = HfApi().repo_info(repo, revision=revision or None, repo_type=kind, files_metadata=True)
-    by_name = dict(allow_patterns=[*patterns], ignore_patterns=[*ignored], key=lambda file: file.rfilename)
-    files = list(filter_repo_objects(info.siblings, **by_name))
-    if not files:
-        names = sorted(file.rfilename for file in info.siblings)
-        raise SourceError(f"{repo}@{info.sha} has no file {' or '.join(patterns)}; it holds {names}")
-    return info.sha, files
-
-
-def _cached(repo: str, commit: str, kind: str, files: list) -> tuple[Path | None, int]:
-    """The snapshot in the user's own cache (``HF_HOME``), if it is complete and has the hub's hashes; else the bytes
-    that ours lacks."""
-    from huggingface_hub import try_to_load_from_cache
-
-    def found(file, cache: Path | None) -> Path | None:
-        path = try_to_load_from_cache(repo, file.rfilename, cache_dir=cache, revision=commit, repo_type=kind)
-        return Path(path) if isinstance(path, str) else None
-
-    own = [found(file, None) for file in files]
-    if all(path and _is_published(path, file) for path, file in zip(own, files)):
-        return own[0].parents[files[0].rfilename.count("/")], 0
-    return None, sum(file.size or 0 for file in files if not found(file, _hub_cache()))
 
 
 def _is_published(path: Path, file) -> bool:
@@ -165,55 +209,12 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     return sha256_file(path)
 
 
-@contextlib.contextmanager
-def explained(repo: str, revision: str, kind: str) -> Iterator[None]:
-    """Within it, what the hub's client raises becomes ``SourceError`` that says what went wrong and what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    # The base of its transport's errors, whichever HTTP library this version is built on. The part of it that fetches
-    # large files raises a plain RuntimeError.
-    transport = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
-    try:
-        yield
-    except (OSError, transport, HFValidationError, RuntimeError) as error:
-        raise SourceError(_explain(repo, revision, kind, error)) from None
-
-
-def _explain(repo: str, revision: str, kind: str, error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    where = f"{repo}@{revision}" if revision else repo
-    said = " ".join(str(error).split())
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, HFValidationError):
-        return f"{repo} is no name that a repository of the hub can have: {said}"
-    if isinstance(error, GatedRepoError):
-        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
-        sign_in = "run `hf auth login` with a token that may read it"
-        return f"{where} is gated: open {page} signed in, accept its terms, then {sign_in}, and start again"
-    if isinstance(error, RevisionNotFoundError):
-        if (repo, revision) == _repo_and_revision(repo, kind):
-            pinned = f"{repo} no longer has {revision}, which an earlier run pinned"
-            return f"{pinned}; to take the newest, delete {_pin_file(repo, kind)}"
-        return f"{repo} has no revision {revision!r}; leave it out to use the newest, or give one of its commits"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{where} does not exist, or is private and you are not signed in (`hf auth login`)"
-    if status is not None:
-        sign_in = "; run `hf auth login` with a token that may do this" if status in (401, 403) else ""
-        return f"{where}: the hub answered {status}: {said}{sign_in}"
-    if isinstance(error, OSError) and error.filename:
-        return f"{where}: {error.filename}: {error.strerror}; put that right, then run the same command again"
-    name = type(error).__name__ + (f": {said}" if type(error) is RuntimeError else "")
-    remedy = "check the network and HF_HUB_OFFLINE, or give a local folder or a commit that was fetched before"
-    return f"{where} could not be reached ({name}); {remedy}"
-
-
 @dataclass(frozen=True)
 class GGUFPackage:
     """A GGUF file inside pinned PyPI wheels; ``members`` are joined in order."""
 
-    requirements: tuple[str, ...]
-    members: tuple[str, ...]
+    requirements: Sequence[str]
+    members: Sequence[str]
     sha256: str
 
 
@@ -229,7 +230,7 @@ class BackboneSpec:
     layer: Optional[int] = None
     num_prefix_tokens: int = 1
     start_id: Optional[int] = None
-    eos_ids: Optional[tuple[int, ...]] = None
+    eos_ids: Optional[Sequence[int]] = None
     padding_side: Optional[str] = None
     ceiling: str = "paraphrase_bestof8"
     license: Optional[str] = None
@@ -249,21 +250,19 @@ class BackboneSpec:
         return (self.title or self.name) + (f" ({self.variant})" if self.variant else "")
 
     @property
-    def on_hub(self) -> bool:
-        return isinstance(self.source, str) and not Path(self.source).is_dir()
+    def on_hub(self) -> Optional[HubFiles]:
+        """The files of a backbone that comes from the hub."""
+        if isinstance(self.source, GGUFPackage) or Path(self.source).is_dir():
+            return None
+        return HubFiles(self.source, HUB_FILES, ignored=OTHER_LAYOUTS)
 
 
 def _read_registry() -> dict[str, BackboneSpec]:
     """The backbones of ``backbones.toml`` beside this file."""
-
-    def fields(table: dict) -> dict:
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-
     found = {}
     for name, entry in tomllib.loads(Path(__file__).with_name("backbones.toml").read_text(encoding="utf-8")).items():
-        if "package" in entry:
-            entry["source"] = GGUFPackage(**fields(entry.pop("package")))
-        found[name] = BackboneSpec(name, **fields(entry))
+        package = entry.pop("package", None)
+        found[name] = BackboneSpec(name, GGUFPackage(**package) if package else entry.pop("source"), **entry)
     return found
 
 
@@ -307,11 +306,6 @@ def canonical_name(name: str) -> str:
     return str(Path(name).resolve()) if name not in REGISTRY and Path(name).is_dir() else name
 
 
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
-# The same weights again, under another name or in a folder.
-OTHER_LAYOUTS = ("consolidated*", "*/*")
-
-
 def fetch(spec: BackboneSpec) -> Path:
     """Folder with the backbone's config, tokenizer and safetensors; fetched once, then cached.
 
@@ -320,18 +314,21 @@ def fetch(spec: BackboneSpec) -> Path:
     """
     if isinstance(spec.source, GGUFPackage):
         return _fetch_package(spec.name, spec.source)
-    if not spec.on_hub:
+    if not (files := spec.on_hub):
         return Path(spec.source)
-    if bytes_to_fetch(spec.source, HUB_FILES, ignored=OTHER_LAYOUTS):
-        read_model_config(spec, config_alone(spec.source))
-    return snapshot(spec.source, HUB_FILES, ignored=OTHER_LAYOUTS)
+    if files.bytes_to_fetch():
+        read_model_config(spec)
+    return files.fetch()
 
 
-def read_model_config(spec: BackboneSpec, folder: Path) -> PreTrainedConfig:
-    """The model's configuration; raises ``ConfigError`` for a kind of model that is not supported, ``SourceError`` for
-    a file that is no configuration."""
+def read_model_config(spec: BackboneSpec, folder: Optional[Path] = None) -> PreTrainedConfig:
+    """The model's configuration, fetched alone from the hub where its ``folder`` is not there yet.
+
+    Raises ``ConfigError`` for a kind of model that is not supported, ``SourceError`` for what is no configuration.
+    """
     from transformers import AutoConfig
 
+    folder = folder or HubFiles(spec.source, ("config.json",)).fetch_once()
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # each architecture validates its configuration in its own way
@@ -400,7 +397,7 @@ def _make_folder(name: str, package: GGUFPackage, folder: Path) -> None:
         os.replace(converted, folder)
 
 
-def download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
+def download_wheels(requirements: Sequence[str], folder: Path) -> None:
     """Put pinned wheels into a folder; raises ``SourceError`` with what pip said, or where there is no pip."""
     named = ", ".join(requirements)
     if importlib.util.find_spec("pip") is None:
@@ -412,7 +409,7 @@ def download_wheels(requirements: tuple[str, ...], folder: Path) -> None:
     download = [sys.executable, *"-m pip download --quiet --no-deps --only-binary=:all: --dest".split()]
     done = subprocess.run([*download, str(folder), *requirements], capture_output=True, text=True)
     if done.returncode:
-        raise SourceError(f"pip could not download {requirements}:\n{done.stderr[-2000:]}")
+        raise SourceError(f"pip could not download {named}:\n{done.stderr[-2000:]}")
 
 
 def read_member(folder: Path, member: str) -> bytes:
@@ -467,8 +464,8 @@ def fetch_av(source: str, spec: BackboneSpec) -> Path:
     Raises ``SourceError`` if it is none of them, was not published for this backbone, or lacks ``config.json`` or both
     checkpoint formats.
     """
-    hub = _on_hub(source, spec, "av")
-    folder = snapshot(*hub) if hub else _local(source)
+    hub = released_on_hub(source, spec, "av")
+    folder = hub.fetch() if hub else _local(source)
     found = {path.name for place in (folder, folder / "best_av") for path in place.glob("*") if path.is_file()}
     if "config.json" not in found or not {"best_av.safetensors", "best_av.pt"} & found:
         raise SourceError(f"{source}: an AV is config.json with best_av.safetensors or best_av.pt; {folder} lacks them")
@@ -481,11 +478,11 @@ def fetch_targets(source: str, spec: BackboneSpec) -> Path:
 
     Raises ``SourceError`` if it is none of them, was not published for this backbone or cannot be fetched.
     """
-    hub = _on_hub(source, spec, "targets")
+    hub = released_on_hub(source, spec, "targets")
     if hub is None and Path(source).is_file():
         return Path(source)
-    folder, patterns = (snapshot(*hub), hub[1]) if hub else (_local(source), ())
-    for pattern in (*patterns, *TARGET_FILES):
+    folder = hub.fetch() if hub else _local(source)
+    for pattern in (*(hub.patterns if hub else ()), *TARGET_FILES):
         files = sorted(folder.glob(pattern))
         # The vectors alone are taken where there is nothing more.
         found = [p for p in files if not p.stem.endswith("_pool")] or files
@@ -499,22 +496,12 @@ def fetch_targets(source: str, spec: BackboneSpec) -> Path:
 
 def targets_content(source: str, spec: BackboneSpec) -> str:
     """What tells released targets from others: the file and its commit on the hub, else its sha256."""
-    path, hub = fetch_targets(source, spec), _on_hub(source, spec, "targets")
-    return f"{hub[0].partition('@')[0]}@{path.parent.name}/{path.name}" if hub else sha256_once(path)
+    path, hub = fetch_targets(source, spec), released_on_hub(source, spec, "targets")
+    return f"{hub.repo}@{path.parent.name}/{path.name}" if hub else sha256_once(path)
 
 
-def sources_on_hub(spec: BackboneSpec, av: Optional[str], targets: Optional[str]) -> dict[str, tuple]:
-    """Arguments of :func:`bytes_to_fetch` by what they are: of a run's backbone, AV and targets, those on the hub."""
-    found = {
-        "backbone": (spec.source, HUB_FILES, "model", OTHER_LAYOUTS) if spec.on_hub else None,
-        "AV": av and _on_hub(av, spec, "av"),
-        "targets": targets and _on_hub(targets, spec, "targets"),
-    }
-    return {what: arguments for what, arguments in found.items() if arguments}
-
-
-def _on_hub(source: str, spec: BackboneSpec, what: str) -> Optional[tuple[str, tuple[str, ...], str]]:
-    """Arguments of :func:`snapshot` for ``--av`` or ``--targets``; ``None`` for what is local."""
+def released_on_hub(source: str, spec: BackboneSpec, what: str) -> Optional[HubFiles]:
+    """The files of what ``--av`` or ``--targets`` names; ``None`` for what is local. Raises ``SourceError``."""
     files, kind = (AV_FILES, "model") if what == "av" else (TARGET_FILES[:2], "dataset")
     if source == RELEASED or (source == POOL and what == "targets"):
         repo = getattr(spec, what)
@@ -524,12 +511,12 @@ def _on_hub(source: str, spec: BackboneSpec, what: str) -> Optional[tuple[str, t
             raise SourceError(f"{said}; the authors published some for {known}")
         if what == "targets":
             files = (spec.targets_file if source == RELEASED else f"{Path(spec.targets_file).stem}_pool.pt",)
-        return repo, files, kind
+        return HubFiles(repo, files, kind)
     if not source.startswith("hub:"):
         return None
     if not HUB_ID.match(source.removeprefix("hub:")):
         raise SourceError(f"{source}: write it as hub:org/name or hub:org/name@commit")
-    return source.removeprefix("hub:"), files, kind
+    return HubFiles(source.removeprefix("hub:"), files, kind)
 
 
 def _local(source: str) -> Path:
