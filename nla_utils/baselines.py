@@ -223,13 +223,10 @@ class NormalEquations:
         self.raw_xx = torch.zeros(p, p, dtype=torch.float64)
         self.raw_xy = torch.zeros(p, q, dtype=torch.float64)
 
-    def add(self, x_np: Tensor, y_nq: Tensor) -> None:
-        """Add rows of X and Y."""
-        self.raw_xx += (x_np.T @ x_np).cpu()
-        self.add_all_but_xx(x_np, y_nq)
-
-    def add_all_but_xx(self, x_np: Tensor, y_nq: Tensor) -> None:
-        """Add rows of X and Y whose XᵀX the caller adds to ``raw_xx``, having a cheaper way to it."""
+    def add(self, x_np: Tensor, y_nq: Tensor, with_xx: bool = True) -> None:
+        """Add rows of X and Y, or all but their XᵀX, where the caller has a cheaper way to it."""
+        if with_xx:
+            self.raw_xx += (x_np.T @ x_np).cpu()
         self.n += len(x_np)
         self.sum_x += x_np.sum(0).cpu().double()
         self.sum_y += y_nq.sum(0).cpu().double()
@@ -264,10 +261,10 @@ def fit_probe(
     for own, rows in parts:
         for first in range(0, len(rows), CHUNK):
             chosen = rows[first : first + CHUNK]
-            y_nj = torch.from_numpy(_tails(own, chosen, n, backbone.start_id)).to(backbone.device)
-            y_nq = (table_Vd[y_nj].float() - mean_d).flatten(1)
+            y_nj = tail_features(own.ids, chosen, own.lengths[chosen], n, backbone.start_id)
+            y_nq = (table_Vd[torch.from_numpy(y_nj).to(backbone.device)].float() - mean_d).flatten(1)
             equations.add(torch.from_numpy(own.v[chosen] - v_mean_d), y_nq.cpu())
-    last = _tails(targets, validation, 1, backbone.start_id)
+    last = tail_features(targets.ids, validation, targets.lengths[validation], 1, backbone.start_id)
     trials = []
     for ridge in PROBE_RIDGES:
         b_dq, intercept_q = (x.float() for x in equations.solve(ridge))
@@ -275,10 +272,6 @@ def fit_probe(
         trials.append((float((probe.decode(targets.v[validation], 1) == last).mean()), ridge, probe))
     best = max(trials, key=lambda t: t[0])[2]
     return best, [{"ridge": ridge, "names_last_token": share} for share, ridge, _ in trials]
-
-
-def _tails(targets: Targets, rows: np.ndarray, n: int, start_id: int) -> np.ndarray:
-    return tail_features(targets.ids, rows, targets.lengths[rows], n, start_id)
 
 
 def tail_features(ids_NT: np.ndarray, rows: np.ndarray, positions: np.ndarray, n: int, start_id: int) -> np.ndarray:

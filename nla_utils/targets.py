@@ -50,8 +50,8 @@ class Targets:
 
     ``ids`` (N, T) int32 right-padded, generated tokens only; ``lengths`` (N,), 0 where a released target's text is not
     known, so that it can't be replayed or trained on; ``v`` (N, d) float32.
-    Rows are used in four parts: the first M as the paper evaluates them (``in_sample``), the next
-    ``pool``, then training only, and the last M, which training never sees (``held_out``).
+    Rows are used in four parts: the first M as the paper evaluates them (``in_sample``), the next ``pool``, then
+    training only, and the last M, which training never sees (``held_out``). ``unevaluated``: the two in the middle.
     """
 
     ids: np.ndarray
@@ -61,22 +61,10 @@ class Targets:
     pool_size: int
     sha256: str
 
-    @property
-    def in_sample(self) -> np.ndarray:
-        return np.arange(self.n_eval)
-
-    @property
-    def pool(self) -> np.ndarray:
-        return np.arange(self.n_eval, self.n_eval + self.pool_size)
-
-    @property
-    def unevaluated(self) -> np.ndarray:
-        """All rows that no protocol evaluates: the pool, and what is for training only."""
-        return np.arange(self.n_eval, len(self.v) - self.n_eval)
-
-    @property
-    def held_out(self) -> np.ndarray:
-        return np.arange(len(self.v) - self.n_eval, len(self.v))
+    def __post_init__(self) -> None:
+        n, m = len(self.v), self.n_eval
+        self.in_sample, self.pool = np.arange(m), np.arange(m, m + self.pool_size)
+        self.unevaluated, self.held_out = np.arange(m, n - m), np.arange(n - m, n)
 
     def eval_rows(self, protocol: Protocol) -> np.ndarray:
         """Rows of the targets that a protocol evaluates: held-out ones, or the first of the training set."""
@@ -290,31 +278,26 @@ class Pack:
     meta: dict = field(default_factory=dict)
 
 
-# How many samples a file holds, and some of them at a time: a pack, and which of it they are.
-Packs = tuple[int, Iterator[tuple[Pack, range]]]
-
-
 def check_released(path: Path, backbone: Description, n: int) -> None:
     """Check that a file has n released targets of this backbone and layer; its first sample alone is read.
 
     Raises ``ArtefactError`` that names the file if it is broken, unknown, too small, or of another backbone or layer.
     """
-    layer, d, source = backbone.layer, backbone.d, backbone.spec.source
+    layer, d = backbone.layer, backbone.d
     if path.suffix == ".safetensors":
         held, width = _open_own(path).get_slice("v").get_shape()
         meta = {}
     else:
-        held, packs = _open_packs(path, layer, d)
-        first, _ = next(packs)
+        held, samples = _open_packs(path, layer, d)
+        first, _ = next(samples)
         width, meta = first.hidden[0].shape[-1], first.meta
     if held < n:
         raise ArtefactError(f"{path} holds {held} targets, the run needs {n}; add --set n_targets={held}")
     if width != d:
         raise ArtefactError(f"{path}: activations have width {width}, the backbone has {d}; it is of another backbone")
-    own = {"backbone": source, "layer": layer, "d": d, "start token": backbone.start_id}
-    if not isinstance(source, str) or Path(source).is_dir():
-        own.pop("backbone")  # a folder's name says nothing of the model in it
-    for what, value in own.items():
+    # A folder's name says nothing of the model in it.
+    own = {"backbone": backbone.spec.source} if backbone.spec.on_hub else {}
+    for what, value in (own | {"layer": layer, "d": d, "start token": backbone.start_id}).items():
         stated = next((meta[name] for name in META[what] if meta.get(name) is not None), value)
         if str(stated).split("@")[0].lower() != str(value).split("@")[0].lower():
             raise ArtefactError(f"{path} says that its {what} is {stated!r}; this run has {value!r}")
@@ -352,12 +335,19 @@ def _open_own(path: Path):
     return f
 
 
-def _open_packs(path: Path, layer: int, d: int) -> Packs:
+def _open_packs(path: Path, layer: int, d: int) -> tuple[int, Iterator[tuple[Pack, int]]]:
+    """How many samples a file holds, and each of them: a pack, and which of it the sample is."""
     if path.suffix == ".parquet":
         return _open_parquet(path, layer, d)
     held = len(_open_pt(path, layer).hidden)
-    starts = range(0, held, SAMPLES_PER_OPENING)
-    return held, ((_open_pt(path, layer), range(i, min(i + SAMPLES_PER_OPENING, held))) for i in starts)
+
+    def samples() -> Iterator[tuple[Pack, int]]:
+        for i in range(held):
+            if i % SAMPLES_PER_OPENING == 0:
+                pack = _open_pt(path, layer)
+            yield pack, i
+
+    return held, samples()
 
 
 def _open_pt(path: Path, layer: int) -> Pack:
@@ -393,7 +383,7 @@ def _open_pt(path: Path, layer: int) -> Pack:
     return pack
 
 
-def _open_parquet(path: Path, layer: int, d: int) -> Packs:
+def _open_parquet(path: Path, layer: int, d: int) -> tuple[int, Iterator[tuple[Pack, int]]]:
     """Rows of one layer; activations as (T, d), nested or flat."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -416,22 +406,22 @@ def _open_parquet(path: Path, layer: int, d: int) -> Packs:
         except ValueError:
             raise ArtefactError(f"{path}: an activation of {len(x)} numbers is not (T, {d}), nested or flat") from None
 
-    def packs() -> Iterator[tuple[Pack, range]]:
+    def samples() -> Iterator[tuple[Pack, int]]:
         for batch in file.iter_batches(PARQUET_BATCH, columns=sorted({"text", "activations", "layer"} & names)):
             if layers is not None:
                 batch = batch.filter(pyarrow.array(batch["layer"].to_numpy() == layer))
             hidden = [activations(x) for x in batch["activations"].to_numpy(zero_copy_only=False)]
-            if hidden:
-                yield Pack(hidden, texts=batch["text"].to_pylist() if "text" in names else None), range(len(hidden))
+            pack = Pack(hidden, texts=batch["text"].to_pylist() if "text" in names else None)
+            yield from ((pack, j) for j in range(len(hidden)))
 
-    return held, packs()
+    return held, samples()
 
 
 def _read_packs(path: Path, backbone: Backbone, n: int) -> tuple[dict[str, np.ndarray], dict]:
     v_nd, counts = np.empty((n, backbone.d), dtype=np.float32), np.zeros(n, dtype=np.int64)
     rows, texts = [], []
-    found = ((pack, j) for pack, some in _open_packs(path, backbone.layer, backbone.d)[1] for j in some)
-    for i, (pack, j) in zip(Progress(range(n), desc="reading released targets", unit="target"), found):
+    _, samples = _open_packs(path, backbone.layer, backbone.d)
+    for i, (pack, j) in zip(Progress(range(n), desc="reading released targets", unit="target"), samples):
         at, row = _valid(pack, j, path, backbone)
         v_nd[i], counts[i] = pack.hidden[j][at[-1]].float().numpy(), len(at) - 1
         rows.append(row)

@@ -38,6 +38,8 @@ from nla_utils.verbalizer import (
 )
 
 WARM_UP = 3
+# What an unfinished training leaves, and what it keeps of the optimizer there.
+STATE, ADAM = "training.partial.safetensors", ("exp_avg", "exp_avg_sq", "step")
 
 
 def padded_loss(backbone: Backbone, av: ActivationVerbalizer, v_Bd: Tensor, ids_BT: Tensor, share_BT: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ class Trainer:
         self.graphed: Optional[GraphedStep] = None
         # What an unfinished state must share with whoever resumes it.
         self.plan = {**run.folder.conditions, "targets": targets.sha256, **training_spec(run.config, recipe)}
-        self.state_file = run.folder.file("training.partial.safetensors")
+        self.state_file = run.folder.file(STATE)
         if self.state_file.exists():
             self._resume()
 
@@ -262,8 +264,7 @@ class Trainer:
         tensors = {f"best.{k}": v for k, v in self.best.items()}
         tensors |= self.av.trainable()
         for i, p in enumerate(self.params):
-            state = self.optimizer.state[p]
-            tensors |= {f"adam.{i}.{k}": state[k].detach().float().cpu() for k in ("exp_avg", "exp_avg_sq", "step")}
+            tensors |= {f"adam.{i}.{k}": self.optimizer.state[p][k].detach().float().cpu() for k in ADAM}
         record = {"plan": self.plan, "loss": self.history.loss, "validation": self.history.validation}
         record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
         if workers.rank() == 0:
@@ -284,10 +285,8 @@ class Trainer:
         self.best = {k: tensors[f"best.{k}"] for k in self.best}
         self.av.load_trainable({k: tensors[k] for k in self.best}, str(self.state_file))
         for i, p in enumerate(self.params):
-            self.optimizer.state[p] = {
-                k: tensors[f"adam.{i}.{k}"].to("cpu" if k == "step" else p.device)
-                for k in ("exp_avg", "exp_avg_sq", "step")
-            }
+            state = {k: tensors[f"adam.{i}.{k}"].to("cpu" if k == "step" else p.device) for k in ADAM}
+            self.optimizer.state[p] = state
 
 
 def train_av(run: Run, targets: Targets) -> dict:
@@ -300,13 +299,23 @@ def train_av(run: Run, targets: Targets) -> dict:
     """
     if run.folder.has(BEST_AV):
         return run.folder.load(BEST_AV).sidecar
-    if run.config.av is not None:
-        return _take_released(run, targets)
+    av, facts = _train(run, targets) if run.config.av is None else _take_released(run)
+    export_av(av, run.folder.file("av"), facts["best_val_fve_nrm"], facts["best_step"])
+    tensors = {name: tensor.numpy() for name, tensor in av.trainable().items()}
+    facts |= {"seed": run.seed, "trainable_params": sum(x.size for x in tensors.values())}
+    # The sidecar says that all is finished.
+    sidecar = run.folder.save(BEST_AV, tensors, made_from={"targets": targets.sha256}, **facts).sidecar
+    run.folder.file(STATE).unlink(missing_ok=True)
+    return sidecar
+
+
+def _train(run: Run, targets: Targets) -> tuple[ActivationVerbalizer, dict]:
+    """The checkpoint that is kept, and facts."""
     trainer = Trainer(run, targets)
     trainer.train()
     history, split, every = trainer.history, trainer.split, run.sizes.validate_every
     best, rows = history.best("fve_nrm", every), split.pairs.rows
-    facts = {
+    return trainer.av.load_trainable(trainer.best, "best checkpoint"), {
         "pairs": len(rows),
         "skipped_pairs": split.skipped,
         "changed_pairs": split.changed,
@@ -314,21 +323,19 @@ def train_av(run: Run, targets: Targets) -> dict:
         "train_rows": sorted(rows[split.train].tolist()),
         "validation_rows": rows[split.validation].tolist(),
         "steps": trainer.step,
+        "best_step": best["step"],
+        "best_val_fve_nrm": best["fve_nrm"],
         "best_step_by_centred": history.best("fve_nrm_cen", every)["step"],
         "loss": history.loss,
         "validation": history.validation,
     }
-    av = trainer.av.load_trainable(trainer.best, "best checkpoint")
-    sidecar = _keep(run, targets, av, best["fve_nrm"], best["step"], facts)
-    trainer.state_file.unlink(missing_ok=True)
-    return sidecar
 
 
-def _take_released(run: Run, targets: Targets) -> dict:
-    """A released AV as this run's: nothing is trained, so there is no loss and no row was trained on."""
+def _take_released(run: Run) -> tuple[ActivationVerbalizer, dict]:
+    """A released AV, and facts: nothing is trained, so there is no loss and no row was trained on."""
     source = fetch_av(run.config.av, run.backbone.spec)
     av, record = import_av(source, run.backbone), checkpoint_record(source)
-    facts = {
+    return av, {
         "released": run.config.av,
         "released_from": source.name,
         "sampling": av.sampling(run.sizes.max_new_tokens).record(),
@@ -336,39 +343,28 @@ def _take_released(run: Run, targets: Targets) -> dict:
         # It never saw targets drawn here; which of the released ones it was trained on is not published.
         "train_rows": [] if run.config.released_targets is None else None,
         "steps": record["step"],
+        "best_step": record["step"],
+        "best_val_fve_nrm": record["val_fve_nrm"],
         **{name: [] for name in ("validation_rows", "loss", "validation")},
     }
-    return _keep(run, targets, av, record["val_fve_nrm"], record["step"], facts)
-
-
-def _keep(
-    run: Run, targets: Targets, av: ActivationVerbalizer, score: Optional[float], step: Optional[int], facts: dict
-) -> dict:
-    """Keep the run's AV in the authors' formats, and then as an artefact, whose sidecar says that all is finished."""
-    export_av(av, run.folder.file("av"), score, step)
-    tensors = {name: tensor.numpy() for name, tensor in av.trainable().items()}
-    facts |= {"best_step": step, "best_val_fve_nrm": score, "trainable_params": sum(x.size for x in tensors.values())}
-    return run.folder.save(BEST_AV, tensors, made_from={"targets": targets.sha256}, seed=run.seed, **facts).sidecar
 
 
 FIGURES = (
     "pairs skipped_pairs changed_pairs train_pairs trainable_params steps best_step best_val_fve_nrm "
     "best_step_by_centred loss validation"
-)
+).split()
 
 
 def describe(sidecar: dict, targets: Targets) -> dict:
-    """The figures of notebook 02, and how many of each evaluation set were trained on: ``None`` where a release does
-    not say."""
-    keys = FIGURES.split()
+    """The figures of notebook 02, and how many rows of each evaluation set were trained on, as far as that is known."""
+
+    def trained_on(rows: np.ndarray) -> Optional[int]:
+        return None if sidecar["train_rows"] is None else int(np.isin(rows, sidecar["train_rows"]).sum())
+
     return {
-        **{k: sidecar[k] for k in keys},
+        **{k: sidecar[k] for k in FIGURES},
         **{k: sidecar[k] for k in ("released", "released_from") if k in sidecar},
         **{k: v for k, v in sidecar["spec"].items() if k == "av_sha256" and v},
-        "in_sample_trained_on": _trained_on(sidecar, targets.in_sample),
-        "held_out_trained_on": _trained_on(sidecar, targets.held_out),
+        "in_sample_trained_on": trained_on(targets.in_sample),
+        "held_out_trained_on": trained_on(targets.held_out),
     }
-
-
-def _trained_on(sidecar: dict, rows: np.ndarray) -> Optional[int]:
-    return None if sidecar["train_rows"] is None else int(np.isin(rows, sidecar["train_rows"]).sum())

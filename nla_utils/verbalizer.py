@@ -33,8 +33,6 @@ N_LOSSES = 64
 # What the authors' verbalizers are made of, and under which keys their scripts look for the tensors.
 MODULES = ("proj", "proj_extra", "layer_embed", "prefix_embeds", "prefix_mlp")
 NESTED = ("trainable", "av", "av_state_dict", "model", "state_dict")
-# Where a release keeps its files: in its folder, or (gpt-oss-20b) in one of this name inside.
-PLACES = ("", "best_av")
 
 
 class ActivationVerbalizer(nn.Module):
@@ -212,7 +210,7 @@ def checkpoint_record(folder: Path) -> dict:
     The authors' ``val_fve_nrm`` is a plain cosine, not ½(1 + cos).
     """
     path = find_file(folder, "best_av.pt")
-    state = {} if path is None else _read(path, _load_pt)
+    state = _read(path, _load_pt) if path.exists() else {}
     return {k: state[k] if isinstance(state.get(k), (int, float)) else None for k in ("val_fve_nrm", "step")}
 
 
@@ -220,6 +218,65 @@ def import_av(folder: Path, backbone: Backbone) -> ActivationVerbalizer:
     """Load an AV from a folder with ``config.json`` and either checkpoint format; see :func:`check_av`."""
     config, tensors, source = _read_av(folder, backbone.layer)
     return ActivationVerbalizer.of(config, backbone).load_trainable(tensors, source)
+
+
+def check_av(folder: Path, layer: int, d: int, n_layers: int) -> AVConfig:
+    """The configuration of a folder's AV, if it fits a backbone of this layer and shape; no weights are needed.
+
+    A ``.pt`` is read with ``weights_only=True``, its tensors nested under one of :data:`NESTED` or flat. Raises
+    ``ConfigError`` or ``ArtefactError`` that names the file if it does not fit.
+    """
+    config, tensors, source = _read_av(folder, layer)
+    ActivationVerbalizer(config, d, torch.zeros(d), n_layers, 1.0).load_trainable(tensors, source)
+    return config
+
+
+def av_hash(folder: Path) -> str:
+    """Hash of an AV's configuration and tensors, whatever format its folder keeps them in."""
+    config, tensors, _ = _read_av(folder)
+    arrays = {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
+    return json_hash([asdict(config), arrays_hash(arrays)])[:16]
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """A release's file: in its folder, or (gpt-oss-20b) in ``best_av`` inside."""
+    inside = folder / "best_av" / name
+    return inside if inside.exists() and not (folder / name).exists() else folder / name
+
+
+def _read_av(folder: Path, layer: Optional[int] = None) -> tuple[AVConfig, dict[str, Tensor], str]:
+    config = AVConfig.from_json(find_file(folder, "config.json"))
+    if layer not in (None, config.extraction_layer):
+        raise ArtefactError(f"{folder}: the AV reads layer {config.extraction_layer}, this run extracts layer {layer}")
+    path = find_file(folder, "best_av.safetensors")
+    if path.exists():
+        return config, _read(path, load_file), str(path)
+    path = find_file(folder, "best_av.pt")
+    return config, _unwrapped(_read(path, _load_pt), path), str(path)
+
+
+def _load_pt(path: Path) -> dict:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__}, not a dictionary")
+    return state
+
+
+def _unwrapped(state: dict, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever the authors' scripts keep them."""
+    inner = next((state[key] for key in NESTED if isinstance(state.get(key), dict)), state)
+    tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ArtefactError(f"{path} holds {sorted(map(str, state))}: no tensors there, nor under {', '.join(NESTED)}")
+    return tensors
+
+
+def _read(path: Path, read: Callable[[Path], dict]) -> dict:
+    try:
+        return read(path)
+    # Each format has errors of its own for a file that is empty, cut, altered or unsafe.
+    except Exception as error:
+        raise ArtefactError(f"{path} was not read ({error or type(error).__name__}); fetch it again") from None
 
 
 @dataclass(frozen=True)
@@ -270,64 +327,6 @@ def load_av(run: Run) -> ActivationVerbalizer:
     config = AVConfig.from_json(run.folder.file("av/config.json"))
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
     return ActivationVerbalizer.of(config, run.backbone).load_trainable(tensors, str(artefact.path)).eval()
-
-
-def check_av(folder: Path, layer: int, d: int, n_layers: int) -> AVConfig:
-    """The configuration of a folder's AV, if it fits a backbone of this layer and shape; no weights are needed.
-
-    A ``.pt`` is read with ``weights_only=True``, its tensors nested under one of :data:`NESTED` or flat. Raises
-    ``ConfigError`` or ``ArtefactError`` that names the file if it does not fit.
-    """
-    config, tensors, source = _read_av(folder, layer)
-    ActivationVerbalizer(config, d, torch.zeros(d), n_layers, 1.0).load_trainable(tensors, source)
-    return config
-
-
-def av_hash(folder: Path) -> str:
-    """Hash of an AV's configuration and tensors, whatever format its folder keeps them in."""
-    config, tensors, _ = _read_av(folder)
-    arrays = {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
-    return json_hash([asdict(config), arrays_hash(arrays)])[:16]
-
-
-def find_file(folder: Path, name: str) -> Optional[Path]:
-    """A release's file, in its folder or in ``best_av`` inside."""
-    return next((path for place in PLACES if (path := folder / place / name).exists()), None)
-
-
-def _read_av(folder: Path, layer: Optional[int] = None) -> tuple[AVConfig, dict[str, Tensor], str]:
-    config = AVConfig.from_json(find_file(folder, "config.json") or folder / "config.json")
-    if layer not in (None, config.extraction_layer):
-        raise ArtefactError(f"{folder}: the AV reads layer {config.extraction_layer}, this run extracts layer {layer}")
-    path = find_file(folder, "best_av.safetensors")
-    if path is not None:
-        return config, _read(path, load_file), str(path)
-    path = find_file(folder, "best_av.pt") or folder / "best_av.pt"
-    return config, _unwrapped(_read(path, _load_pt), path), str(path)
-
-
-def _load_pt(path: Path) -> dict:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise TypeError(f"it holds a {type(state).__name__}, not a dictionary")
-    return state
-
-
-def _unwrapped(state: dict, path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, wherever the authors' scripts keep them."""
-    inner = next((state[key] for key in NESTED if isinstance(state.get(key), dict)), state)
-    tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ArtefactError(f"{path} holds {sorted(map(str, state))}: no tensors there, nor under {', '.join(NESTED)}")
-    return tensors
-
-
-def _read(path: Path, read: Callable[[Path], dict]) -> dict:
-    try:
-        return read(path)
-    # Each format has errors of its own for a file that is empty, cut, altered or unsafe.
-    except Exception as error:
-        raise ArtefactError(f"{path} was not read ({error or type(error).__name__}); fetch it again") from None
 
 
 def published_pairs(
@@ -382,15 +381,15 @@ class SourceLoss:
         return {c: np.nanmean(nats_MT, axis=1) for c, nats_MT in self.nats.items()}
 
 
-def make_source_loss(run: Run, targets: Targets, av: Optional[ActivationVerbalizer]) -> SourceLoss:
-    """The losses of the held-out targets' texts, cut at the length trained on, or what is on disk, without ``av``."""
+def make_source_loss(run: Run, targets: Targets) -> SourceLoss:
+    """The losses of the held-out targets' texts, cut at the length trained on, or what is on disk."""
     if run.folder.has(SOURCE_LOSS):
         tensors = run.folder.load(SOURCE_LOSS).tensors
         return SourceLoss(tensors["rows"], {c: tensors[c] for c in (*CONDITIONS, *ALIKE)})
     pairs, _ = published_pairs(run.backbone, targets, targets.held_out)
     pairs.lengths = np.minimum(pairs.lengths, run.sizes.max_new_tokens)
     alike = {name: v_of_alike(targets, pairs, at) for name, at in ALIKE.items()}
-    loss = source_loss(run.backbone, av, targets, pairs, N_OTHERS, "losses of the sources' texts", alike)
+    loss = source_loss(run.backbone, load_av(run), targets, pairs, N_OTHERS, "losses of the sources' texts", alike)
     parents = {"targets": targets.sha256, BEST_AV: run.folder.sha256_of(BEST_AV)}
     run.folder.save(SOURCE_LOSS, {"rows": loss.rows, **loss.nats}, made_from=parents)
     return loss

@@ -188,10 +188,10 @@ def probe(scored_run):
 def evidence(scored_run, probe):
     """All that the results of ``scored_run`` are made of."""
     from nla_utils.evidence import of_ceilings, of_rollouts
-    from nla_utils.verbalizer import load_av, make_source_loss
+    from nla_utils.verbalizer import make_source_loss
 
     run, targets, ceilings, rollouts = scored_run
-    loss = make_source_loss(run, targets, load_av(run))
+    loss = make_source_loss(run, targets)
     return of_ceilings(targets, ceilings, run.sizes.n_rollouts) | of_rollouts(targets, rollouts, ceilings, probe, loss)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nla_utils import rows
+from nla_utils import rows, verbalizer
 from nla_utils.encoding import Texts
 from nla_utils.evidence import of_losses
 from nla_utils.protocol import CORRECTED
@@ -13,7 +13,6 @@ from nla_utils.training import pair_loss
 from nla_utils.verbalizer import (
     CONDITIONS,
     ActivationVerbalizer,
-    load_av,
     make_source_loss,
     published_pairs,
     source_loss,
@@ -99,9 +98,10 @@ def test_a_text_that_v_alone_decides_is_read(gemma_run):
     assert by_position["other"][0] - by_position["own"][0] > 0.5
 
 
-def test_kept_losses_are_those_of_the_trained_verbalizer_and_the_held_out_targets(scored_run):
+def test_kept_losses_are_those_of_the_trained_verbalizer_and_the_held_out_targets(scored_run, monkeypatch):
     run, targets, _, _ = scored_run
-    kept = make_source_loss(run, targets, load_av(run))
+    kept = make_source_loss(run, targets)
     assert set(kept.rows) <= set(targets.held_out)
-    again = make_source_loss(run, targets, None)  # what is on disk needs no verbalizer
+    monkeypatch.setattr(verbalizer, "load_av", lambda _: pytest.fail("what is on disk needs no verbalizer"))
+    again = make_source_loss(run, targets)
     np.testing.assert_array_equal(again.nats["own"], kept.nats["own"])

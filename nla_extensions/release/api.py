@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nla_extensions.release.bundle import Bundle, load_bundle
 from nla_extensions.release.verbalizers import VERBALIZERS, Verbalizer
@@ -119,7 +120,7 @@ class NLA:
         """Each token of a text and the activation there: (token as text, v (d,))."""
         ids = self.token_ids(text)
         h_nd = self.backbone.encode([ids[: i + 1] for i in range(len(ids))], start=True)
-        return list(zip(self.backbone.label_tokens(ids), h_nd))
+        return list(zip(label_tokens(self.backbone.tokenizer, ids), h_nd))
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text without BOS; raises ``ConfigError`` where it has none, and as :func:`outside_ids` does."""
@@ -212,6 +213,20 @@ class NLA:
     def _read_again(self, ids: Sequence[int]) -> list[int]:
         """Ids of the text as they are tokenized from its letters."""
         return self.backbone.tokenize_text(self.backbone.decode_text(ids)) or list(ids)
+
+
+def label_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What to call each token: its text, or ``[id]`` where it has none to show, as a part of a character has not.
+
+    The token that completes a character is called by the whole of it.
+    """
+    labels, first = [], 0
+    for i, token in enumerate(ids):
+        text = tokenizer.decode(list(ids[first : i + 1]))
+        whole = not text.endswith("\ufffd")
+        labels.append(text if whole and (text.isprintable() or text.isspace()) else f"[{token}]")
+        first = i + 1 if whole else first
+    return labels
 
 
 def read_vector(path: Path) -> Tensor:

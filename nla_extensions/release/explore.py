@@ -14,7 +14,7 @@ from typing import Sequence
 import jinja2
 import numpy as np
 
-from nla_extensions.release.api import NLA
+from nla_extensions.release.api import NLA, label_tokens
 from nla_extensions.release.bundle import SHIPPED_TAIL
 from nla_extensions.tail_reader.reader import ARTEFACT, RIDGES, reader_from, solve_reader, sums_at_layers
 from nla_utils import metrics
@@ -55,7 +55,7 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = 8) -> dict:
         "k": k,
         "layers": list(layers),
         "stored": stored,
-        "tokens": nla.backbone.label_tokens(ids),
+        "tokens": label_tokens(nla.backbone.tokenizer, ids),
         "cells": [_cells(at[layer], v_Td, k) for layer, v_Td in zip(layers, v_LTd)],
     }
 

@@ -228,8 +228,8 @@ class ReaderSums(NormalEquations):
         self.raw_yy = torch.zeros(len(mean_d), len(mean_d), dtype=torch.float64)
         self.counts_V = np.zeros(vocabulary, dtype=np.int64)
 
-    def add_all_but_xx(self, x_np: Tensor, y_nq: Tensor) -> None:
-        super().add_all_but_xx(x_np, y_nq)
+    def add(self, x_np: Tensor, y_nq: Tensor, with_xx: bool = True) -> None:
+        super().add(x_np, y_nq, with_xx)
         self.raw_yy += (y_nq.T @ y_nq).cpu()
 
     def features(self, table_Vd: Tensor, ids_nj: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def add_rows(sums_of: Mapping[int, ReaderSums], backbone: Backbone, targets: Tar
             ids_nj = tail_features(targets.ids, row_n, position_n, sums.n_tokens, backbone.start_id)
             x_np = sums.features(table_Vd, torch.from_numpy(ids_nj))
             for own, v_nd in zip(sums_of.values(), v_Lnd):
-                own.add_all_but_xx(x_np, v_nd - own.mean_d)
+                own.add(x_np, v_nd - own.mean_d, with_xx=False)
             first_dp += (x_np[:, :d].T @ x_np).cpu()
             ends.append(torch.from_numpy(ids_nj[position_n == targets.lengths[row_n]]))
             bar.update(len(chosen))

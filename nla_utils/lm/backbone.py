@@ -312,19 +312,6 @@ class Backbone(Description):
         """Text of token ids without special tokens."""
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
 
-    def label_tokens(self, ids: Sequence[int]) -> list[str]:
-        """What to call each token: its text, or ``[id]`` where it has none to show, as a part of a character has not.
-
-        The token that completes a character is called by the whole of it.
-        """
-        labels, first = [], 0
-        for i, token in enumerate(ids):
-            text = self.tokenizer.decode(list(ids[first : i + 1]))
-            whole = not text.endswith("\ufffd")
-            labels.append(text if whole and (text.isprintable() or text.isspace()) else f"[{token}]")
-            first = i + 1 if whole else first
-        return labels
-
     def tokenize_text(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
         return self.tokenizer(text, add_special_tokens=False).input_ids

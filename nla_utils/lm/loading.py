@@ -80,16 +80,14 @@ def pick_device(device: str) -> str:
 
     Raises ``ConfigError`` for a device that is not there.
     """
-    if device not in ("auto", SPLIT):
-        kind, _, number = device.partition(":")
-        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-        if int(number or 0) >= there:
-            said = f"device {device!r}: this machine has {there} of {kind}"
-            raise ConfigError(f"{said}; --device auto takes what there is")
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if device in ("auto", SPLIT):
+        return next(kind for kind, n in there.items() if n)
+    kind, _, number = device.partition(":")
+    if int(number or 0) >= there[kind]:
+        said = f"device {device!r}: this machine has {there[kind]} of {kind}"
+        raise ConfigError(f"{said}; --device auto takes what there is")
+    return device
 
 
 def hardware(device: str) -> str:
@@ -140,10 +138,10 @@ def special_ids(
         path = folder / "generation_config.json"
         stated = read_json(path).get("eos_token_id") if path.exists() else None
         named = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
-        eos_ids = tuple(dict.fromkeys(i for i in named if i is not None))
+        eos_ids = dict.fromkeys(i for i in named if i is not None)
     if pad_id is None:
-        pad_id = eos_ids[0] if eos_ids else start_id
-    return start_id, eos_ids, pad_id
+        pad_id = next(iter(eos_ids), start_id)
+    return start_id, tuple(eos_ids), pad_id
 
 
 def load_model(folder: Path, config: RunConfig) -> nn.Module:
@@ -152,15 +150,13 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
     Raises ``SourceError`` for weights that are broken or incomplete, ``BackboneError`` where not even embeddings and
     head find room on a card.
     """
-    how = {"device_map": "auto"} if config.device == SPLIT else {}
+    how = {"dtype": getattr(torch, config.dtype), "device_map": "auto" if config.device == SPLIT else None}
     try:
         whole = AutoConfig.from_pretrained(folder)
         if (text := whole.get_text_config()) is not whole:
             # The language model of a multimodal one, whose weights are called what they are called inside it.
             how |= {"config": text, "key_mapping": {r"^model\.language_model\.": "model."}}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **how
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SourceError(f"{folder}: its weights were not read ({error}); fetch or convert them again") from None
     # The library fills what a file lacks with random numbers.
@@ -169,8 +165,7 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
         raise SourceError(f"{folder}: its files lack {len(lacking)} weights of the model, {lacking[0]} among them")
     if config.device != SPLIT:
         return model.to(pick_device(config.device))
-    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    if any(table.device.type == "meta" for table in tables):
+    if any(module.weight.is_meta for module in (model.get_input_embeddings(), model.get_output_embeddings())):
         raise BackboneError(f"{folder}: its embeddings or its head find no room on the cards; they cannot be offloaded")
     return model
 
@@ -263,31 +258,22 @@ def _stepped(backbone: Backbone, ids_1T: torch.Tensor, prompt: int = 4) -> torch
 def choose_attention(backbone: Backbone) -> None:
     """Take the attention for short sequences where its activations are as close to float32 as rounding allows, or as
     the library's are; else the library's, with the reason printed."""
-    why = _against_ours(backbone)
-    if why is not None:
-        backbone.model.set_attn_implementation(backbone.library_attention)
-        print(f"{backbone.name}: attention is the library's ({backbone.library_attention}); {why}")
-
-
-def _against_ours(backbone: Backbone) -> str | None:
-    """Why our attention does not serve, ``None`` if it does; ours is left in use."""
-    ids = probe_ids(backbone)
-    # Each architecture fails in a way of its own where it is given what it does not expect.
+    model, ids = backbone.model, probe_ids(backbone)
     try:
         exact = float32_activations(backbone, ids)
-    except Exception as error:
-        return f"its activations could not be computed in float32 to compare with ({error})"
-    theirs = differ(backbone.encode(ids, start=False), exact)
-    backbone.model.set_attn_implementation(cpu.ATTENTION)
-    if backbone.model.config._attn_implementation != cpu.ATTENTION:
-        return "this model does not let it be replaced"
-    try:
+        theirs = differ(backbone.encode(ids, start=False), exact)
+        model.set_attn_implementation(cpu.ATTENTION)
+        if model.config._attn_implementation != cpu.ATTENTION:
+            raise BackboneError("this model does not let it be replaced")
         ours = differ(backbone.encode(ids, start=False), exact)
-    except Exception as error:
-        return f"ours fails ({error})"
-    if ours <= max(TOLERANCE[backbone.dtype], theirs):
-        return None
-    return f"against float32, ours has a relative difference of {ours:.2g} and the library's one of {theirs:.2g}"
+        if not ours <= max(TOLERANCE[backbone.dtype], theirs):
+            said = f"ours has a relative difference of {ours:.2g} and the library's one of {theirs:.2g}"
+            raise BackboneError(f"against float32, {said}")
+    except Exception as error:  # each architecture fails in a way of its own where it is given what it does not expect
+        model.set_attn_implementation(backbone.library_attention)
+        print(
+            f"{backbone.name}: attention is the library's ({backbone.library_attention}); ours does not serve: {error}"
+        )
 
 
 @torch.inference_mode()

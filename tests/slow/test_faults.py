@@ -37,7 +37,7 @@ from nla_utils.run import open_run
 from nla_utils.scores import centered_eval, oracle_ceiling
 from nla_utils.store import ChunkStore, atomic_write
 from nla_utils.targets import load_targets, make_targets
-from nla_utils.verbalizer import load_av, make_rollouts, make_source_loss
+from nla_utils.verbalizer import make_rollouts, make_source_loss
 
 NLA = app
 POINTS = 200
@@ -109,7 +109,7 @@ def third(run):
 def fourth(run):
     targets, ceilings = load_targets(run), load_ceilings(run)
     rollouts, probe = make_rollouts(run, targets), make_probe(run, targets)
-    loss = make_source_loss(run, targets, load_av(run))
+    loss = make_source_loss(run, targets)
     made_from = {name: run.folder.sha256_of(name) for name in ("rollouts", "probe", "source_loss")}
     compared = of_rollouts(targets, rollouts, ceilings, probe, loss, run.backbone.spec.ceiling)
     run.write_results("centered_eval", centered_eval(keep(run, "centered_eval", compared, made_from)), made_from)

@@ -3,7 +3,6 @@
 A row is (what was reported, what to do, what to expect). To add one, write a function that gives the outcome, and a row.
 """
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -24,6 +23,7 @@ from conftest import CORPUS, tiny_config
 from nbclient.exceptions import DeadKernelError
 
 from nla_extensions.cli import app
+from nla_extensions.release.api import label_tokens
 from nla_extensions.release.explore import explore
 from nla_extensions.release.publish import push
 from nla_utils import NLA
@@ -31,7 +31,7 @@ from nla_utils import notebooks as execution
 from nla_utils.config import RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, CollapsedTargetsError, ConfigError, NLAError, NotebookError, SourceError
 from nla_utils.lm import weights as registry
-from nla_utils.lm.weights import snapshot
+from nla_utils.lm.weights import HubFiles
 from nla_utils.report.figures import styled
 from nla_utils.report.pages import FigureSpec, Page
 from nla_utils.run import open_run
@@ -129,7 +129,7 @@ def test_no_file_holds_a_number_that_is_not_json(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_character_of_several_tokens_is_shown_whole(gemma_run):
+def test_a_character_of_several_tokens_is_shown_whole():
     class Bytes:
         """A tokenizer of single bytes."""
 
@@ -137,8 +137,7 @@ def test_a_character_of_several_tokens_is_shown_whole(gemma_run):
         def decode(ids):
             return bytes(ids).decode(errors="replace")
 
-    backbone, text = dataclasses.replace(gemma_run[0].backbone, tokenizer=Bytes), "a 日\u200d"
-    labels = backbone.label_tokens(list(text.encode()))
+    labels = label_tokens(Bytes, list("a 日\u200d".encode()))
     assert labels == ["a", " ", "[230]", "[151]", "日", "[226]", "[128]", "[141]"]
 
 
@@ -278,7 +277,7 @@ def test_an_environment_without_pip_says_what_is_missing(tmp_path, monkeypatch):
 def test_a_name_that_the_hub_refuses_is_one_error(name, monkeypatch, tmp_path):
     monkeypatch.setenv("NLA_CACHE", str(tmp_path))
     with pytest.raises(NLAError, match="is no name that a repository of the hub can have: ") as raised:
-        snapshot(name, ["*"])
+        HubFiles(name, ["*"]).fetch()
     assert "\n" not in str(raised.value)
 
 
@@ -293,7 +292,7 @@ def test_a_failure_of_the_part_that_fetches_large_files_is_one_error(monkeypatch
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(SourceError, match=r"org/name could not be reached \(RuntimeError: Data processing error"):
-        snapshot("org/name", ["a"])
+        HubFiles("org/name", ["a"]).fetch()
 
 
 def test_publishing_without_the_hub_is_one_error(monkeypatch, tmp_path):
