@@ -324,9 +324,12 @@ SPECS[BEST_AV] = av_spec
 def load_av(run: Run) -> ActivationVerbalizer:
     """The AV of this run, trained or released; raises ``ArtefactError`` if notebook 02 has not made it."""
     artefact = run.folder.load(BEST_AV)
-    config = AVConfig.from_json(run.folder.file("av/config.json"))
+    if run.config.av is None:
+        av = ActivationVerbalizer.fresh(run.backbone, run.sizes.max_new_tokens)
+    else:
+        av = ActivationVerbalizer.of(AVConfig.from_json(run.folder.file("av/config.json")), run.backbone)
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in artefact.tensors.items()}
-    return ActivationVerbalizer.of(config, run.backbone).load_trainable(tensors, str(artefact.path)).eval()
+    return av.load_trainable(tensors, str(artefact.path)).eval()
 
 
 def published_pairs(
