@@ -225,7 +225,7 @@ def best_rollouts(
     backbone, settings = run.backbone, SamplingSettings(max_new_tokens=run.sizes.max_new_tokens)
 
     @torch.inference_mode()
-    def draw(c: int, part: slice) -> dict[str, np.ndarray]:
+    def draw(part: slice) -> dict[str, np.ndarray]:
         v_Md = targets.v[chosen[part]]
         prompt_BPd = av(torch.from_numpy(v_Md).to(backbone.device), backbone.dtype).repeat_interleave(k, dim=0)
         found = sample(backbone, prompt_BPd, settings, row_streams(run.seed, f"iteration {number}", chosen[part], k))
@@ -243,7 +243,7 @@ def guided_texts(run: Run, targets: Targets, chosen: list[int], k: int) -> Teach
     best-of-K."""
     backbone, reader = run.backbone, fit_reader(run, targets)
 
-    def search(c: int, part: slice) -> dict[str, np.ndarray]:
+    def search(part: slice) -> dict[str, np.ndarray]:
         v_Md, streams_B = targets.v[chosen[part]], row_streams(run.seed, "taught", chosen[part], k + 1)
         drawn = read_rollouts(reader, backbone, v_Md, k, streams_B)
         found = guided_search(reader, backbone, v_Md, targets.mu, drawn, av_forward_tokens(run.config))

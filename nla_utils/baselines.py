@@ -103,7 +103,7 @@ def paraphrases(run: Run, targets: Targets, rows: np.ndarray, protocol: Protocol
     repeated = [p for p in prompts for _ in range(N_PARAPHRASES)]
     streams = row_streams(run.seed, "paraphrases", known, N_PARAPHRASES)
 
-    def draw(c: int, part_of: slice) -> dict[str, np.ndarray]:
+    def draw(part_of: slice) -> dict[str, np.ndarray]:
         samples = continue_prompts(backbone, repeated[part_of], settings, streams[part_of], side)
         return {"ids": samples.ids, "lengths": samples.lengths, "logp": samples.mean_logprob}
 

@@ -117,7 +117,7 @@ def write_in_chunks(
     chunks: ChunkStore, kind: str, rows: np.ndarray, per_chunk: int, write: Callable[[np.ndarray], Texts], label: str
 ) -> Texts:
     """What ``write`` makes of the rows, some of them at a time, so that a killed stage resumes where it was."""
-    made = chunks.fill(len(rows), per_chunk, lambda _, part: write(rows[part]).arrays, label, "target")
+    made = chunks.fill(len(rows), per_chunk, lambda part: write(rows[part]).arrays, label, "target")
     return Texts.of_arrays(kind, made)
 
 

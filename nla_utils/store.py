@@ -374,16 +374,16 @@ class ChunkStore:
         atomic_write(self._file(i), save(tensors, metadata={"sha256": arrays_hash(tensors)}))
 
     def fill(
-        self, total: int, per_chunk: int, make: Callable[[int, slice], dict], desc: str, unit: str
+        self, total: int, per_chunk: int, make: Callable[[slice], dict], desc: str, unit: str
     ) -> dict[str, np.ndarray]:
-        """Every chunk, joined along the first axis; ``make(chunk, rows)`` gives one that is missing, for a slice of the
-        ``total`` rows. Of several processes each makes its share, and all return all rows."""
+        """Every chunk, joined along the first axis; ``make`` gives a missing one, for a slice of the ``total`` rows. Of
+        several processes each makes its share, and all return all rows."""
         starts = range(0, total, per_chunk)
         with Progress(total=total, desc=desc, unit=unit) as bar:
             for c, first in enumerate(starts):
                 rows = slice(first, min(first + per_chunk, total))
                 if c % workers.size() == workers.rank() and self.get(c) is None:
-                    self.put(c, make(c, rows))
+                    self.put(c, make(rows))
                 bar.update(rows.stop - rows.start)
         workers.wait()
         parts = [self.get(c) for c in range(len(starts))]

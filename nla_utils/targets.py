@@ -142,7 +142,7 @@ def make_targets(run: Run) -> Targets:
     plan = {**run.folder.conditions, **spec(config), "batch": backbone.sample_batch}
     chunks = ChunkStore(run.folder.file("targets.chunks"), plan)
 
-    def draw(_, rows: slice) -> dict[str, np.ndarray]:
+    def draw(rows: slice) -> dict[str, np.ndarray]:
         return draw_chunk(backbone, settings, target_streams(run, rows))
 
     tensors = chunks.fill(n, backbone.sample_batch, draw, "drawing targets", "seq")

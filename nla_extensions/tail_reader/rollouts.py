@@ -165,7 +165,7 @@ def write_tails(
     drawn = write_in_chunks(tails, "rollout", rows, max(1, ROW_BATCH // (k + 1)), write, "reading tails")
     own = drawn.at(held_out)
 
-    def search(c: int, m: slice) -> dict[str, np.ndarray]:
+    def search(m: slice) -> dict[str, np.ndarray]:
         v_Md = targets.v[held_out[m]]
         found = guided_search(reader, backbone, v_Md, targets.mu, own.take(m), av_forward_tokens(run.config))
         # One row a target, as everything in a chunk: what is spent is the same for all of them.

@@ -150,10 +150,10 @@ def calls(tmp_path, monkeypatch):
     fill, made = ChunkStore.fill, {}
 
     def remembered(store, total, per_chunk, make, *shown):
-        def once(c, rows):
-            key = store.folder.name, c
+        def once(rows):
+            key = store.folder.name, rows.start
             if key not in made:
-                made[key] = make(c, rows)
+                made[key] = make(rows)
             return made[key]
 
         return fill(store, total, per_chunk, once, *shown)
