@@ -47,7 +47,10 @@ CENTRED = (
     *(rows.REPLAY, rows.PARAPHRASE, rows.FLOOR, rows.UNRELATED_8, rows.UNRELATED, rows.RETRIEVAL, *rows.TAILS.values()),
     *(rows.CONSTANT_MU, rows.PARAPHRASE_MINUS_UNRELATED, rows.minus(rows.TAILS[8], rows.RETRIEVAL)),
 )
-REACHED = (*(dataclasses.replace(row, only="cen") for row in CENTRED), dataclasses.replace(rows.FLOOR, only="raw"))
+REACHED = (
+    *(dataclasses.replace(row, only=("cen",)) for row in CENTRED),
+    dataclasses.replace(rows.FLOOR, only=("raw",)),
+)
 # Readers of as many layers as this many bytes hold are fitted from one pass: all of a small backbone's.
 FIT_BYTES = 4 * 2**30
 
