@@ -17,7 +17,7 @@ from nla_utils.report.claims import COMPARISON, Claim, judge
 from nla_utils.report.figures import NULL_GREY, colour, in_two_lines, panels, style, styled
 from nla_utils.report.pages import FigureSpec, Page, Table
 from nla_utils.report.results import COMMITTED, RunResults, find_results, largest, without_variants
-from nla_utils.report.tables import number, over_seeds, signed, with_interval
+from nla_utils.report.tables import bits_of, number, over_seeds, signed, with_interval
 from nla_utils.rows import Row
 
 # Results files: of notebook 07, of `nla ablate`, of `nla replicate`.
@@ -103,6 +103,13 @@ def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
             **{q.sentence: cells[q, label] for q in FOUND},
         }
     return pd.DataFrame(table).rename_axis("held out, centred")
+
+
+def bits_table(everything: Sequence[RunResults]) -> pd.DataFrame:
+    """The reader's texts in doublings of as many unrelated ones, of the runs that kept scores per text."""
+    columns = {r.label: r.optional(RESULTS)["reader"]["corrected"] for r in everything}
+    table = {label: bits_of(c) for label, c in columns.items() if rows.BITS_BEST.row.cen in c}
+    return pd.DataFrame(table).rename_axis("bits")
 
 
 def trained_table(everything: Sequence[RunResults]) -> pd.DataFrame:
@@ -291,6 +298,7 @@ def reader_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, s
     caption = "Against the AV of the paper's size, at equal forward tokens"
     found = {
         "findings": Table("reader-findings", "What was found", findings_table(shown)),
+        "bits": Table("reader-bits", "In bits", bits_table(shown)),
         "trained": Table("reader-trained", caption, trained_table(compared)),
     }
     of_runs = {f"{r.label}: {r.title}": tables_of_run(r) for r in shown}
