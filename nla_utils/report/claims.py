@@ -391,7 +391,7 @@ def study_table(results: RunResults) -> pd.DataFrame:
 def ends_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """What own v saves at the last and at the first token of a source against another's, and against another's whose
     source has the same token there: what is left once that token is the same is not its identity."""
-    measured = [r for r in everything if rows.OF_ENDS[0].key in r.of(rows.OF_ENDS[0])]
+    measured = [r for r in everything if r.value(rows.OF_ENDS[1]) is not None]
     table = {r.label: {row.label: signed(r.of(row), row.key) for row in rows.OF_ENDS} for r in measured}
     return pd.DataFrame(table).rename_axis("nats")
 
