@@ -279,14 +279,13 @@ def _of_draws(pick: Callable) -> Callable:
 
 
 BITS_BEST = _bits(BEST, "bestofK", "rollout", _of_draws(_max), "K")
-BITS_PARAPHRASE = _bits(PARAPHRASE, "paraphrase_bestof8", "paraphrase", _max, N_PARAPHRASES)
 BITS = (
     _bits(GREEDY, "greedy", "rollout", _column(0)),
     _bits(SAMPLED, "sampled", "rollout", _of_draws(_mean)),
     _bits(BEST_8, "bestof8", "rollout", _of_draws(_best_8), N_PARAPHRASES),
     BITS_BEST,
     _bits(LONGEST_PROBE, "probe_decode", "probe", _column(-1)),
-    BITS_PARAPHRASE,
+    _bits(PARAPHRASE, "paraphrase_bestof8", "paraphrase", _max, N_PARAPHRASES),
 )
 OF_BITS = tuple(row for figure in BITS for row in (figure.row, figure.by_rank))
 OF_ROLLOUTS = (*OF_ANY_TARGETS, BEST_8, *BESIDE_CEILINGS, RAW_GREEDY_MINUS_FLOOR, *RHO, *OF_BITS)

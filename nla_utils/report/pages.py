@@ -247,7 +247,7 @@ def tables_of_run(results: RunResults, released: Optional[RunResults] = None) ->
         "reranks": ("Table 5. Cheap reranks, centred", shown(tables.rerank_table), narrow),
         "slips": ("Audit: what each slip moves", tables.audit_table(results)),
     }
-    if rows.NULL_SD.at("cen1") in results.of(rows.NULL_SD):
+    if results.value(rows.NULL_SD, "cen1") is not None:
         both = tables.rows_by_run(ALL_ROWS, [results], CENTRED_BY).rename(
             columns=lambda c: f"centred by {c.split(', ')[-1]}"
         )
