@@ -11,6 +11,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import warm  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -25,6 +26,8 @@ from transformers import (  # noqa: E402
 from nla_utils.config import RunConfig  # noqa: E402
 from nla_utils.run import Run, open_run  # noqa: E402
 from nla_utils.targets import make_targets  # noqa: E402
+
+warm.start_kernels()
 
 # What the configuration of each AV that the authors published says.
 PUBLISHED_AV = {

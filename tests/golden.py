@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import warm
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,17 +21,6 @@ PROVENANCE = {"identity", "device", "made_from", "code", "libraries", "hardware"
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 # The backbone whose tail reader is also taken apart and repeated.
 TAKEN_APART = "tiny-gemma2"
-# Those whose notebooks are run as a user runs them, through papermill; the others' cells are run in one process, which saves
-# starting eight kernels.
-IN_KERNELS = ("tiny-gemma2", "tiny-qwen2")
-# One thread, and numpy's products by the kernels that every x86 with AVX2 has: sums are then made in one order.
-ENVIRONMENT = {
-    "MPLBACKEND": "agg",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OPENBLAS_CORETYPE": "Haswell",
-}
 
 
 def kind_of_machine() -> str:
@@ -61,14 +50,9 @@ def results_of(folder: Path) -> dict[str, dict]:
     return {name: {k: v for k, v in r.items() if k not in PROVENANCE} for name, r in found.items()}
 
 
-def command(*words: str, program: tuple[str, ...] = ("-m", "nla_extensions.cli")) -> str:
-    done = subprocess.run(
-        [sys.executable, *program, *words],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+def command(*words: str) -> str:
+    environment = {**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = warm.run([sys.executable, "-m", "nla_extensions.cli", *words], env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -79,28 +63,11 @@ def reproduce_command(backbone: Path, out: Path) -> list[str]:
 
 def leave(backbone: Path, out: Path) -> tuple[Path, str]:
     """Everything that a run of a backbone can leave, §11 and what stands beside it; its folder, and what was said."""
-    if backbone.name in IN_KERNELS:
-        said = command(*reproduce_command(backbone, out))
-    else:
-        said = command(str(backbone), str(out), program=(__file__, "cells"))
+    said = command(*reproduce_command(backbone, out))
     if backbone.name == TAKEN_APART:
         for name in ("ablate", "replicate"):
             command(name, "--backbone", str(backbone), "--out", str(out), *OPTIONS, "--seeds", "1,2")
     return out / backbone.name / "smoke", said
-
-
-def run_cells(backbone: str, out: str) -> None:
-    """Run the notebooks' cells in this process."""
-    values = {"backbone": backbone, "out": out, "profile": "smoke", "dtype": "float32", "device": "cpu"}
-    notebooks = ROOT / "notebooks"
-    for path in [*sorted(notebooks.glob("0[1-6]*.ipynb")), *sorted(notebooks.glob("extensions/0[78]*.ipynb"))]:
-        namespace = {"__name__": "__main__", "display": lambda *_: None}
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                source = "".join(line for line in cell["source"] if not line.startswith("%"))
-                exec(compile(source, path.name, "exec"), namespace)
-                if "parameters" in cell["metadata"].get("tags", []):
-                    namespace |= values
 
 
 def record_of(folder: Path) -> dict:
@@ -109,9 +76,6 @@ def record_of(folder: Path) -> dict:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests"))
-    if sys.argv[1] == "cells":
-        run_cells(*sys.argv[2:])
-        sys.exit()
     from conftest import TINY, build_backbone
 
     root, backbones = Path(sys.argv[1]), {}

@@ -1,17 +1,20 @@
 """Two processes on one run leave the artefacts that one process leaves."""
 
 import os
+import socket
 import subprocess
 import sys
 
+import golden
 import numpy as np
 import pytest
+import warm
 from safetensors.numpy import load_file
 
 from nla_utils.config import ROOT
 from nla_utils.store import read_json
 
-TWO = [
+LAUNCHER = [
     "-m",
     "accelerate.commands.launch",
     "--multi_gpu",
@@ -28,43 +31,59 @@ TWO = [
 ]
 
 
-def work(launcher, backbone, out):
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "nla_extensions.cli",
-        "distribute",
-        "--backbone",
-        str(backbone),
-        "--profile",
-        "smoke",
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
-    # One thread on either side: sums are then made in one order.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+def command(backbone, out):
+    given = ["--backbone", str(backbone), "--out", str(out), *golden.OPTIONS]
+    return ["-m", "nla_extensions.cli", "distribute", *given]
+
+
+# One thread on either side: sums are then made in one order.
+ENVIRONMENT = {**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+
+
+def launched(backbone, out):
+    """By two processes that accelerate's launcher starts."""
+    words = [sys.executable, *LAUNCHER, *command(backbone, out)]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return next(out.glob("*/smoke"))
+    return out / "tiny-llama" / "smoke"
+
+
+def side_by_side(n, backbone, out):
+    """By n processes, with what a launcher tells each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    group = {name: str(value) for name, value in group.items()}
+    started = [
+        warm.Popen(
+            [sys.executable, *command(backbone, out)],
+            env=ENVIRONMENT | (group | {"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {}),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(n)
+    ]
+    for process in started:
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said[-4000:]
+    return out / "tiny-llama" / "smoke"
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_folders, tmp_path_factory):
     """(one process, two processes, two processes from the first one's AV on)."""
     root, backbone = tmp_path_factory.mktemp("parallel"), tiny_folders["tiny-llama"]
-    one = work([], backbone, root / "one")
-    two = work(TWO, backbone, root / "two")
+    one = side_by_side(1, backbone, root / "one")
+    two = launched(backbone, root / "two")
     given = root / "given" / one.relative_to(root / "one")
     given.mkdir(parents=True)
     for name in ("targets", "best_av"):
         for end in (".safetensors", ".safetensors.json"):
             (given / (name + end)).write_bytes((one / (name + end)).read_bytes())
-    return one, two, work(TWO, backbone, root / "given")
+    return one, two, side_by_side(2, backbone, root / "given")
 
 
 @pytest.mark.parametrize("name", ["targets", "ceilings"])

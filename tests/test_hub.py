@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
+import warm
 from hub_server import Hub
 
 WEIGHTS = bytes(range(256)) * 4000
@@ -36,7 +36,7 @@ def ask(hub, cache, source, **environment):
 def in_a_process(hub, cache, program, *arguments, **environment):
     env = hub.environment(cache, **environment)
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return warm.run(command, env=env)
 
 
 def test_download_pins_the_commit_and_takes_only_what_is_needed(hub, tmp_path):

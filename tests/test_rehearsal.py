@@ -3,12 +3,12 @@ over tiny random backbones of the three families. It shows that the real command
 
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import PUBLISHED_AV, SHAPE, build_tokenizer, save_tiny
 from hub_server import Hub
 from test_released import every_position, sayable
@@ -148,13 +148,7 @@ def open_as(spec, folder, config):
 def nla(hub, cache, out, *options, **environment):
     env = hub.environment(cache, **environment)
     command = ["reproduce", "--profile", "full", "--out", str(out), *SIZES, "--dtype", "float32", "--device", "cpu"]
-    return subprocess.run(
-        [sys.executable, "-m", "nla_extensions.cli", *command, *options],
-        env=env,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    return warm.run([sys.executable, "-m", "nla_extensions.cli", *command, *options], env=env, cwd=ROOT)
 
 
 def results(folder, name):

@@ -8,6 +8,7 @@ import sys
 
 import golden
 import pytest
+import warm
 from click.testing import CliRunner
 
 from nla_extensions.cli import app
@@ -217,7 +218,7 @@ def test_a_run_leaves_the_checkout_clean_and_ends_in_the_verdict(reproduced_tiny
     git(clone, "init", "--quiet")
     git(clone, "add", "--all")
     git(clone, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message", "all")
-    done = subprocess.run(
+    done = warm.run(
         [
             sys.executable,
             "-m",
@@ -227,10 +228,8 @@ def test_a_run_leaves_the_checkout_clean_and_ends_in_the_verdict(reproduced_tiny
             str(tiny_folders["tiny-gemma2"]),
             *golden.OPTIONS,
         ],
-        env={**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(clone)},
+        env={**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(clone)},
         cwd=clone,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert git(clone, "status", "--porcelain") == ""

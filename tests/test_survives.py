@@ -14,6 +14,7 @@ import time
 import golden
 import pytest
 import torch
+import warm
 from conftest import tiny_config, with_out
 
 from nla_extensions.release import bundle as bundles
@@ -47,10 +48,10 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_never_was(reproduced_ti
         "nla_extensions.cli",
         *golden.reproduce_command(tiny_folders["tiny-llama"], tmp_path)[:-2],
     ]
-    environment = {**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     folder, rng = tmp_path / "tiny-llama" / "smoke", random.Random(7)
     for number in (n for n, times in KILLS.items() for _ in range(times)):
-        run = subprocess.Popen(
+        run = warm.Popen(
             command,
             env=environment,
             cwd=ROOT,
@@ -62,10 +63,11 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_never_was(reproduced_ti
         while number > 1 and not any(p.name.startswith(before) for p in folder.glob("executed/*.ipynb")):
             assert run.poll() is None, run.stderr.read().decode()[-2000:]
             time.sleep(0.05)
-        time.sleep(rng.uniform(0.5, 7.0))
+        time.sleep(rng.uniform(0.05, 2.0))
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+    done = warm.run(command, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
     arrays, results = left(folder)
     assert arrays == undisturbed[0] and results == undisturbed[1]
     assert not list(folder.glob("*.chunks")) and not list(folder.glob("training.partial*"))
@@ -76,16 +78,15 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_never_was(reproduced_ti
 
 def limited(size, backbone, out):
     """The heavy part of notebooks 01-04 where no file may grow beyond ``size`` bytes."""
-    given = ["--backbone", str(backbone), "--out", str(out), *golden.OPTIONS]
-    command = [sys.executable, "-m", "nla_extensions.cli", "distribute", *given]
-    environment = {**os.environ, **golden.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        if size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    given = ["distribute", "--backbone", str(backbone), "--out", str(out), *golden.OPTIONS]
+    program = (
+        "import resource, signal, sys; from nla_extensions.cli import app\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        "app(sys.argv[1:])"
+    )
+    environment = {**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return warm.run([sys.executable, "-c", program, *given], env=environment, cwd=ROOT)
 
 
 def test_a_full_disk_is_said_and_gone_on_from(reproduced_tiny, tiny_folders, tmp_path):
@@ -100,7 +101,7 @@ def test_a_full_disk_is_said_and_gone_on_from(reproduced_tiny, tiny_folders, tmp
         for done_by_then in ("targets", "best_av", "ceilings")[: 1 + 2 * names.index(name)]:
             for path in undisturbed.glob(f"{done_by_then}.safetensors*"):
                 shutil.copy(path, folder)
-    assert limited(None, tiny_folders["tiny-llama"], tmp_path).returncode == 0
+    assert limited(resource.RLIM_INFINITY, tiny_folders["tiny-llama"], tmp_path).returncode == 0
     for name in names:
         assert (folder / f"{name}.safetensors").read_bytes() == (undisturbed / f"{name}.safetensors").read_bytes()
 
