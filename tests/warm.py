@@ -3,7 +3,8 @@
 ``Popen`` and ``run`` take what their namesakes of ``subprocess`` take and start a real process, with its own id,
 session, environment, folder and exit status, that can be killed; notebooks' kernels are started so too
 (``conftest.py``). The two packages themselves are imported anew in each. What a new interpreter alone can show
-(start-up, locales, other libraries) is run by ``subprocess`` in ``test_as_users_run_it.py``, ``test_notebooks.py`` and ``test_batch.py``.
+(start-up, locales, other libraries) is run by ``subprocess`` in ``test_as_users_run_it.py``, ``test_notebooks.py`` and
+``test_batch.py``.
 """
 
 from __future__ import annotations
