@@ -401,7 +401,7 @@ def make_source_loss(run: Run, targets: Targets) -> SourceLoss:
 def v_of_alike(targets: Targets, pairs: Texts, at: int) -> list[np.ndarray]:
     """Up to ``N_OTHERS`` times a v for each of M texts (M, d), of targets that no protocol evaluates and whose source
     has the text's token at index ``at``; NaN where there are not so many."""
-    token_of = {row: targets.sequence(row)[at] for row in targets.unevaluated}
+    token_of = {row: targets.sequence(row)[at] for row in targets.unevaluated if targets.lengths[row]}
     found_MJd = np.full((len(pairs.rows), N_OTHERS, targets.v.shape[1]), np.nan, dtype=np.float32)
     for found_Jd, text in zip(found_MJd, pairs.sequences):
         alike = [row for row, token in token_of.items() if token == text[at]][:N_OTHERS]
