@@ -24,6 +24,7 @@ from transformers import (  # noqa: E402
 )
 
 from nla_utils.config import RunConfig  # noqa: E402
+from nla_utils.report.results import COMMITTED  # noqa: E402
 from nla_utils.run import Run, open_run  # noqa: E402
 from nla_utils.targets import make_targets  # noqa: E402
 
@@ -117,6 +118,18 @@ def shared_folder(tmp_path_factory) -> Path:
     """One folder for all processes of a test run."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_committed(shared_folder):
+    """Runs of warm processes are set beside one committed run; ``test_reproduction.py`` has one beside all."""
+    folder = shared_folder / "committed"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "smollm2-135m").mkdir()
+            (folder / "smollm2-135m" / "quick").symlink_to(COMMITTED / "smollm2-135m" / "quick")
+    os.environ[warm.FEW] = str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def test_a_run_leaves_the_checkout_clean_and_ends_in_the_verdict(reproduced_tiny
             str(tiny_folders["tiny-gemma2"]),
             *golden.OPTIONS,
         ],
-        env={**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(clone)},
+        env={**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(clone), warm.FEW: str(kept.parent.parent)},
         cwd=clone,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
