@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_never_was(reproduced_ti
         while number > 1 and not any(p.name.startswith(before) for p in folder.glob("executed/*.ipynb")):
             assert run.poll() is None, run.stderr.read().decode()[-2000:]
             time.sleep(0.05)
-        time.sleep(rng.uniform(0.05, 2.0))
+        time.sleep(rng.uniform(0.1, 1.5))
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
     done = warm.run(command, env=environment, cwd=ROOT)
