@@ -113,6 +113,18 @@ def save_tiny(
     return folder
 
 
+# Files that take longest, in the order in which they are begun: none is left to run alone at the end.
+LONGEST = """
+test_real test_rehearsal test_evidence test_golden test_survives test_notebooks test_batch test_reproduction
+test_training_study test_paper test_faults test_as_users_run_it test_comparison test_distributed test_released
+""".split()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
     """One folder for all processes of a test run."""
