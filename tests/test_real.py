@@ -6,7 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from nla_extensions.cli import app
+from nla_extensions.tail_reader import reader
 from nla_utils import NLA
+from nla_utils.config import ROOT
 from nla_utils.lm.weights import REGISTRY, fetch, weight_hash
 
 pytestmark = pytest.mark.real
@@ -14,12 +16,27 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """Of notebooks 01-05 as they are run by the command, and of 07 with the one ridge that is chosen here."""
     out = tmp_path_factory.mktemp("real")
-    command = ["reproduce", "--with", "tail-reader", "--profile", "smoke", "--out", str(out), "--device", "cpu"]
+    command = ["reproduce", "--profile", "smoke", "--out", str(out), "--device", "cpu", "--until", "5"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reader, "RIDGES", reader.RIDGES[-1:])
+        run_cells("extensions/07_tail_reader", {"profile": "smoke", "out": str(out), "device": "cpu"})
     folder = out / "gemma3-270m" / "smoke" / "results"
     return {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
+
+
+def run_cells(name, values):
+    """Run a notebook's cells in this process."""
+    namespace = {"__name__": "__main__", "display": lambda *_: None}
+    for cell in json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            source = "".join(line for line in cell["source"] if not line.startswith("%"))
+            exec(compile(source, name, "exec"), namespace)
+            if "parameters" in cell["metadata"].get("tags", []):
+                namespace |= values
 
 
 def test_replay(results):
