@@ -7,7 +7,7 @@ import pytest
 from nla_utils import rows
 from nla_utils.config import ROOT
 from nla_utils.report.pages import section_page
-from nla_utils.report.results import SECTION_11, card, find_results, largest, later_nulls, published
+from nla_utils.report.results import SECTION_11, card, find_results, largest, published, published_curves
 from nla_utils.report.tables import facts_table, null_mismatch, slips_table
 
 PAGE = section_page()
@@ -115,5 +115,6 @@ def test_the_protocols_paragraph_on_the_audit_has_the_runs_numbers():
             assert f"{value:+.3f}".replace("0.", ".") in text
         for value in (column[rows.OTHERS_GREEDY.cen], column[rows.POOL_FLOOR.cen], null_mismatch(r)):
             assert f"{value:.3f}".lstrip("0") in text
-    for title, *_, null, best in later_nulls():
-        assert f"{best - null:.3f}".replace("0.", ".") in text, title
+    for curve in published_curves():
+        if curve.at_least:
+            assert f"{curve.margin:.3f}".replace("0.", ".") in text, curve.title

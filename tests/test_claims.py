@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from nla_extensions.comparison import page as comparison
 from nla_extensions.tail_reader import page as reader
@@ -29,7 +30,8 @@ from nla_utils.report.claims import (
     holm,
     stated_value,
 )
-from nla_utils.report.results import BACKBONES, find_results, largest, published_null, without_variants
+from nla_utils.report.results import BACKBONES, find_results, largest, null_at, published_curves, without_variants
+from nla_utils.report.tables import has_bits, seed_groups
 from nla_utils.scores import Column
 
 ABOVE = next(c for c in CLAIMS if c.id == "greedy_beats_other_greedy")
@@ -130,8 +132,10 @@ def test_false_alarms_in_a_whole_table_are_as_rare_as_the_rule_says():
 def test_every_claim_finds_its_quantity_in_every_committed_run():
     for run in find_results():
         for claim in CLAIMS:
-            # What training on a target is worth is asked once, under one encoding.
-            both = claim.id != "held_out_equals_in_sample"
+            # What training on a target is worth is asked once, under one encoding; signed reranks need evidence.
+            if claim.id == "log_probability_is_the_avs" and not has_bits(run):
+                continue
+            both = claim.id not in ("held_out_equals_in_sample", "log_probability_is_the_avs")
             for protocol in PROTOCOLS if both else ("corrected",):
                 assert claim.row.cen in run.column(claim.row.file, protocol), (run.title, claim.id)
 
@@ -141,7 +145,7 @@ def test_what_a_notebook_decides_is_one_family_of_its_own_file():
     for run in find_results():
         column = run.column("rerank_eval", "corrected")
         asked = [c for c in CLAIMS if c.row.file == "rerank_eval"]
-        words = decide({c.id: Claimed(column[c.row.cen], column["ci95"].get(c.row.cen), c.low, c.high) for c in asked})
+        words = decide({c.id: claimed(column, c.row.cen, c.low, c.high) for c in asked})
         shown = decided(asked, column)["in this run"]
         assert [text.split(":")[0] for text in shown] == [words[c.id] for c in asked]
         gained = run.source_loss
@@ -165,8 +169,9 @@ def test_published_numbers_are_shown_where_they_suffice():
 
 
 def test_the_papers_own_null_line_passes_through_its_two_points():
-    assert published_null("gemma2_2b", 199)[0] == pytest.approx(0.6533, abs=1e-3)
-    assert published_null("gemma2_2b", 2000)[0] == pytest.approx(0.7118, abs=1e-3)
+    (null,) = (c.null for c in published_curves() if c.title == "Gemma-2-2B")
+    assert null_at(null, 199) == pytest.approx(0.6533, abs=1e-3)
+    assert null_at(null, 2000) == pytest.approx(0.7118, abs=1e-3)
 
 
 def naive(figures):
@@ -257,9 +262,32 @@ def test_a_table_prints_the_verdicts_that_the_rule_gives(stem):
     assert len(expected) >= 4
 
 
+def test_verdicts_over_trainings_are_students_after_holm_and_need_one_sign():
+    """Each training's mean is one observation; bounds as scipy tests them."""
+    (by_seed,) = (g for g in seed_groups(find_results()) if len(g) > 2)
+    values = {q.sentence: [r.value(q.row, "cen", q.protocol) for r in by_seed.values()] for q in findings.QUESTIONS}
+    p = {}
+    for q in findings.QUESTIONS:
+        bounds = [bound for bound in (q.low, q.high) if math.isfinite(bound)]
+        p[q.sentence] = max(ttest_1samp(values[q.sentence], bound).pvalue for bound in bounds)
+    expected, largest_so_far = {}, 0.0
+    for i, sentence in enumerate(sorted(p, key=p.get)):
+        largest_so_far = max(largest_so_far, min(1.0, (len(p) - i) * p[sentence]))
+        q = next(q for q in findings.QUESTIONS if q.sentence == sentence)
+        inside = [q.low < x < q.high for x in values[sentence]]
+        decided_here = largest_so_far <= 0.05 and len(set(inside)) == 1
+        expected[sentence] = ("yes" if all(inside) else "no") if decided_here else "not decided"
+    shown = findings.trainings_table(by_seed)["over trainings"]
+    assert {sentence: text.split(":")[0] for sentence, text in shown.items()} == expected
+    assert len(set(expected.values())) == 3
+    two = dict(list(by_seed.items())[:2])
+    assert set(findings.trainings_table(two)["over trainings"].str.split(":").str[0]) == {"not decided"}
+
+
 def test_no_page_prints_a_verdict_that_is_in_none_of_these_tables():
     pages = [*(ROOT / "paper").glob("*.md"), ROOT / "README.md"]
-    allowed = {tuple(printed(stem)) for stem in FAMILIES}
+    over_trainings = [p.stem for p in (ROOT / "paper" / "tables").glob("*-seeds-verdicts.md")]
+    allowed = {tuple(printed(stem)) for stem in (*FAMILIES, *over_trainings)}
     seen = 0
     for page in pages:
         for block in re.split(r"\n(?!\|)", page.read_text(encoding="utf-8")):

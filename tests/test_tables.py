@@ -8,7 +8,7 @@ import pytest
 
 from nla_utils import metrics, rows
 from nla_utils.report import tables
-from nla_utils.report.results import RunResults, find_results, largest, later_nulls, null_at, published_null
+from nla_utils.report.results import RunResults, find_results, largest, null_at, published_curves
 from nla_utils.report.tables import audit_of_all, audit_table
 
 EVERYTHING = find_results()
@@ -45,15 +45,31 @@ def test_the_null_of_the_later_ports_is_a_lower_bound_on_one_that_bends_down():
     pool = np.random.default_rng(0).normal(0.5, 0.1, (40, 500))
     curve = dict(zip((1, 64, 500), metrics.exact_k_curve(pool, [1, 64, 500]).mean(axis=0)))
     assert null_at({1: curve[1], 500: curve[500]}, 64) < curve[64]
-    found = {title: best - null for title, _, null, best in later_nulls()}
-    assert len(found) == 3 and all(difference < 0.02 for difference in found.values())
+    found = [c for c in published_curves() if c.at_least]
+    assert len(found) == 3 and all(c.margin < 0.02 and c.bits[c.k] < 1.1 for c in found)
 
 
 def test_gemmas_margin_over_its_null_is_within_what_reading_the_null_costs():
-    null, best = published_null("gemma2_2b", 64)
+    gemma, *_ = (c for c in published_curves() if c.title == "Gemma-2-2B")
+    assert gemma.k == 64 and 0 < gemma.bits[64] < 1
     # Read off the same points as the published one.
     same = [r for r in RUNS if r.profile == "full"]
-    assert len(same) == 2 and all(0 < best - null < tables.null_mismatch(r) for r in same)
+    assert len(same) == 2 and all(0 < gemma.margin < tables.null_mismatch(r) for r in same)
+
+
+def test_what_the_pool_cannot_tell_is_a_bound():
+    for c in published_curves():
+        if c.title in ("Qwen2.5-7B", "Llama-3.2-3B"):
+            assert tables.bits_cell(c.bits[64], None, 64, 2000) == "> 5.0"
+    assert tables.bits_cell(0.5, [0.1, 3.2], 64, 576) == "0.5 [0.1, > 3.2]"
+    assert tables.bits_cell(2.0, None, 64, 576) == "2.0°" and tables.bits_cell(-9, None, 8, 576) == "< -9.0"
+    assert tables.bits_cell(None, None, 8, 576) == "–"
+    table = tables.bits_table(RUNS)
+    assert table.loc["gemma3-270m · full", "best-of-K"] == "≈ 3.0°"
+
+
+def test_the_null_of_the_published_margin_is_read_off_as_ours_is():
+    same = [r for r in RUNS if r.profile == "full"]
     for r in same:
         scale, column = (r.column(name, "published") for name in (rows.CEILING_FILE, rows.EVALUATION_FILE))
         a, b = scale[rows.NN_IN_POOL.cen], column[rows.RETRIEVAL.cen]

@@ -513,7 +513,10 @@ def figure_bits(everything: Sequence[RunResults]) -> Figure:
     ks = np.array(PUBLISHED_KS)
     for p in sorted(pools):
         ax.plot(ks, np.log2(p / ks), color=NULL_GREY, linewidth=0.7)
-        ax.annotate(f"pool of {p:,}", (1, np.log2(p)), (2, 2), textcoords="offset points", fontsize=7, color=NULL_GREY)
+        # Of two that lie together the upper one is named.
+        if not any(p < other < 1.3 * p for other in pools):
+            at = {"textcoords": "offset points", "fontsize": 7, "color": NULL_GREY}
+            ax.annotate(f"pool of {p:,}", (1, np.log2(p)), (2, 2), **at)
     ax.axhline(0, color="black", linewidth=0.8)
     log2_k_axis(ax, PUBLISHED_KS)
     ax.set_xlim(0.9, 75)
