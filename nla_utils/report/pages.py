@@ -276,9 +276,11 @@ def shared_tables(
     measured = [r for r in shown if tables.has_bits(r)]
     own = [r for r in measured if not r.corpus]
     # A label and the runs' columns together.
-    of_each, of_both = ((30, *(66 / max(1, n) for _ in range(n))) for n in (len(measured), 2 * len(own)))
+    of_each, of_both = ((22, *((76 - 1.7 * n) / n for _ in range(n))) for n in (len(measured), 2 * len(own)))
     made = {
-        "bits": Table("bits", "What the best of K is worth, in bits", tables.bits_table(shown), (17, 4, 7, *[9] * 7)),
+        "bits": Table(
+            "bits", "What the best of K is worth, in bits", tables.bits_table(shown), (16, 4, 8.5, *[8.8] * 6)
+        ),
         "sign": Table("sign", "The sign of log-probability", tables.rows_by_run(SIGN, measured, {"cen": ""}), of_each),
         "direction": Table(
             "direction",
@@ -286,7 +288,7 @@ def shared_tables(
             tables.rows_by_run(SHARPER, own, CENTRED_BY) if own else pd.DataFrame(),
             of_both,
         ),
-        "ends": Table("ends", "What v saves at the ends of a text", claims.ends_table(shown), (30, *ours(66))),
+        "ends": Table("ends", "What v saves at the ends of a text", claims.ends_table(shown), (28, *ours(58))),
         "findings": Table("findings", "What was found", claims.findings_table(shown), found),
         "facts": Table("facts", "The backbones and the trainings", tables.facts_table(about), facts),
         "null": Table("published-null", best, tables.published_null_table(released), nulls),

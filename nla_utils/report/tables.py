@@ -303,7 +303,8 @@ def bits_table(everything: Sequence[RunResults]) -> pd.DataFrame:
             if label not in found and score is not None:
                 found[label] = f"≈ {bits_cell(r.interpolated_bits(score, k), None, k, p)}"
         table[r.title] = {"K": str(column["K"]), "unrelated texts": f"{p:,}"} | found
-    return pd.DataFrame.from_dict(table, orient="index").fillna(number(None)).rename_axis("backbone")
+    made = pd.DataFrame.from_dict(table, orient="index").fillna(number(None)).rename_axis("backbone")
+    return made.drop(columns=f"{rows.SAMPLED.label}, at 1", errors="ignore")
 
 
 def rows_by_run(shown: Sequence[Row], runs: Sequence[RunResults], kinds: Mapping[str, str]) -> pd.DataFrame:
