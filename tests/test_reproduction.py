@@ -159,7 +159,7 @@ def test_a_spread_is_of_one_run_and_of_no_other(run):
 
 
 def test_without_a_committed_run_of_the_name_there_is_nothing_to_compare(run):
-    for missing in (run.rename(run.with_name("quick-seed2")), run.with_name("nothing")):
+    for missing in (run.rename(run.with_name("quick-seed6")), run.with_name("nothing")):
         assert write_reproduction(missing) is None and not (missing / "reproduction.md").exists()
 
 
