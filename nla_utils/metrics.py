@@ -256,9 +256,14 @@ def signs_of_others(x_M: Array, rho_M: Array) -> Array:
     return np.sign(x_M) * np.where(by_sign_M.sum() - by_sign_M > -1e-9, 1, -1)
 
 
+def picked(by_MK: Array, scores_MK: Array) -> Array:
+    """The score of the text that ``by`` ranks first (M,)."""
+    return np.take_along_axis(scores_MK, by_MK.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
 def gain_of_choice(by_MK: Array, scores_MK: Array) -> Array:
     """The score of the text that ``by`` ranks first, less that of a random one (M,)."""
-    return np.take_along_axis(scores_MK, by_MK.argmax(axis=1)[:, None], axis=1)[:, 0] - scores_MK.mean(axis=1)
+    return picked(by_MK, scores_MK) - scores_MK.mean(axis=1)
 
 
 def t_interval(values_n: Array) -> list[float]:

@@ -102,11 +102,6 @@ def _best_8(scores_MK: np.ndarray) -> np.ndarray:
     return metrics.exact_k_curve(scores_MK, [min(N_PARAPHRASES, scores_MK.shape[1])])[:, 0]
 
 
-def _picked(by_MK: np.ndarray, scores_MK: np.ndarray) -> np.ndarray:
-    """The score of the rollout that ``by`` ranks first (M,)."""
-    return np.take_along_axis(scores_MK, by_MK.argmax(axis=1)[:, None], axis=1)[:, 0]
-
-
 _mean, _max = partial(np.mean, axis=1), partial(np.max, axis=1)
 # Of what is kept of rollouts (M, 1+K) column 0 is greedy; the others are sampled.
 DRAWS = Row("", "", ("rollout",), lambda kept: kept[:, 1:])
@@ -269,9 +264,10 @@ def _bits(of: Row, key: str, kind: str, pick: Callable, k: int | str = 1) -> Bit
         p = max(null)
         return pick(metrics.surprise_of_rank(rank_MK, p)), p, k_max if k == "K" else k
 
-    row = Row(of.label, f"bits_{{kind}}_{key}", (kind, *_NULL), by_score, summary=metrics.bits_of_means)
-    ranked = Row(f"{of.label}, by rank", f"bits_by_rank_{key}", (f"rank_of_{kind}", "null", "K"), by_rank)
-    return Bits(of, replace(row, only=("cen", "cen1")), replace(ranked, summary=metrics.bits_by_rank), k)
+    summary, needs = metrics.bits_of_means, (f"rank_of_{kind}", "null", "K")
+    row = Row(of.label, f"bits_{{kind}}_{key}", (kind, *_NULL), by_score, summary=summary, only=("cen", "cen1"))
+    ranked = Row(f"{of.label}, by rank", f"bits_by_rank_{key}", needs, by_rank, summary=metrics.bits_by_rank)
+    return Bits(of, row, ranked, k)
 
 
 def _of_draws(pick: Callable) -> Callable:
@@ -342,21 +338,19 @@ def _at(end: int) -> Callable:
     return value
 
 
-AT_ENDS = {
-    end: (
-        Row(
-            f"at the {end} token, another's − own", f"nats_at_{end}_other_minus_own", ("nats_other", "nats_own"), _at(i)
-        ),
-        Row(
-            f"at the {end} token, another's with the same one − own",
-            f"nats_at_{end}_alike_minus_own",
-            (f"nats_{alike}", "nats_own"),
-            _at(i),
-            control=True,
-        ),
+def _at_end(end: str, whose: str, key: str, nats: str, **fields) -> Row:
+    label, needs = f"at the {end} token, {whose} − own", (nats, "nats_own")
+    return Row(label, f"nats_at_{end}_{key}_minus_own", needs, _at(ENDS[end][1]), **fields)
+
+
+OF_ENDS = tuple(
+    row
+    for end, (alike, _) in ENDS.items()
+    for row in (
+        _at_end(end, "another's", "other", "nats_other"),
+        _at_end(end, "another's with the same one", "alike", f"nats_{alike}", control=True),
     )
-    for end, (alike, i) in ENDS.items()
-}
+)
 
 
 def _by_position(*nats_MT: np.ndarray) -> dict[str, list[float]]:
@@ -365,15 +359,14 @@ def _by_position(*nats_MT: np.ndarray) -> dict[str, list[float]]:
 
 BY_POSITION = _fact("nats_by_position", tuple(need for row in NATS for need in row.needs), _by_position)
 OF_LOSSES = (*NATS, *NATS_GAINED, BY_POSITION)
-OF_ENDS = tuple(row for pair in AT_ENDS.values() for row in pair)
 
 _rerank = partial(Row, file=RERANK_FILE)
-LOGP_RERANK = _rerank("logp-rerank", "logp_rerank_{kind}_mean", (LOGP, DRAWS), _picked, "rerank.logp.cen")
+LOGP_RERANK = _rerank("logp-rerank", "logp_rerank_{kind}_mean", (LOGP, DRAWS), metrics.picked, "rerank.logp.cen")
 ANCHOR_RERANK = _rerank(
     "NN-anchor rerank",
     "nn_anchor_rerank_{kind}_mean",
     (ANCHORED, DRAWS),
-    _picked,
+    metrics.picked,
     "rerank.nn_anchor.cen",
     only=("cen",),
 )
@@ -569,9 +562,13 @@ def _bits_of_curve(values: tuple) -> tuple[dict, dict]:
 
 
 CURVE_BITS = _rerank(
-    "bits at K", "kcurve_bits_{kind}", (CURVE_EXACT, *_NULL[:2]), lambda *all_of: all_of, summary=_bits_of_curve
+    "bits at K",
+    "kcurve_bits_{kind}",
+    (CURVE_EXACT, *_NULL[:2]),
+    lambda *all_of: all_of,
+    summary=_bits_of_curve,
+    only=("cen", "cen1"),
 )
-CURVE_BITS = replace(CURVE_BITS, only=("cen", "cen1"))
 
 
 def _line(curve: pd.DataFrame) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ from scipy.optimize import isotonic_regression
 
 from nla_utils import rows
 from nla_utils.config import N_PARAPHRASES
-from nla_utils.metrics import fve, fve_matrix
+from nla_utils.metrics import fve, fve_matrix, limits_of_bits
 from nla_utils.protocol import SLIPS, Protocol, ablation_steps
 from nla_utils.report.results import (
     BACKBONES,
@@ -490,8 +490,8 @@ def figure_bits(everything: Sequence[RunResults]) -> Figure:
     fig, (ax,) = panels(1, WIDTH, 4.2)
     ends: dict[str, tuple[float, str]] = {}
     for c in published_curves():
-        color, limit = colour(FAMILIES.get(c.family, "gpt_oss_20b")), max(c.null)
-        above = {k: b for k, b in c.bits.items() if b >= np.log2(limit / k) - 1e-9}
+        color, pool = colour(FAMILIES.get(c.family, "gpt_oss_20b")), max(c.null)
+        above = {k: b for k, b in c.bits.items() if b >= limits_of_bits(k, pool)[1] - 1e-9}
         if c.at_least:
             ax.plot(c.k, c.bits[c.k], "v", color=color, markerfacecolor="white")
         else:

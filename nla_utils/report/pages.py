@@ -248,9 +248,8 @@ def tables_of_run(results: RunResults, released: Optional[RunResults] = None) ->
         "slips": ("Audit: what each slip moves", tables.audit_table(results)),
     }
     if results.value(rows.NULL_SD, "cen1") is not None:
-        both = tables.rows_by_run(ALL_ROWS, [results], CENTRED_BY).rename(
-            columns=lambda c: f"centred by {c.split(', ')[-1]}"
-        )
+        both = tables.rows_by_run(ALL_ROWS, [results], CENTRED_BY)
+        both.columns = [f"centred by {name}" for name in CENTRED_BY.values()]
         made["direction"] = ("All rows with one direction out, corrected", both)
     if results.optional(STUDY):
         caption = "Training in other ways, measured at the last step; the run's own AV at the step that was kept, "
@@ -269,24 +268,31 @@ def shared_tables(
         """A width for the columns of our backbones together."""
         return tuple(width / len(about) for _ in about)
 
+    def label_and(n: int) -> tuple[float, ...]:
+        """Widths of a label and n equal columns, with what stands between them."""
+        return (22, *((76 - 1.7 * n) / n for _ in range(n)))
+
     # A question, ours, its notebook; the label, three published backbones, ours; a slip, what it is, ours.
     found, facts, audit = (26, *ours(55), 8), (15, 9, 9, 9, *ours(42)), (15, 18, *ours(58))
     nulls = (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)
     best = "The published best of K beside the null that the paper itself prints"
     measured = [r for r in shown if tables.has_bits(r)]
     own = [r for r in measured if not r.corpus]
-    # A label and the runs' columns together.
-    of_each, of_both = ((22, *((76 - 1.7 * n) / n for _ in range(n))) for n in (len(measured), 2 * len(own)))
     made = {
         "bits": Table(
             "bits", "What the best of K is worth, in bits", tables.bits_table(shown), (16, 4, 8.5, *[8.8] * 6)
         ),
-        "sign": Table("sign", "The sign of log-probability", tables.rows_by_run(SIGN, measured, {"cen": ""}), of_each),
+        "sign": Table(
+            "sign",
+            "The sign of log-probability",
+            tables.rows_by_run(SIGN, measured, {"cen": ""}),
+            label_and(len(measured)),
+        ),
         "direction": Table(
             "direction",
             "Centred by μ, and by μ and one direction",
             tables.rows_by_run(SHARPER, own, CENTRED_BY) if own else pd.DataFrame(),
-            of_both,
+            label_and(2 * len(own)),
         ),
         "ends": Table("ends", "What v saves at the ends of a text", claims.ends_table(shown), (28, *ours(58))),
         "findings": Table("findings", "What was found", claims.findings_table(shown), found),
