@@ -13,10 +13,10 @@ from typing import Callable
 
 import click
 
-from nla_utils import __version__, workers
+from nla_utils import __version__
 from nla_utils.config import PROFILES, ROOT, RunConfig, parse_seeds, size_overrides
 from nla_utils.errors import ArtefactError, ConfigError, NLAError, nearest
-from nla_utils.store import RunFolder
+from nla_utils.store import RunFolder, join_processes, process_rank
 
 FILE = click.Path(path_type=Path)
 # The options that make a configuration.
@@ -184,13 +184,13 @@ def distribute(config: RunConfig) -> None:
 
     # Before the processes meet: whoever waits for a long download in a process group is taken for lost.
     fetch(resolve(config.backbone))
-    workers.start(config.device)
+    join_processes(config.device)
     run = open_run(config)
     targets = make_targets(run)
     train_av(run, targets)
     make_ceilings(run, targets)
     make_rollouts(run, targets)
-    if workers.rank() == 0:
+    if process_rank() == 0:
         click.echo(f"  artefacts           {run.folder.path}")
 
 

@@ -1,5 +1,5 @@
 """What runs keep on disk: records with a hash, artefacts with the spec of what they depend on, chunks of unfinished
-stages; with locks, disk space, and the progress of long stages."""
+stages; with locks, disk space, the progress of long stages, and several processes on one run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import filelock
 import numpy as np
@@ -23,9 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from nla_utils import __version__, workers
+from nla_utils import __version__
 from nla_utils.config import CHECKOUT, ROOT, RunConfig
 from nla_utils.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIRROR_VARIABLE = "NLA_PROGRESS_FILE"
 
@@ -265,8 +269,8 @@ class RunFolder:
 
         Of several processes the first one writes, and the others load what it has written.
         """
-        if workers.rank():
-            workers.wait()
+        if process_rank():
+            wait_for_processes()
             return self.load(name)
         path, record = self.file(f"{name}.safetensors"), self._record(name)
         data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
@@ -283,7 +287,7 @@ class RunFolder:
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_record(record, sidecar)
-        workers.wait()
+        wait_for_processes()
         return Artefact(dict(tensors), sidecar, path)
 
     def load(self, name: str) -> Artefact:
@@ -348,9 +352,9 @@ class ChunkStore:
         if record.exists():
             remedy = f"go back to that, or delete {self.folder} to begin this stage anew"
             require_same(self.folder, read_json(record), self.plan, remedy)
-        if workers.rank() == 0:
+        if process_rank() == 0:
             write_json(record, self.plan)
-        workers.wait()
+        wait_for_processes()
 
     def _file(self, i: int) -> Path:
         return self.folder / f"{i:06d}.safetensors"
@@ -382,15 +386,58 @@ class ChunkStore:
         with Progress(total=total, desc=desc, unit=unit) as bar:
             for c, first in enumerate(starts):
                 rows = slice(first, min(first + per_chunk, total))
-                if c % workers.size() == workers.rank() and self.get(c) is None:
+                if c % n_processes() == process_rank() and self.get(c) is None:
                     self.put(c, make(rows))
                 bar.update(rows.stop - rows.start)
-        workers.wait()
+        wait_for_processes()
         parts = [self.get(c) for c in range(len(starts))]
-        workers.wait()
+        wait_for_processes()
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def clear(self) -> None:
         """Remove the chunks once the artefact is on disk."""
-        if workers.rank() == 0:
+        if process_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# Several processes on one run: each makes its share of the chunks, the first one writes what they make together.
+# Without a process group, as in every notebook, there is one process and nothing waits. Torch is not loaded here: there
+# is a process group only where it has been loaded.
+
+
+def _group():
+    """torch.distributed where a process group was joined."""
+    torch = sys.modules.get("torch")
+    return torch.distributed if torch is not None and torch.distributed.is_initialized() else None
+
+
+def n_processes() -> int:
+    """How many processes work on this run."""
+    return _group().get_world_size() if _group() else 1
+
+
+def process_rank() -> int:
+    """The number of this process, from 0; the first one writes."""
+    return _group().get_rank() if _group() else 0
+
+
+def wait_for_processes() -> None:
+    """Return once every process has called this."""
+    if _group():
+        _group().barrier()
+
+
+def all_reduce(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes."""
+    for x in tensors if _group() else ():
+        _group().all_reduce(x)
+
+
+def join_processes(device: str) -> None:
+    """Join the process group that a launcher has prepared, if there is one, and take this process's own card."""
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    if state.device.type == "cuda":
+        torch.cuda.set_device(state.device)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from nla_utils import workers
+from nla_utils import store
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, VALIDATION_SHARE
 from nla_utils.encoding import Texts, text_hidden
 from nla_utils.errors import ArtefactError
@@ -233,19 +233,19 @@ class Trainer:
             # In place after the first step: a replayed graph knows the gradient by its address.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         loss = self._share_of_loss(batch)
-        workers.all_reduce([loss, *(p.grad for p in self.params)])
+        store.all_reduce([loss, *(p.grad for p in self.params)])
         torch.nn.utils.clip_grad_norm_(self.params, GRAD_CLIP)
         self.optimizer.step()
         return loss.item()
 
     def _share_of_loss(self, batch: np.ndarray) -> Tensor:
         """This process's part of the batch's mean loss over tokens, its gradient added to the parameters'."""
-        own = batch[workers.rank() :: workers.size()]
+        own = batch[store.process_rank() :: store.n_processes()]
         if len(own) == 0:
             return torch.zeros((), device=self.backbone.device)
         pairs = self.split.pairs
         texts, v_Bd = [pairs.sequence(i) for i in own], torch.from_numpy(self.targets.v[pairs.rows[own]])
-        if self.backbone.device.type == "cuda" and workers.size() == 1:
+        if self.backbone.device.type == "cuda" and store.n_processes() == 1:
             self.graphed = self.graphed or GraphedStep(self.backbone, self.av, int(pairs.lengths.max()))
             return self.graphed(v_Bd, texts)
         share = int(pairs.lengths[own].sum()) / int(pairs.lengths[batch].sum())
@@ -267,7 +267,7 @@ class Trainer:
             tensors |= {f"adam.{i}.{k}": self.optimizer.state[p][k].detach().float().cpu() for k in ADAM}
         record = {"plan": self.plan, "loss": self.history.loss, "validation": self.history.validation}
         record["sha256"] = arrays_hash({k: x.numpy() for k, x in tensors.items()})
-        if workers.rank() == 0:
+        if store.process_rank() == 0:
             atomic_write(self.state_file, save(tensors, metadata={"record": json.dumps(record)}))
 
     def _resume(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nla_utils import workers
+from nla_utils import store
 from nla_utils.config import BATCH_SIZE, GRAD_CLIP, LEARNING_RATE, VALIDATION_SHARE, AVConfig, RunConfig
 from nla_utils.encoding import TEXTS_FORMAT, Texts, read, save_texts, text_logprobs, texts_of, write_in_chunks
 from nla_utils.errors import ArtefactError, ConfigError
@@ -193,15 +193,15 @@ def _identity(d: int) -> nn.Linear:
 
 def export_av(av: ActivationVerbalizer, folder: Path, val_fve_nrm: float, step: int) -> None:
     """Write ``best_av.safetensors``, the authors' ``best_av.pt`` and ``config.json`` into ``folder``."""
-    if workers.rank():
-        return workers.wait()
+    if store.process_rank():
+        return store.wait_for_processes()
     trainable = av.trainable()
     atomic_write(folder / "best_av.safetensors", save(trainable))
     buffer = io.BytesIO()
     torch.save({"trainable": trainable, "val_fve_nrm": val_fve_nrm, "step": step}, buffer)
     atomic_write(folder / "best_av.pt", buffer.getvalue())
     write_json(folder / "config.json", asdict(av.config))
-    workers.wait()
+    store.wait_for_processes()
 
 
 def checkpoint_record(folder: Path) -> dict:

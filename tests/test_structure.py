@@ -12,7 +12,7 @@ from nla_utils.config import ROOT
 # Each imports those in lines above it, and its own room.
 ORDER = """
 errors metrics
-config protocol workers
+config protocol
 store
 lm
 run

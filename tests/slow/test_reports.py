@@ -309,7 +309,7 @@ def test_weights_are_fetched_before_the_processes_meet(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nla_utils.lm.weights.fetch", lambda spec: order.append(spec.name))
-    monkeypatch.setattr("nla_utils.workers.start", start)
+    monkeypatch.setattr("nla_utils.cli.join_processes", start)
     assert CliRunner().invoke(app, ["distribute"]).exit_code == 130
     assert order == ["gemma3-270m", "process group"]
 
