@@ -221,6 +221,45 @@ def explore(text: str, to: Path, backbone: str, run: Optional[Path], layers: str
 
 
 @app.command()
+@click.argument("backbone")
+@click.option("--activations", type=FILE, help="Check these instead: a .safetensors file with ids (N, T) and h (N, d).")
+@click.option("--layer", **OPTIONS["layer"])
+@click.option("--device", **OPTIONS["device"])
+@click.option("--dtype", **OPTIONS["dtype"])
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(backbone: str, activations: Optional[Path], as_json: bool, **given) -> None:
+    """Check whether a model's activations can be trusted, or whether activations from elsewhere are this model's.
+
+    Ends with status 1 if a check fails."""
+    from nla_extensions.activations import check_activations, read_activations
+    from nla_utils.lm.checks import run_checks
+    from nla_utils.lm.loading import load_backbone
+    from nla_utils.lm.weights import canonical_name
+
+    read = activations and read_activations(activations)
+    # What loading says is not part of the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = load_backbone(RunConfig(backbone=canonical_name(backbone), **given), checked=False)
+    about = {k: loaded.identity()[k] for k in ("backbone", "weight_hash", "layer", "dtype")}
+    about |= {"n_layers": loaded.n_layers, "device": loaded.device.type}
+    if not as_json:
+        click.echo("{backbone}, layer {layer} of {n_layers}, {dtype}, {device}".format(**about))
+    found = []
+    for finding in check_activations(*read, loaded) if read else run_checks(loaded):
+        found.append(finding)
+        if not as_json:
+            click.echo(str(finding))
+    failed = [finding.name for finding in found if finding.passed is False]
+    if as_json:
+        record = {**about, "passed": not failed, "findings": [finding.record() for finding in found]}
+        click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    else:
+        click.echo(f"  failed: {', '.join(failed)}" if failed else "  nothing failed")
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@app.command()
 @backbone_option
 @run_option
 @click.option("--n", default=64, help="How many sources, each with a twin.")

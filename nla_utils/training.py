@@ -17,7 +17,7 @@ from nla_utils.config import BATCH_SIZE, GRAD_CLIP, VALIDATION_SHARE
 from nla_utils.encoding import Texts, text_hidden
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, pad
-from nla_utils.lm.loading import check_frozen
+from nla_utils.lm.checks import check_frozen
 from nla_utils.lm.sampling import SamplingSettings
 from nla_utils.lm.weights import fetch_av
 from nla_utils.metrics import fve

@@ -8,7 +8,8 @@ from conftest import build_backbone, build_tokenizer, tiny_config
 
 from nla_utils.errors import BackboneError, ConfigError
 from nla_utils.lm.backbone import check_finite
-from nla_utils.lm.loading import check_backbone, check_frozen, load_backbone
+from nla_utils.lm.checks import check_backbone, check_frozen
+from nla_utils.lm.loading import load_backbone
 from nla_utils.run import open_run
 
 

@@ -22,8 +22,9 @@ from transformers import (
 from nla_utils.encoding import text_logprobs
 from nla_utils.lm import loading as choices
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.checks import float32_activations
 from nla_utils.lm.cpu import ATTENTION
-from nla_utils.lm.loading import choose_attention, float32_activations, load_backbone
+from nla_utils.lm.loading import choose_attention, load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.training import pair_loss
 from nla_utils.verbalizer import ActivationVerbalizer

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nla_utils.lm import cpu as products
 from nla_utils.lm.backbone import head_cross_entropy, head_logprobs
+from nla_utils.lm.checks import float32_activations
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.training import pair_loss
@@ -48,6 +49,11 @@ def test_only_the_wide_one_is_widened(both_ways):
     assert native.dtype == wide.dtype == torch.bfloat16 and native.identity() == wide.identity()
     # Gemma's embedding scale is rounded to the table's dtype: widening the table would change it.
     assert wide.model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_float32_activations_do_not_know_of_it(both_ways):
+    native, wide = (float32_activations(b, [[2, 5, 6, 7], [2, 9]]) for b in both_ways)
+    assert differ(wide, native) < 1e-5
 
 
 def test_activations_and_samples_agree(both_ways):

@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from nla_utils.config import ROOT
 from nla_utils.errors import BackboneError
-from nla_utils.lm.loading import check_library
+from nla_utils.lm.checks import check_library
 
 
 def canonical(name: str) -> str:

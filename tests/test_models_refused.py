@@ -11,7 +11,8 @@ from transformers import Gemma3Config, LlamaConfig, OPTConfig
 
 from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import loading
-from nla_utils.lm.loading import check_backbone, load_backbone
+from nla_utils.lm.checks import check_backbone
+from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.weights import REGISTRY
 
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from nla_utils.encoding import read
 from nla_utils.errors import BackboneError
-from nla_utils.lm.loading import check_backbone, load_backbone
+from nla_utils.lm import checks
+from nla_utils.lm.checks import check_backbone
+from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.training import pair_loss
@@ -39,7 +41,7 @@ def offloaded(backbone, folder):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_blocks_that_lie_elsewhere_change_nothing(tiny_folders, tmp_path, name):
+def test_blocks_that_lie_elsewhere_change_nothing(tiny_folders, tmp_path, name, monkeypatch):
     config = tiny_config(tiny_folders[name], tmp_path)
     whole, split = load_backbone(config), offloaded(load_backbone(config), tmp_path / "offloaded")
     rng = np.random.default_rng(0)
@@ -56,6 +58,9 @@ def test_blocks_that_lie_elsewhere_change_nothing(tiny_folders, tmp_path, name):
     for key, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][key], err_msg=key)
     check_backbone(split)
+    monkeypatch.setattr(checks, "N_SAMPLES", 8)
+    judged = {found.name: found.passed for found in checks.run_checks(split)}
+    assert False not in judged.values() and judged["replay"] and judged["dtype against float32"] is None
 
 
 def test_split_loads_through_the_librarys_device_map(tiny_folders, tmp_path, monkeypatch):

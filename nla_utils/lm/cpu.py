@@ -43,10 +43,15 @@ def widen_linear_maps(blocks: nn.Module) -> None:
     """Let every linear map inside compute in :func:`product_dtype`; inputs and results keep their dtype."""
     for module in blocks.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and product_dtype(module.weight) != module.weight.dtype:
-            given = module.weight.dtype
             module.to(product_dtype(module.weight))
-            module.register_forward_pre_hook(lambda linear, args: (args[0].to(linear.weight.dtype),))
-            module.register_forward_hook(lambda _linear, _args, out, given=given: out.to(given))
+            module.register_forward_pre_hook(_widen)
+            # float32 where a check computes its block in float32.
+            module.register_forward_hook(lambda linear, _args, out: out.to(linear.given))
+
+
+def _widen(linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    linear.given = args[0].dtype
+    return (args[0].to(linear.weight.dtype),)
 
 
 def head_product(hidden_nd: Tensor, weight_Vd: Tensor, out_nV: Tensor) -> Tensor:

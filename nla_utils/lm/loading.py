@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Iterator, Sequence
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -17,15 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from nla_utils.config import RunConfig
 from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
-from nla_utils.lm.backbone import Backbone, Description, pad
-from nla_utils.lm.sampling import Decoder
+from nla_utils.lm.backbone import Backbone, Description
+from nla_utils.lm.checks import TOLERANCE, check_backbone, differ, float32_activations, probe_ids
 from nla_utils.lm.weights import BackboneSpec, fetch, read_model_config, resolve, settings_hash, weight_hash
 from nla_utils.store import read_json
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
 SPLIT = "split"
-# Largest relative difference that rounding alone explains, by dtype.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
 # What rounding to bfloat16 once can move a product by, and more than enough for other dtypes.
 HEAD_TOLERANCE = 2.0**-7
 
@@ -55,8 +49,8 @@ def describe(given: RunConfig) -> Description:
     )
 
 
-def load_backbone(given: RunConfig) -> Backbone:
-    """The configured backbone: fetched, loaded, frozen and checked.
+def load_backbone(given: RunConfig, checked: bool = True) -> Backbone:
+    """The configured backbone: fetched, loaded, frozen and, unless it is checked by the caller, checked.
 
     Raises what :func:`describe` does before weights load, ``SourceError`` for weights that cannot be read,
     ``BackboneError`` as :func:`check_backbone` does.
@@ -71,7 +65,8 @@ def load_backbone(given: RunConfig) -> Backbone:
         choose_attention(backbone)
         cpu.widen_linear_maps(model.base_model)
     choose_head(backbone)
-    check_backbone(backbone)
+    if checked:
+        check_backbone(backbone)
     return backbone
 
 
@@ -170,91 +165,6 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
     return model
 
 
-def check_backbone(backbone: Backbone) -> None:
-    """Run every check of the model; raises ``BackboneError`` that names the one that failed."""
-    check_library(importlib.metadata.version("transformers"))
-    check_frozen(backbone)
-    limit = TOLERANCE[backbone.dtype]
-    for what, ours, theirs in _must_agree(backbone):
-        difference = differ(ours, theirs)
-        if not difference <= limit:
-            raise BackboneError(
-                f"{backbone.name}: {what}: relative difference {difference:.2g}, allowed {limit:.2g}; "
-                f"this architecture ({type(backbone.model).__name__}) is not supported"
-            )
-
-
-def check_library(version: str) -> None:
-    """Before transformers 5.5 Gemma scaled ``inputs_embeds`` by √d behind its embedding module, v among them."""
-    if tuple(int(x) for x in version.split(".")[:2]) < (5, 5):
-        raise BackboneError(f"transformers {version} is installed; verbalizers need 5.5 or newer (pip install -e .)")
-
-
-def check_frozen(backbone: Backbone) -> None:
-    """Raise ``BackboneError`` if a parameter asks for, or holds, a gradient."""
-    for name, p in backbone.model.named_parameters():
-        if p.requires_grad or p.grad is not None:
-            raise BackboneError(f"{backbone.name}: parameter {name} is not frozen")
-
-
-def probe_ids(backbone: Backbone) -> list[list[int]]:
-    """Two short sequences of unequal length, spread over the vocabulary."""
-    step = max(backbone.model.config.vocab_size // 17, 1)
-    ids = [(i * step + 5) % backbone.model.config.vocab_size for i in range(1, 10)]
-    return [[backbone.start_id, *ids], [backbone.start_id, *ids[:4]]]
-
-
-def differ(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> float:
-    """‖a − b‖ / ‖b‖."""
-    a, b = (x.float().cpu().numpy() if isinstance(x, torch.Tensor) else x for x in (a, b))
-    with np.errstate(all="ignore"):
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-@torch.inference_mode()
-def _must_agree(backbone: Backbone) -> Iterator[tuple[str, np.ndarray | torch.Tensor, np.ndarray | torch.Tensor]]:
-    """(what is wrong where they differ, ours, what it must equal), each computed when it is asked for."""
-    long, short = probe_ids(backbone)
-    ids_1T = torch.tensor([long], device=backbone.device)
-    out = backbone.model(ids_1T, output_hidden_states=True, use_cache=False)
-    whole_1d = out.hidden_states[backbone.layer][:, -1]
-    at_layer = backbone.encode([long], start=False)
-    yield "stopping at the layer does not give hidden_states[layer]", at_layer, whole_1d
-    hidden_1d = backbone.last_hidden(input_ids=ids_1T)[:, -1]
-    head = "the head on the last hidden state does not give the logits"
-    yield head, backbone.logits(hidden_1d)[0], out.logits[0, -1]
-
-    together = backbone.encode([long, short], start=False)
-    alone = np.concatenate([at_layer, backbone.encode([short], start=False)])
-    yield "a batch of two and two batches of one disagree", together, alone
-    ids_2T, mask_2T = (x.to(backbone.device) for x in pad([long, short], backbone.pad_id, "left"))
-    positions = (mask_2T.cumsum(-1) - 1).clamp(min=0)
-    left_2Td = backbone.hidden_at_layer(input_ids=ids_2T, attention_mask=mask_2T, position_ids=positions)
-    yield "left and right padding disagree", left_2Td[:, -1], together
-
-    by_embeds = backbone.hidden_at_layer(inputs_embeds=backbone.embed(ids_1T))[:, -1]
-    scale = "inputs_embeds and input_ids disagree (an embedding scale outside the module)"
-    yield scale, by_embeds, at_layer
-    stepped = _stepped(backbone, ids_1T)
-    yield "decoding with a key-value cache and one forward pass disagree", stepped, hidden_1d
-
-
-def _stepped(backbone: Backbone, ids_1T: torch.Tensor, prompt: int = 4) -> torch.Tensor:
-    """The last hidden state (1, d), one token after another from a cache.
-
-    Some hybrid and recurrent models keep a state of another kind, or see one token a step.
-    """
-    try:
-        decoder = Decoder(backbone, ids_1T.shape[1], None)
-        hidden_1d = decoder.step(inputs_embeds=backbone.embed(ids_1T[:, :prompt]))
-        for t in range(prompt, ids_1T.shape[1]):
-            hidden_1d = decoder.step(input_ids=ids_1T[:, t : t + 1])
-        return hidden_1d
-    except Exception as error:  # each kind of model that has no key-value cache fails in a way of its own
-        said = f"{backbone.name}: decoding with a key-value cache fails ({error})"
-        raise BackboneError(f"{said}; {type(backbone.model).__name__} is not supported") from None
-
-
 def choose_attention(backbone: Backbone) -> None:
     """Take the attention for short sequences where its activations are as close to float32 as rounding allows, or as
     the library's are; else the library's, with the reason printed."""
@@ -274,40 +184,6 @@ def choose_attention(backbone: Backbone) -> None:
         print(
             f"{backbone.name}: attention is the library's ({backbone.library_attention}); ours does not serve: {error}"
         )
-
-
-@torch.inference_mode()
-def float32_activations(backbone: Backbone, ids: Sequence[list[int]]) -> np.ndarray:
-    """Activations (N, d) at the last token of each row, computed in float32 from the same weights with the attention
-    in use. One block at a time is widened, so a large model needs little memory more."""
-    with _float32_blocks(backbone.blocks):
-        embeds = (backbone.embed(torch.tensor([row])).float() for row in ids)
-        return np.stack([backbone.hidden_at_layer(inputs_embeds=e)[0, -1].cpu().numpy() for e in embeds])
-
-
-@contextlib.contextmanager
-def _float32_blocks(blocks: nn.ModuleList) -> Iterator[None]:
-    """Each block computes in float32; its weights are widened before it runs and are what they were after it."""
-    given: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def widen(block: nn.Module, *_) -> None:
-        for x in (*block.parameters(), *block.buffers()):
-            if x.is_floating_point():
-                given.append((x, x.data))
-                x.data = x.data.float()
-
-    def restore(*_) -> None:
-        while given:
-            x, data = given.pop()
-            x.data = data
-
-    handles = [h for b in blocks for h in (b.register_forward_pre_hook(widen), b.register_forward_hook(restore))]
-    try:
-        yield
-    finally:
-        restore()
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()
