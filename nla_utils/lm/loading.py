@@ -15,26 +15,28 @@ from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone, Description
 from nla_utils.lm.checks import TOLERANCE, check_backbone, differ, float32_activations, probe_ids
-from nla_utils.lm.weights import BackboneSpec, fetch, read_model_config, resolve, settings_hash, weight_hash
+from nla_utils.lm.weights import BackboneSpec, fetch, quantized, read_model_config, resolve, settings_hash, weight_hash
 from nla_utils.store import read_json
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
 SPLIT = "split"
 # What rounding to bfloat16 once can move a product by, and more than enough for other dtypes.
 HEAD_TOLERANCE = 2.0**-7
+# Files that hold a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def describe(given: RunConfig) -> Description:
     """The configured backbone's description, its files fetched.
 
-    Raises ``ConfigError`` (unknown name, layer out of range, no start token, a kind of model that is not supported)
-    or ``SourceError``.
+    Raises ``ConfigError`` (unknown name, layer out of range, no start token, a kind of model or of quantization that is
+    not supported) or ``SourceError``.
     """
     spec = resolve(given.backbone)
     if spec.unverified:
         print(f"{spec.name} has not been run with this code: {spec.unverified}")
     folder = fetch(spec)
-    config, tokenizer = read_model_config(spec, folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = read_model_config(spec, folder), read_tokenizer(folder)
     return Description(
         spec,
         folder,
@@ -42,7 +44,7 @@ def describe(given: RunConfig) -> Description:
         pick_layer(given.layer, spec, config.num_hidden_layers),
         config.num_hidden_layers,
         config.hidden_size,
-        *special_ids(spec, tokenizer, folder),
+        *special_ids(spec, tokenizer, folder, config.vocab_size),
         spec.padding_side or tokenizer.padding_side,
         getattr(torch, given.dtype),
         (weight_hash(folder), settings_hash(folder)),
@@ -113,10 +115,25 @@ def pick_layer(wanted: int | None, spec: BackboneSpec, n_layers: int) -> int:
     return layer
 
 
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; raises ``SourceError`` that says what it lacks."""
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise SourceError(f"{folder} holds no tokenizer ({', '.join(TOKENIZERS)}); copy that of the model there")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each kind of file is read by a package of its own
+        if not (folder / TOKENIZERS[0]).exists() and (folder / TOKENIZERS[1]).exists():
+            said = f"{folder} holds {TOKENIZERS[1]} and no {TOKENIZERS[0]}, and it was not converted"
+            raise SourceError(f"{said}; pip install sentencepiece protobuf tiktoken, or add {TOKENIZERS[0]}") from None
+        said = " ".join(str(error).split())
+        raise SourceError(f"{folder}: its tokenizer was not read ({said}); fetch or save it again") from None
+
+
 def special_ids(
-    spec: BackboneSpec, tokenizer: PreTrainedTokenizerBase, folder: Path
+    spec: BackboneSpec, tokenizer: PreTrainedTokenizerBase, folder: Path, n_ids: int
 ) -> tuple[int, tuple[int, ...], int]:
-    """(start, EOS ids, pad) of a backbone; raises ``ConfigError`` where there is no start token.
+    """(start, EOS ids, pad) of a backbone with ``n_ids`` embeddings; raises ``ConfigError`` where there is no start
+    token, or it has no embedding.
 
     Any id ends a sequence that the registry, else the tokenizer or the folder's ``generation_config.json`` calls EOS.
     """
@@ -134,8 +151,14 @@ def special_ids(
         stated = read_json(path).get("eos_token_id") if path.exists() else None
         named = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
         eos_ids = dict.fromkeys(i for i in named if i is not None)
-    if pad_id is None:
-        pad_id = next(iter(eos_ids), start_id)
+    if start_id >= n_ids:
+        raise ConfigError(f"{spec.name}: start token {start_id} has no embedding, there are {n_ids}")
+    if pad_id is None or pad_id >= n_ids:
+        # What stands at padding is never read.
+        instead = next((i for i in eos_ids if i < n_ids), start_id)
+        if pad_id is not None:
+            print(f"{spec.name}: its pad id {pad_id} has no embedding, there are {n_ids}; padding is id {instead}")
+        pad_id = instead
     return start_id, tuple(eos_ids), pad_id
 
 
@@ -151,6 +174,14 @@ def load_model(folder: Path, config: RunConfig) -> nn.Module:
         if (text := whole.get_text_config()) is not whole:
             # The language model of a multimodal one, whose weights are called what they are called inside it.
             how |= {"config": text, "key_mapping": {r"^model\.language_model\.": "model."}}
+        if (text.pad_token_id or 0) >= text.vocab_size:
+            # :func:`special_ids` has said which one pads instead.
+            text.pad_token_id, how["config"] = None, text
+        if said := quantized(whole):
+            # On every device: without being told, the library does it only where it has no kernels for such weights.
+            given = f"{folder.name}: its {said['quant_method']} weights"
+            print(f"{given} are dequantized to {config.dtype}; what quantizing lost stays lost")
+            text.quantization_config, how["config"] = said | {"dequantize": True}, text
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SourceError(f"{folder}: its weights were not read ({error}); fetch or convert them again") from None

@@ -346,7 +346,22 @@ def read_model_config(spec: BackboneSpec, folder: Optional[Path] = None) -> PreT
             f"{spec.name}: its embeddings have width {width}, its layers {text.hidden_size}; "
             f"an activation cannot enter as an embedding"
         )
+    method = quantized(config).get("quant_method", "bitsandbytes")
+    if quantized(config) and method not in DEQUANTIZED:
+        raise ConfigError(
+            f"{spec.name} is quantized with {method}, which is not served: give the checkpoint that it was made from, "
+            f"or dequantize it where {method} is installed, save it, and give that folder"
+        )
     return text
+
+
+# Quantized weights that are widened as they are read, without a package or a GPU.
+DEQUANTIZED = ("fp8", "mxfp4")
+
+
+def quantized(config: PreTrainedConfig) -> dict:
+    """What a model's configuration says of quantized weights; empty where they are not quantized."""
+    return next((x for c in (config, config.get_text_config()) if (x := getattr(c, "quantization_config", None))), {})
 
 
 # What the library notes in a model's settings that changes nothing.
