@@ -51,9 +51,10 @@ def _depth():
 def _pages():
     from nla_extensions.comparison.page import comparison_page
     from nla_extensions.depth.page import depth_page
+    from nla_extensions.requantize.page import requantized_page
     from nla_extensions.tail_reader.page import reader_page
 
-    return reader_page(), depth_page(), comparison_page()
+    return reader_page(), depth_page(), comparison_page(), requantized_page()
 
 
 BESIDE |= {"tail-reader": _tail_reader, "depth": _depth}
@@ -173,6 +174,17 @@ def iterate(config: RunConfig, n: int, k: int, rounds: int, av: Optional[str]) -
     made_from = {"targets": targets.sha256, "best_av": run.folder.sha256_of("best_av")}
     record = {"k": k, "rounds": of.iterate(run, targets, n, k, rounds)}
     said("expert iteration", run.write_results(ITERATION, record, made_from))
+
+
+@with_config()
+def requantize(config: RunConfig) -> None:
+    """Round the weights of a run's backbone once more, to 8 and to 4 bits, and measure how far v and the scores of the
+    same texts move. Needs notebooks 01 to 04."""
+    from nla_extensions.requantize import measure
+    from nla_extensions.requantize.page import RESULTS
+
+    run, targets = opened(config)
+    said("weights requantized", run.write_results(RESULTS, *measure.requantize(run, targets)))
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""How much the numbers of §11 depend on the rounding of the weights."""
