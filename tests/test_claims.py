@@ -30,7 +30,16 @@ from nla_utils.report.claims import (
     holm,
     stated_value,
 )
-from nla_utils.report.results import BACKBONES, find_results, largest, null_at, published_curves, without_variants
+from nla_utils.report.results import (
+    BACKBONES,
+    TITLES,
+    find_results,
+    largest,
+    null_at,
+    published,
+    published_curves,
+    without_variants,
+)
 from nla_utils.report.tables import has_bits, seed_groups
 from nla_utils.scores import Column
 
@@ -262,6 +271,62 @@ def test_a_table_prints_the_verdicts_that_the_rule_gives(stem):
     assert len(expected) >= 4
 
 
+ACROSS = "across these runs (yes in)"
+
+
+def test_the_verdict_across_backbones_is_the_written_rules():
+    for words, expected in (
+        ([YES, YES, YES], YES),
+        ([NO, NO, NO], NO),
+        ([YES, NO, YES], findings.DIFFERS),
+        ([YES, NO, UNDECIDED], findings.DIFFERS),
+        ([YES, YES, UNDECIDED], UNDECIDED),
+        ([NO, NO, UNDECIDED], UNDECIDED),
+        ([YES, YES, UNMEASURED], UNDECIDED),
+        ([YES, YES, VALUE_ONLY], UNDECIDED),
+        ([VALUE_ONLY, UNMEASURED, VALUE_ONLY], VALUE_ONLY),
+        ([UNMEASURED], UNMEASURED),
+    ):
+        assert findings.across(words) == expected, words
+
+
+def test_the_scorecard_by_family_has_each_runs_own_verdicts_and_counts_them():
+    """Against the committed scorecards of the runs, read as text."""
+    runs = largest(SHOWN)
+    table, own = findings.families_table(runs), []
+    for r in runs:
+        cards = (ROOT / "paper" / "tables" / f"{r.stem}-scorecard.md").read_text(encoding="utf-8").splitlines()
+        own.append([line.split("|")[5].strip() for line in cards if line.startswith("| ")][1:])
+        assert list(table[r.label]) == own[-1]
+    words = [[cell.split(":")[0] for cell in cells] for cells in zip(*own)]
+    for of, said in zip(words, table[ACROSS]):
+        every = of[0] if len(set(of)) == 1 else findings.DIFFERS if {YES, NO} <= set(of) else UNDECIDED
+        assert said == (f"{every} ({of.count(YES)} of 3)" if every != VALUE_ONLY else VALUE_ONLY)
+    assert {said.split(" (")[0] for said in table[ACROSS]} == {YES, NO, UNDECIDED, findings.DIFFERS, VALUE_ONLY}
+    held = [of.count(YES) for of, c in zip(words, CLAIMS) if c.where != "control"]
+    counts = f"{held.count(3)} are yes in all runs, {held.count(1) + held.count(2)} in some and {held.count(0)} in none"
+    assert findings.family_counts(runs).startswith(f"of §11's own claims {counts}; of the controls ")
+
+
+def test_what_is_published_on_a_question_is_its_own_familys():
+    table = findings.findings_table(SHOWN)
+    margins = {c.title: f"{c.margin:+.3f}" for c in published_curves() if not c.at_least}
+    for name in BACKBONES:
+        shown, record = table[f"published, {TITLES[name]}"], published(name)
+        assert (
+            shown["Does the same text score 1 (within 0.02), as published?"]
+            == f"{record['ceilings']['replay']['cen']:.3f}"
+        )
+        assert shown["Does it, corrected?"] == UNMEASURED
+        assert shown["Is the best of K rollouts closer than the best of K unrelated texts?"] == margins[TITLES[name]]
+        best, nearest = (record["centred_eval"][row]["cen"] for row in ("best_of_k", "nn_retrieval"))
+        assert (
+            shown["Is the best of K rollouts closer than the nearest stored text?"]
+            == f"{best:.3f} against {nearest:.3f}"
+        )
+        assert not words_of("|" + "|".join(shown) + "|")
+
+
 def test_verdicts_over_trainings_are_students_after_holm_and_need_one_sign():
     """Each training's mean is one observation; bounds as scipy tests them."""
     (by_seed,) = (g for g in seed_groups(find_results()) if len(g) > 2)
@@ -287,7 +352,7 @@ def test_verdicts_over_trainings_are_students_after_holm_and_need_one_sign():
 def test_no_page_prints_a_verdict_that_is_in_none_of_these_tables():
     pages = [*(ROOT / "paper").glob("*.md"), ROOT / "README.md"]
     over_trainings = [p.stem for p in (ROOT / "paper" / "tables").glob("*-seeds-verdicts.md")]
-    allowed = {tuple(printed(stem)) for stem in (*FAMILIES, *over_trainings)}
+    allowed = {tuple(printed(stem)) for stem in (*FAMILIES, *over_trainings, "scorecard")}
     seen = 0
     for page in pages:
         for block in re.split(r"\n(?!\|)", page.read_text(encoding="utf-8")):

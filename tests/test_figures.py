@@ -14,7 +14,18 @@ from nla_utils import rows
 from nla_utils.report import figures
 from nla_utils.report.figures import COLOURS, SPARE_COLOUR, WIDTH, apart, training_curves
 from nla_utils.report.pages import save_figure
-from nla_utils.report.results import BACKBONES, find_results, k_curve, largest, published, without_variants
+from nla_utils.report.results import (
+    BACKBONES,
+    FAMILIES,
+    TITLES,
+    find_results,
+    k_curve,
+    largest,
+    null_at,
+    published,
+    published_curves,
+    without_variants,
+)
 
 EVERYTHING = find_results()
 SHOWN = without_variants(EVERYTHING)
@@ -25,6 +36,7 @@ DRAWN = {
     "4": (figures.figure_4, SHOWN),
     "8": (figures.figure_reading, SHOWN),
     "A": (figures.figure_by_run, SHOWN),
+    "bits": (figures.figure_bits, SHOWN),
     "5": (figure_5, [r for r in SHOWN if r.optional("tail_reader")]),
     "6": (figure_6, [r for r in SHOWN if r.optional("reader_ablation")]),
     "7": (figure_7, EVERYTHING),
@@ -86,29 +98,58 @@ def test_a_figure_fits_a_printed_page_with_letters_of_at_least_seven_points(draw
     assert all(t.get_fontsize() >= 7 for t in drawn[name].findobj(Text))
 
 
-def test_figure_1_has_every_published_value(drawn):
-    ax = drawn["1"].axes[0]
-    found = points(ax)
-    for name in (*BACKBONES, "gpt_oss_20b"):
-        assert {(k, round(y, 6)) for k, y in k_curve(name).items()} <= found, name
+def panels_of(fig):
+    """The panels of figure 1 by the first line of their titles."""
+    return {ax.get_title(loc="left").split("\n")[0]: ax for ax in fig.axes if ax.axison}
+
+
+def test_figure_1_has_every_published_value_with_its_family(drawn):
+    panels = panels_of(drawn["1"])
     for name in BACKBONES:
-        record = published(name)["centred_eval"]
+        found, record = points(panels[TITLES[name]]), published(name)["centred_eval"]
+        assert {(k, round(y, 6)) for k, y in k_curve(name).items()} <= found, name
         assert (record["K"], round(record["best_of_k"]["cen"], 6)) in found, name
+    found = points(panels[TITLES["gemma2_2b"]])
+    assert {(k, round(y, 6)) for k, y in k_curve("gpt_oss_20b").items()} <= found
     for which in ("it", "base"):
         for k, y in published("gemma4_31b")[which]["k_curve"]["cen"].items():
             assert (int(k), y) in found
 
 
+def test_figures_set_ours_beside_what_is_published_of_its_family_in_one_order(drawn):
+    """Figure 1 row by row; the bits panel by panel."""
+    left, right = drawn["1"].axes[::2], drawn["1"].axes[1::2]
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in left] == [TITLES[name] for name in FAMILIES.values()]
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in right] == [r.spec.shown for r in largest(SHOWN)]
+    for ax, (family, name) in zip(drawn["bits"].axes, FAMILIES.items()):
+        said = {text.get_text() for text in ax.texts}
+        assert ax.get_title(loc="left") == family and TITLES[name] in said
+        assert {f"{r.name}, {r.size}" for r in largest(SHOWN) if r.spec.family == family} <= said
+
+
+def test_the_null_of_a_published_panel_is_the_one_of_the_table(drawn):
+    for c in published_curves():
+        if not c.at_least:
+            assert (c.k, round(null_at(c.null, c.k), 6)) in points(panels_of(drawn["1"])[c.title])
+
+
+def test_without_runs_figure_1_has_the_published_panels_alone():
+    fig = figures.figure_1([])
+    assert list(panels_of(fig)) == [TITLES[name] for name in FAMILIES.values()]
+    plt.close(fig)
+
+
 def test_a_headline_of_another_evaluation_is_joined_to_no_curve(drawn):
     for name in BACKBONES:
-        headline = published(name)["centred_eval"]["best_of_k"]["cen"]
-        (line,) = [x for x in drawn["1"].axes[0].lines if headline in list(np.atleast_1d(x.get_ydata()))]
+        headline, ax = published(name)["centred_eval"]["best_of_k"]["cen"], panels_of(drawn["1"])[TITLES[name]]
+        (line,) = [x for x in ax.lines if headline in list(np.atleast_1d(x.get_ydata()))]
         assert len(line.get_xdata()) == 1
 
 
 def test_both_nulls_of_figure_1_are_seen_where_they_coincide(drawn):
     """The one below is wider than the one drawn on it, which is broken."""
-    for ax, results in zip(drawn["1"].axes[1:], largest(SHOWN)):
+    for results in largest(SHOWN):
+        ax = panels_of(drawn["1"])[results.spec.shown]
         column = results.column("rerank_eval", "corrected")
         by_values = {tuple(line.get_ydata()): line for line in ax.lines}
         unrelated, others = (

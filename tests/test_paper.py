@@ -136,7 +136,7 @@ def test_the_section_stands_on_published_numbers_alone(tmp_path):
     section_page([tmp_path / "none"]).write(tmp_path / "s.md", tmp_path / "f")
     text = appendix_page([tmp_path / "none"]).text()
     assert (
-        "Gemma-2-2B, published" in text
+        "published, Gemma-2-2B" in text
         and "Qwen2.5-7B" in (tmp_path / "s.md").read_text(encoding="utf-8")
         and (tmp_path / "f" / "fig1_k_curves.png").exists()
     )
@@ -183,7 +183,7 @@ def test_variance_explained_of_the_table_is_that_of_the_arrays():
 def test_the_first_table_says_no_where_an_interval_says_no():
     table = findings.findings_table(EVERYTHING)
     nearest = table.loc["Is greedy text closer than the nearest stored text?"]
-    assert all(nearest.iloc[:-1].str.startswith("no: -"))
+    assert all(nearest.iloc[1:-1:2].str.startswith("no: -")) and all(nearest.iloc[:-1:2].str.startswith("-"))
 
 
 def test_latex_tables_are_ascii():

@@ -8,11 +8,77 @@ import pytest
 
 from nla_utils import metrics, rows
 from nla_utils.report import tables
-from nla_utils.report.results import RunResults, find_results, largest, null_at, published_curves
+from nla_utils.report.claims import families_table, findings_table, scorecard
+from nla_utils.report.results import (
+    FAMILIES,
+    SECTION_11,
+    TITLES,
+    RunResults,
+    by_family,
+    find_results,
+    k_curve,
+    largest,
+    null_at,
+    of_equal_size,
+    published,
+    published_curves,
+)
 from nla_utils.report.tables import audit_of_all, audit_table
 
 EVERYTHING = find_results()
 RUNS = largest(EVERYTHING)
+
+
+def test_a_run_stands_beside_what_is_published_of_its_own_family():
+    """Registry, record and every table that prints published numbers; a dash where the record has no such row."""
+    beside = {"gemma3-270m": "gemma2_2b", "smollm2-135m": "llama32_3b", "qwen25-coder-0.5b": "qwen25_7b"}
+    assert {r.backbone: r.counterpart for r in RUNS} == beside
+    for r in RUNS:
+        record, headline = published(r.counterpart), tables.headline_table(r)
+        assert headline.columns[0] == f"published, {TITLES[r.counterpart]}"
+        assert headline.loc["replay, centred"].iloc[0] == f"{record['ceilings']['replay']['cen']:.3f}"
+        assert tables.k_curve_table(r).iloc[0, 0] == f"{k_curve(r.counterpart)[1]:.3f}"
+        assert tables.rho_table(r).iloc[2, 0] == f"{record['centred_eval']['best_of_k']['rho_cen']:.2f}"
+        assert scorecard(r).columns[1] == f"published, {TITLES[r.counterpart]} (value only)"
+    assert (
+        tables.rho_table(RUNS[1]).loc["greedy"].iloc[0] == "–"
+        and "rho_cen" not in published("llama32_3b")["centred_eval"]["greedy"]
+    )
+
+
+def test_a_backbone_of_no_family_stands_beside_section_11s():
+    other = RunResults("org/own-model", "quick", RUNS[0].data, RUNS[0].folder)
+    assert other.counterpart == SECTION_11 and by_family([other, *RUNS])[None] == [other]
+    table = tables.facts_table([other, *RUNS])
+    assert list(table.columns)[-1] == other.label and table.columns[0] == "published, Gemma-2-2B"
+
+
+def test_families_are_set_side_by_side_in_one_order():
+    """Published, then ours of the same family: the order is the same in each table, and on the bits' lines."""
+    expected = [name for r in RUNS for name in (f"published, {TITLES[r.counterpart]}", r.label)]
+    assert list(findings_table(EVERYTHING).columns) == [*expected, "notebook"]
+    assert list(families_table(RUNS).columns)[:-1] == list(tables.facts_table(RUNS).columns) == expected
+    shown = tables.backbones_table(RUNS)
+    assert list(shown.columns) == [
+        c for r in RUNS for c in (f"published, {TITLES[r.counterpart]}", f"{r.title}, as published")
+    ]
+    lines = list(tables.bits_table(RUNS).index)
+    for r in RUNS:
+        assert lines.index(f"{TITLES[r.counterpart]}, published") < lines.index(r.title)
+    assert [line for line in lines if line in {r.title for r in RUNS}] == [r.title for r in RUNS]
+    assert [r.spec.family for r in RUNS] == list(FAMILIES) == ["Gemma", "Llama", "Qwen"]
+
+
+def test_longer_runs_take_the_place_of_quick_ones_without_more():
+    quick = [r for r in EVERYTHING if r.profile == "quick"]
+    assert [r.profile for r in largest(quick)] == ["quick"] * 3 and of_equal_size(quick) == largest(quick)
+    assert [r.title for r in of_equal_size(EVERYTHING)] == [r.title for r in largest(quick)]
+    longer = RunResults(
+        "qwen25-coder-0.5b", "full", next(r for r in EVERYTHING if r.profile == "full").data, RUNS[0].folder
+    )
+    assert largest([*EVERYTHING, longer])[2] is longer
+    assert [r.profile for r in of_equal_size([*EVERYTHING, longer])] == ["full"] * 3
+    assert of_equal_size([]) == []
 
 
 def _with_interval_of(results, key, interval):

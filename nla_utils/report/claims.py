@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Hashable, Mapping, Optional, Sequence, TypeVar
 
@@ -17,11 +17,13 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from nla_utils import metrics, rows
-from nla_utils.report.results import PROTOCOLS, SECTION_11, TITLES, RunResults, k_curve, largest, look_up, published
-from nla_utils.report.tables import bits_cell, number, signed, with_interval
+from nla_utils.report.results import PROTOCOLS, RunResults, k_curve, largest, look_up, published, published_curve
+from nla_utils.report.tables import bits_cell, family_columns, number, published_column, signed, stated, with_interval
 from nla_utils.rows import Row
 
 YES, NO, UNDECIDED = "yes", "no", "not decided"
+# Across backbones, where some say yes and others no.
+DIFFERS = "it differs"
 # A value without an interval is shown and not judged; what was not measured is a dash.
 VALUE_ONLY, UNMEASURED = "value only", number(None)
 LEVEL = 0.05
@@ -122,6 +124,11 @@ class Claim:
     stated: Sequence[str] = ()
 
     @property
+    def named(self) -> str:
+        """The sentence, marked where it is a control."""
+        return f"control: {self.sentence}" if self.where == "control" else self.sentence
+
+    @property
     def test(self) -> str:
         """The condition, for the reader."""
         if self.low == -math.inf:
@@ -152,11 +159,17 @@ def stated_value(claim: Claim, name: str) -> Optional[float]:
         return None
     curve = k_curve(name)
     derived = {
+        "null.margin": published_curve(name).margin,
         "k_curve.r_squared": metrics.slope_per_doubling(list(curve), list(curve.values()))[2],
         "k_curve.best_of_8": curve[8],
     }
     first, *less = (derived.get(path) or look_up(published(name), path) for path in claim.stated)
     return first - less[0] if less else first
+
+
+def _stated(claim: Claim, name: str) -> str:
+    """:func:`stated_value` as text, with a sign where :func:`judge` gives ours one."""
+    return number(stated_value(claim, name), sign="" if claim.low > 0 else "+")
 
 
 def verdicts(results: RunResults) -> dict[tuple[str, str], str]:
@@ -175,13 +188,49 @@ def verdict_counts(results: RunResults) -> str:
 
 def scorecard(results: RunResults) -> pd.DataFrame:
     """Every claim with the test it must pass, its published value, and ours under both protocols with the verdicts."""
-    cells, table = judge({(c.id, p): (c, results.of(c.row, p)) for c in CLAIMS for p in PROTOCOLS}), []
-    for c in CLAIMS:
-        sentence = f"control: {c.sentence}" if c.where == "control" else c.sentence
-        stated = number(stated_value(c, SECTION_11), sign="+")
-        table.append((sentence, c.test, stated, *(cells[c.id, p] for p in PROTOCOLS)))
-    columns = ["claim", "test", f"published, {TITLES[SECTION_11]} (value only)", "as published", "corrected"]
-    return pd.DataFrame(table, columns=columns).set_index("claim")
+    table, cells = {}, judge({(c.id, p): (c, results.of(c.row, p)) for c in CLAIMS for p in PROTOCOLS})
+    table["test"] = {c.named: c.test for c in CLAIMS}
+    table[f"{published_column(results)} (value only)"] = {c.named: _stated(c, results.counterpart) for c in CLAIMS}
+    for p, label in zip(PROTOCOLS, ("as published", "corrected")):
+        table[label] = {c.named: cells[c.id, p] for c in CLAIMS}
+    return pd.DataFrame(table).rename_axis("claim")
+
+
+def across(words: Sequence[str]) -> str:
+    """The verdict across backbones (PROTOCOL.md §12): yes or no where all say so, "it differs" where some say yes and
+    others no, otherwise not decided. What no run judges is value only."""
+    if len(set(words)) == 1:
+        return words[0]
+    if set(words) <= {VALUE_ONLY, UNMEASURED}:
+        return VALUE_ONLY
+    return DIFFERS if {YES, NO} <= set(words) else UNDECIDED
+
+
+def families_table(runs: Sequence[RunResults]) -> pd.DataFrame:
+    """The scorecards of one run a family side by side, corrected: each behind what is published of that family, and the
+    verdict across them with the number of runs that say yes."""
+
+    def printed(name: str) -> dict[str, str]:
+        return {c.named: _stated(c, name) for c in CLAIMS}
+
+    made = pd.DataFrame(family_columns(runs, printed, lambda r: scorecard(r)["corrected"]))
+    for claim, cells in made[[r.label for r in runs]].iterrows():
+        words = [text.split(":")[0] for text in cells]
+        counted = f" ({words.count(YES)} of {len(words)})" if {YES, NO, UNDECIDED} & set(words) else ""
+        made.loc[claim, "across these runs (yes in)"] = across(words) + counted
+    return made.rename({c.named: f"{c.named} ({c.test})" for c in CLAIMS}).rename_axis("claim")
+
+
+def family_counts(runs: Sequence[RunResults]) -> str:
+    """In how many of the runs §11's own claims, and the controls, are yes, corrected."""
+    words, said = [verdicts(r) for r in runs], []
+    for what, is_control in (("§11's own claims", False), ("the controls", True)):
+        asked = [c.id for c in CLAIMS if (c.where == "control") == is_control]
+        yes = [[of[key, "corrected"] for of in words].count(YES) for key in asked]
+        everywhere, nowhere = yes.count(len(runs)), yes.count(0)
+        some = len(yes) - everywhere - nowhere
+        said.append(f"of {what} {everywhere} are yes in all runs, {some} in some and {nowhere} in none")
+    return "; ".join(said)
 
 
 def decided(asked: Sequence[Claim], column: dict) -> pd.DataFrame:
@@ -295,14 +344,32 @@ VALUES: dict[str, tuple[Callable[[RunResults], str], str]] = {
 }
 
 
+def _published_answers(name: str) -> dict[str, str]:
+    """What is published of a backbone on the questions of the first table, by question; values only."""
+    claimed_of = {c.row: c.stated for c in CLAIMS}
+    asked = [replace(q, stated=claimed_of.get(q.row, ())) for q in QUESTIONS]
+    record, curve, (nearest, _, bits, scales, *_) = published(name)["centred_eval"], published_curve(name), VALUES
+    best, retrieved, greedy = (record[row]["cen"] for row in ("best_of_k", "nn_retrieval", "greedy"))
+    return {q.sentence: _stated(q, name) for q in asked} | {
+        QUESTIONS[0].sentence: number(stated(rows.REPLAY, name=name)),
+        nearest: f"{best:.3f} against {retrieved:.3f}",
+        bits: f"{bits_cell(curve.bits[curve.k], None, curve.k, max(curve.null))}, K = {curve.k}",
+        scales: f"{greedy:.3f} · {2 * greedy - 1:.3f} · {UNMEASURED}",
+    }
+
+
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """What is asked of each backbone's largest run, and the answer with its number. The verdicts on all of them are one
-    family."""
+    """What is asked of each backbone's largest run, and the answer with its number, family by family behind what is
+    published. The verdicts on all of the runs are one family of tests."""
     shown = largest(everything)
     cells = judge({(q, r.label): (q, r.of(q.row, q.protocol)) for q in QUESTIONS for r in shown})
-    table = [(q.sentence, *(cells[q, r.label] for r in shown), q.where) for q in QUESTIONS]
-    table += [(ask, *map(show, shown), notebook) for ask, (show, notebook) in VALUES.items()]
-    return pd.DataFrame(table, columns=[FIRST, *(r.label for r in shown), "notebook"]).set_index(FIRST)
+
+    def ours(r: RunResults) -> dict[str, str]:
+        return {q.sentence: cells[q, r.label] for q in QUESTIONS} | {ask: show(r) for ask, (show, _) in VALUES.items()}
+
+    where = {q.sentence: q.where for q in QUESTIONS} | {ask: notebook for ask, (_, notebook) in VALUES.items()}
+    table = pd.DataFrame(family_columns(shown, _published_answers, ours) | {"notebook": where})
+    return table.reindex(list(where)).fillna(UNMEASURED).rename_axis(FIRST)
 
 
 def answered(record: dict) -> pd.DataFrame:

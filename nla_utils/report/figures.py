@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Mapping, Optional, Sequence
 
 import matplotlib.pyplot as plt
@@ -21,13 +22,14 @@ from nla_utils.protocol import SLIPS, Protocol, ablation_steps
 from nla_utils.report.results import (
     BACKBONES,
     FAMILIES,
-    POOL,
     PROTOCOLS,
+    SECTION_11,
     TITLES,
     RunResults,
-    ceiling,
+    by_family,
     k_curve,
     largest,
+    null_at,
     published,
     published_curves,
 )
@@ -434,94 +436,98 @@ def draw_curve_and_nulls(ax: Axes, column: dict, backbone: str, label: str = "")
     log2_k_axis(ax, column["ks"])
 
 
-def published_k_curves(ax: Axes) -> None:
-    """What is published of best-of-K: curves, the headline evaluations at K = 64, ceilings and floors."""
-    ends: dict[str, tuple[float, str]] = {}
-    for name in (*BACKBONES, "gpt_oss_20b"):
-        curve, color, title = k_curve(name), colour(name), TITLES[name]
-        ax.plot(list(curve), list(curve.values()), "o-", color=color)
-        if name not in BACKBONES:
-            ends[title] = (curve[max(curve)], color)
-            continue
-        headline, drawn, (floor, top) = published(name)["centred_eval"], published(name)["k_curve"], ceiling(name)
-        ax.plot(headline["K"], headline["best_of_k"]["cen"], "D", color=color, markeredgecolor="black", markersize=6)
-        of = f", M = {headline['M']}" if headline["M"] != drawn["M"] else ""
-        ends[f"{title}, headline{of}"] = (headline["best_of_k"]["cen"], color)
-        if max(curve) == headline["K"]:
-            ends[f"{title}, {drawn['checkpoint']} checkpoint"] = (curve[max(curve)], color)
-        ax.axhline(top, color=color, linestyle="--", linewidth=0.8)
-        ax.axhline(floor, color=color, linestyle=":", linewidth=0.8)
-        ends[f"{title}, ceiling"] = (top, color)
-    color = colour("gemma4_31b")
-    for which, title, face in (("it", "gemma-4-31B-it", color), ("base", "gemma-4-31B, base", "white")):
-        curve = {int(k): y for k, y in published("gemma4_31b")[which]["k_curve"]["cen"].items()}
-        ax.plot(list(curve), list(curve.values()), "^", color=color, markerfacecolor=face, markersize=6)
-        ends[f"{title} (K = {max(curve)})"] = (curve[max(curve)], color)
-    log2_k_axis(ax, PUBLISHED_KS)
-    ax.set_xlim(0.9, 75)
-    style(ax, "K (rollouts to choose from, log₂)", "centred fve_nrm, best of K", "published")
-    name_ends(ax, 75, ends)
+def published_k_curves(ax: Axes, name: str) -> dict[str, tuple[float, str]]:
+    """Draw what is published of best-of-K on a backbone, with the null that its own rows give and later ports of its
+    family; one of no family is with §11's. Returns the labels of the lines' ends."""
+    (own, *ports) = (c for c in published_curves() if FAMILIES.get(c.family, SECTION_11) == name)
+    curve, color, record = k_curve(name), colour(name), published(name)
+    headline, drawn = record["centred_eval"], record["k_curve"]
+    null = [null_at(own.null, k) for k in PUBLISHED_KS]
+    ax.plot(PUBLISHED_KS, null, "--", color="#bbbbbb", linewidth=3)
+    ax.plot(list(curve), list(curve.values()), "o-", color=color)
+    ax.plot(own.k, own.best[own.k], "D", color=color, markeredgecolor="black", markersize=6)
+    of = f", M = {headline['M']}" if headline["M"] != drawn["M"] else ""
+    ends = {f"AV, headline{of}": (own.best[own.k], color), "unrelated texts": (null[-1], NULL_GREY)}
+    if max(curve) == own.k:
+        ends[f"AV, {drawn['checkpoint']} checkpoint"] = (curve[own.k], color)
+    for port in ports:
+        shade_of = colour("gemma4_31b" if port.family == "Gemma" else "gpt_oss_20b")
+        look = {"color": shade_of, "markerfacecolor": shade_of if len(port.best) > 1 else "white"}
+        ax.plot(list(port.best), list(port.best.values()), "^-" if len(port.best) > 2 else "^", **look)
+        ends[port.title] = (port.best[port.k], shade_of)
+    levels = {f"{N_PARAPHRASES} paraphrases": record["ceilings"]["paraphrase_best_of_8"]}
+    for label, level in (levels | {"nearest stored": headline["nn_retrieval"]}).items():
+        ax.hlines(level["cen"], 1, PUBLISHED_KS[-1], color="black", linewidth=0.7)
+        ends[label] = (level["cen"], "black")
+    style(ax, "", "centred fve_nrm", f"{TITLES[name]}\npublished")
+    return ends
 
 
 @styled
 def figure_1(everything: Sequence[RunResults]) -> Figure:
-    """K-curves in one look: published, then each backbone's largest run, corrected, with its nulls."""
-    shown = largest(everything)
-    pairs = [shown[i : i + 2] for i in range(0, len(shown), 2)]
-    below = [[r.title for r in pair] + ["."] * (2 - len(pair)) for pair in pairs]
-    fig = plt.figure(figsize=(WIDTH, 5.1 + 1.4 * len(pairs)), layout="constrained")
-    axes = fig.subplot_mosaic([["published"] * 2, *below])
-    ours = [axes[r.title] for r in shown]
-    ends = [_corrected_panel(ax, results) for ax, results in zip(ours, shown)]
-    # Last, since its labels are placed on the page as it is then laid out.
-    published_k_curves(axes["published"])
-    if ours:
-        same_limits(ours)
-    for ax in ours[1::2]:
-        ax.set_ylabel("")
-    for ax, names, results in zip(ours, ends, shown):
-        name_ends(ax, results.of(rows.CURVE)["ks"][-1], names)
+    """K-curves in one look, family by family: published on the left, on the right each backbone's largest run,
+    corrected, with its nulls."""
+    pairs = [pair for name, runs in by_family(largest(everything)).items() for pair in zip_longest([name], runs)]
+    fig = plt.figure(figsize=(WIDTH, 0.4 + 2.45 * len(pairs)), layout="constrained")
+    drawn = {}
+    for (left, right), (name, results) in zip(fig.subplots(len(pairs), 2, squeeze=False), pairs):
+        for ax, what, draw in ((left, name, published_k_curves), (right, results, _corrected_panel)):
+            ax.set_axis_off() if what is None else drawn.update({ax: draw(ax, what)})
+    same_limits(list(drawn))
+    for ax in drawn:
+        log2_k_axis(ax, PUBLISHED_KS)
+        ax.set_xlim(0.9, 75)
+    fig.supxlabel("K (texts to choose from, log₂)", fontsize=9)
+    # Last, since labels are placed on the page as it is then laid out.
+    for ax, ends in drawn.items():
+        name_ends(ax, 1.17 * max(max(line.get_xdata()) for line in ax.lines), ends)
     return fig
 
 
 @styled
 def figure_bits(everything: Sequence[RunResults]) -> Figure:
-    """Bits against K, published and ours: of each backbone the largest run, and those that have intervals."""
-    fig, (ax,) = panels(1, WIDTH, 4.2)
-    ends: dict[str, tuple[float, str]] = {}
-    for c in published_curves():
-        color, pool = colour(FAMILIES.get(c.family, "gpt_oss_20b")), max(c.null)
-        above = {k: b for k, b in c.bits.items() if b >= limits_of_bits(k, pool)[1] - 1e-9}
-        if c.at_least:
-            ax.plot(c.k, c.bits[c.k], "v", color=color, markerfacecolor="white")
-        else:
-            ax.plot(list(c.bits), list(c.bits.values()), "D--", color=color, linewidth=1)
-            ax.plot(list(above), [b + 0.25 for b in above.values()], "^", color=color, markersize=6)
-        ends[f"{c.title}{' (at most)' if c.at_least else ''}"] = (c.bits[c.k], color)
+    """Bits against K, published and ours, family by family: of each backbone the largest run, and those that have
+    intervals. A port of no family is with §11's."""
     shown = largest(everything)
     shown += [r for r in everything if r not in shown and r.bits_curve[1] and not r.corpus]
-    pools = {POOL}
-    for r in shown:
-        (found, intervals, p), color = r.bits_curve, colour(FAMILIES.get(r.spec.family, ""))
-        pools.add(p)
-        ax.plot(list(found), list(found.values()), f"{mark(r.backbone)}{'-' if intervals else ':'}", color=color)
-        if intervals:
-            ax.fill_between(
-                list(intervals), *np.array(list(intervals.values())).T, color=color, alpha=0.12, linewidth=0
-            )
-        ends[f"{r.name}, {r.size}"] = (found[max(found)], color)
-    ks = np.array(PUBLISHED_KS)
-    for p in sorted(pools):
-        ax.plot(ks, np.log2(p / ks), color=NULL_GREY, linewidth=0.7)
-        # Of two that lie together the upper one is named.
-        if not any(p < other < 1.3 * p for other in pools):
-            at = {"textcoords": "offset points", "fontsize": 7, "color": NULL_GREY}
-            ax.annotate(f"pool of {p:,}", (1, np.log2(p)), (2, 2), **at)
-    ax.axhline(0, color="black", linewidth=0.8)
-    log2_k_axis(ax, PUBLISHED_KS)
-    ax.set_xlim(0.9, 75)
-    style(ax, "K (texts to choose from, log₂)", "bits at K: doublings of K unrelated texts")
-    name_ends(ax, 75, ends)
+    families = by_family(shown)
+    fig, axes = plt.subplots(len(families), 1, figsize=(WIDTH, 0.4 + 2.3 * len(families)), layout="constrained")
+    ends: dict[Axes, dict[str, tuple[float, str]]] = {ax: {} for ax in axes}
+    pools = {ax: {r.bits_curve[2] for r in runs} for ax, runs in zip(axes, families.values())}
+    for ax, (name, runs) in zip(axes, families.items()):
+        for c in (c for c in published_curves() if FAMILIES.get(c.family, SECTION_11) == name):
+            color, pool = colour(FAMILIES.get(c.family, "gpt_oss_20b")), max(c.null)
+            pools[ax].add(pool)
+            above = {k: b for k, b in c.bits.items() if b >= limits_of_bits(k, pool)[1] - 1e-9}
+            if c.at_least:
+                ax.plot(c.k, c.bits[c.k], "v", color=color, markerfacecolor="white")
+            else:
+                ax.plot(list(c.bits), list(c.bits.values()), "D--", color=color, linewidth=1)
+                ax.plot(list(above), [b + 0.25 for b in above.values()], "^", color=color, markersize=6)
+            ends[ax][f"{c.title}{' (at most)' if c.at_least else ''}"] = (c.bits[c.k], color)
+        for r in runs:
+            (found, intervals, _), color = r.bits_curve, colour(FAMILIES.get(r.spec.family, ""))
+            ax.plot(list(found), list(found.values()), f"{mark(r.backbone)}{'-' if intervals else ':'}", color=color)
+            if intervals:
+                band = np.array(list(intervals.values())).T
+                ax.fill_between(list(intervals), *band, color=color, alpha=0.12, linewidth=0)
+            ends[ax][f"{r.name}, {r.size}"] = (found[max(found)], color)
+        ax.axhline(0, color="black", linewidth=0.8)
+        style(ax, "", "bits at K", str(next((f for f, of in FAMILIES.items() if of == name), "other families")))
+        log2_k_axis(ax, PUBLISHED_KS)
+        ax.set_xlim(0.9, 75)
+    same_limits(axes)
+    axes[-1].set_xlabel("K (texts to choose from, log₂)")
+    for ax in axes:
+        limits = ax.get_ylim()
+        for p in pools[ax]:
+            ax.plot(PUBLISHED_KS, np.log2(p / np.array(PUBLISHED_KS)), color=NULL_GREY, linewidth=0.7)
+        ax.set_ylim(limits)
+        name_ends(ax, 75, ends[ax])
+        for p in pools[ax]:
+            (x, ha), (y, va) = ((4, "left"), (1, "bottom")) if p == max(pools[ax]) else ((-4, "right"), (-1, "top"))
+            at = {"textcoords": "offset points", "fontsize": 7, "color": NULL_GREY, "ha": ha, "va": va}
+            ax.annotate(f"pool of {p:,}", (32, np.log2(p / 32)), (x, y), **at)
     return fig
 
 
@@ -541,7 +547,7 @@ def _corrected_panel(ax: Axes, results: RunResults) -> dict[str, tuple[float, st
         ax.hlines(value, 1, last, color="black", linewidth=0.7)
         ax.fill_between([1, last], [low] * 2, [high] * 2, color="black", alpha=0.08, linewidth=0)
         ends[label] = (value, "black")
-    style(ax, "K (texts to choose from, log₂)", "centred fve_nrm", f"{in_two_lines(results)}, held out")
+    style(ax, "", "", f"{in_two_lines(results)}, held out")
     return ends
 
 

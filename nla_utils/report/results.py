@@ -91,6 +91,11 @@ class RunResults:
         return f"{self.spec.shown}, {self.size}"
 
     @property
+    def counterpart(self) -> str:
+        """The published record that the run is shown beside: of the paper's backbone of its family, else §11's."""
+        return FAMILIES.get(self.spec.family, SECTION_11)
+
+    @property
     def family(self) -> str:
         """Runs of one family differ in layer and seed alone: their sizes are the same, and what they were given."""
         given = [self.targets.get(k) for k in ("corpus_sha256", "released_targets")]
@@ -188,11 +193,27 @@ def without_variants(everything: Iterable[RunResults], own: Optional[tuple[str, 
 
 
 def largest(everything: Iterable[RunResults]) -> list[RunResults]:
-    """The results with the most targets of each backbone, the largest first."""
+    """The results with the most targets of each backbone, family by family."""
     best: dict[str, RunResults] = {}
     for results in sorted(everything, key=lambda r: -r.sizes["N"]):
         best.setdefault(results.backbone, results)
-    return list(best.values())
+    return [r for runs in by_family(best.values()).values() for r in runs]
+
+
+def of_equal_size(everything: Iterable[RunResults]) -> list[RunResults]:
+    """As :func:`largest`, at the largest N that every backbone has; empty where there is none."""
+    everything = [r for r in everything if not r.corpus]
+    held = [{r.sizes["N"] for r in everything if r.backbone == own.backbone} for own in largest(everything)]
+    most = max(set.intersection(*held), default=None) if held else None
+    return largest(r for r in everything if r.sizes["N"] == most)
+
+
+def by_family(everything: Iterable[RunResults]) -> dict[Optional[str], list[RunResults]]:
+    """The results by the paper's backbone that is of their family, in the order of :data:`FAMILIES`; under ``None``
+    those of other families, if there are any."""
+    everything = list(everything)
+    found = {name: [r for r in everything if FAMILIES.get(r.spec.family) == name] for name in (*BACKBONES, None)}
+    return {name: runs for name, runs in found.items() if name or runs}
 
 
 def section_runs(everything: Iterable[RunResults], own: Optional[tuple[str, str]] = None) -> list[RunResults]:
@@ -213,8 +234,8 @@ def group(everything: Iterable[RunResults], alike, varied, least: int) -> list[d
     return [dict(sorted(g.items())) for _, g in sorted(groups.items()) if len(g) >= least]
 
 
-# The paper's backbones, and the families that they are of.
-FAMILIES = {"Qwen": "qwen25_7b", "Llama": "llama32_3b", "Gemma": "gemma2_2b"}
+# The families that tables and figures set side by side, in their order, and the paper's backbone of each.
+FAMILIES = {"Gemma": "gemma2_2b", "Llama": "llama32_3b", "Qwen": "qwen25_7b"}
 BACKBONES = tuple(FAMILIES.values())
 TITLES = {
     "qwen25_7b": "Qwen2.5-7B",
@@ -248,12 +269,6 @@ def k_curve(name: str) -> dict[int, float]:
     record = published(name)["k_curve"]
     runs = record.get("runs_cen", [record.get("cen")])
     return {int(k): sum(r[k] for r in runs) / len(runs) for k in runs[0]}
-
-
-def ceiling(name: str) -> tuple[float, float]:
-    """(floor, ceiling), centred, as ρ uses them."""
-    record = published(name)
-    return record["ceilings"]["random_floor"]["cen"], record["ceilings"][record["ceiling_used"]]["cen"]
 
 
 def null_at(points: Mapping[int, float], k: int) -> float:
@@ -311,3 +326,8 @@ def published_curves() -> Iterator[PublishedCurve]:
         null = {1: anchors["random_floor"]["cen"], anchors["pool"]: anchors["nn_retrieval"]["cen"]}
         family = "Gemma" if record in later.values() else "other"
         yield PublishedCurve(title, family, {int(k): y for k, y in best.items()}, null, at_least=True)
+
+
+def published_curve(name: str) -> PublishedCurve:
+    """That of one of the paper's three backbones."""
+    return next(curve for curve in published_curves() if curve.title == TITLES[name])

@@ -13,10 +13,12 @@ from nla_utils import metrics, rows
 from nla_utils.protocol import SLIPS
 from nla_utils.report.results import (
     BACKBONES,
+    FAMILIES,
     PROTOCOLS,
     SECTION_11,
     TITLES,
     RunResults,
+    by_family,
     card,
     group,
     k_curve,
@@ -27,7 +29,7 @@ from nla_utils.report.results import (
 )
 from nla_utils.rows import Row
 
-PUBLISHED = f"published, {TITLES[SECTION_11]}"
+PUBLISHED = "published, "
 RELEASED = "released AV, our run"
 KINDS = {"raw": "raw", "cen": "centred"}
 NULL_SIZE = Row("unrelated texts to choose from, P", "unrelated_text_pool_size")
@@ -120,14 +122,20 @@ def seeds_table(by_seed: Mapping[int, RunResults]) -> pd.DataFrame:
     )
 
 
+def published_column(results: RunResults) -> str:
+    """What tables call the published numbers beside a run: those of the paper's backbone of its family."""
+    return f"{PUBLISHED}{TITLES[results.counterpart]}"
+
+
 def _side_by_side(shown: Iterable[tuple[Row, str]], results: RunResults, title=with_kind) -> pd.DataFrame:
     """Published · as published · corrected, of each row and kind."""
     table = []
     for row, kind in shown:
         digits = {MU_NORM: 1, NULL_SIZE: 0}.get(row, 3)
         ours = [with_interval(results.column(row.file, p), row.at(kind), digits) for p in PROTOCOLS]
-        table.append((title(row, kind), number(stated(row, kind), digits), *ours))
-    return pd.DataFrame(table, columns=["row", PUBLISHED, "as published", "corrected"]).set_index("row")
+        table.append((title(row, kind), number(stated(row, kind, results.counterpart), digits), *ours))
+    columns = ["row", published_column(results), "as published", "corrected"]
+    return pd.DataFrame(table, columns=columns).set_index("row")
 
 
 def headline_table(results: RunResults) -> pd.DataFrame:
@@ -147,7 +155,7 @@ def both_kinds_table(shown: Sequence[Row], results: RunResults) -> pd.DataFrame:
     if rows.CONSTANT_MU in shown:
         # Centred, μ is the zero vector, which has no direction.
         cen.loc[rows.CONSTANT_MU.title] = number(None)
-    columns = {c: c.replace(PUBLISHED, "published") for c in raw}
+    columns = {c: c.split(", ")[0] for c in raw}
     pairs = [
         of[c].rename(f"{name}, {word}") for c, name in columns.items() for of, word in ((raw, "raw"), (cen, "centred"))
     ]
@@ -161,8 +169,10 @@ def rerank_table(results: RunResults) -> pd.DataFrame:
 
 def rho_table(results: RunResults) -> pd.DataFrame:
     """ρ_cen; ``corrected`` divides by a ceiling drawn as often as the row."""
-    table = [(row.title, number(stated(row), 2), *(rho(results, p, row) for p in PROTOCOLS)) for row in rows.RHO]
-    return pd.DataFrame(table, columns=["row", PUBLISHED, "as published", "corrected"]).set_index("row")
+    printed = {row: number(stated(row, name=results.counterpart), 2) for row in rows.RHO}
+    table = [(row.title, printed[row], *(rho(results, p, row) for p in PROTOCOLS)) for row in rows.RHO]
+    columns = ["row", published_column(results), "as published", "corrected"]
+    return pd.DataFrame(table, columns=columns).set_index("row")
 
 
 def rho(results: RunResults, protocol: str, row: Row) -> str:
@@ -185,9 +195,10 @@ def k_curve_table(results: RunResults) -> pd.DataFrame:
         ("control: unrelated text, corrected", corrected, rows.CURVE_UNRELATED, rows.SLOPE_UNRELATED),
         ("control: other targets' rollouts, corrected", corrected, rows.CURVE_OTHERS, rows.SLOPE_OTHERS),
     )
-    printed = k_curve(SECTION_11)
+    printed = k_curve(results.counterpart)
     index = [*sorted({*printed, *paper["ks"]}), rows.SLOPE.label]
-    table = {PUBLISHED: [*(number(printed.get(k)) for k in index[:-1]), number(stated(rows.SLOPE))]}
+    slope_stated = number(stated(rows.SLOPE, name=results.counterpart))
+    table = {published_column(results): [*(number(printed.get(k)) for k in index[:-1]), slope_stated]}
     for label, column, curve, slope in curves:
         points = column[curve.cen] | {"ci95": column["ci95"][curve.cen]}
         table[label] = [*(with_interval(points, str(k)) for k in index[:-1]), with_interval(column, slope.cen)]
@@ -197,31 +208,43 @@ def k_curve_table(results: RunResults) -> pd.DataFrame:
 def with_released(
     make: Callable[[RunResults], pd.DataFrame], results: RunResults, released: Optional[RunResults]
 ) -> pd.DataFrame:
-    """A run's table; right of what is published for §11's backbone, what the AV that was released for it scores in
-    ``released``, a run of ours, under the same protocol."""
+    """A run's table; right of what is published, what the AV that was released for it scores in ``released``, a run of
+    ours, under the same protocol."""
     table = make(results)
     if released is None or released is results:
         return table
     theirs = make(released).reindex(table.index).fillna(number(None))
     for column in [c for c in table if c.startswith("published")]:
-        kind = column.removeprefix(PUBLISHED).removeprefix("published")
+        kind = column.removeprefix(published_column(results)).removeprefix("published")
         table.insert(table.columns.get_loc(column) + 1, RELEASED + kind, theirs[f"as published{kind}"])
     return table
 
 
+def family_columns(runs: Iterable[RunResults], printed: Callable, ours: Callable, of: str = "{r.label}") -> dict:
+    """Columns family by family: what is ``printed`` of the paper's backbone, by the name of its record, then ``ours``
+    of each run, called ``of``."""
+    columns = {}
+    for name, of_family in by_family(runs).items():
+        columns |= {f"{PUBLISHED}{TITLES[name]}": printed(name)} if name else {}
+        columns |= {of.format(r=r): ours(r) for r in of_family}
+    return columns
+
+
 def backbones_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """The published three beside every run, one column each; runs under the published protocol."""
-    table = {}
-    for name in BACKBONES:
+    """The published three and every run, one column each; runs under the published protocol."""
+
+    def column(layer: int, layers: int, value: Callable[[Row, str], Optional[float]]) -> dict[str, str]:
+        shown = {with_kind(row, kind): _plain(value(row, kind)) for row, kind in SIDE_BY_SIDE}
+        return {"layer / blocks": f"{layer} / {layers}"} | shown
+
+    def printed(name: str) -> dict[str, str]:
         record = published(name)
-        table[f"{TITLES[name]}, published"] = {"layer / blocks": f"{record['layer']} / {record['num_layers']}"} | {
-            with_kind(row, kind): _plain(stated(row, kind, name)) for row, kind in SIDE_BY_SIDE
-        }
-    for r in everything:
-        table[f"{r.title}, as published"] = {"layer / blocks": f"{r.layer} / {r.targets['num_layers']}"} | {
-            with_kind(row, kind): _plain(r.value(row, kind, "published")) for row, kind in SIDE_BY_SIDE
-        }
-    return pd.DataFrame(table)
+        return column(record["layer"], record["num_layers"], lambda row, kind: stated(row, kind, name))
+
+    def ours(r: RunResults) -> dict[str, str]:
+        return column(r.layer, r.targets["num_layers"], lambda row, kind: r.value(row, kind, "published"))
+
+    return pd.DataFrame(family_columns(everything, printed, ours, "{r.title}, as published"))
 
 
 def _plain(value: Optional[float]) -> str:
@@ -286,23 +309,22 @@ def has_bits(results: RunResults) -> bool:
 
 
 def bits_table(everything: Sequence[RunResults]) -> pd.DataFrame:
-    """Bits at K, held out, corrected; published curves first. ``≈`` marks what has no evidence, and so no interval."""
-    table = {
-        f"{c.title}, published": {
-            "K": str(c.k),
-            "unrelated texts": f"{max(c.null):,}",
-            rows.BEST.label: "at most " * c.at_least + bits_cell(c.bits[c.k], None, c.k, max(c.null)),
-        }
-        for c in published_curves()
-    }
-    for r in everything:
-        column, p = r.of(rows.BEST), r.bits_curve[2]
-        found = bits_of(column) if has_bits(r) else {}
-        for figure, label, k in _bits_at(column["K"]):
-            score = r.value(figure.of)
-            if label not in found and score is not None:
-                found[label] = f"≈ {bits_cell(r.interpolated_bits(score, k), None, k, p)}"
-        table[r.title] = {"K": str(column["K"]), "unrelated texts": f"{p:,}"} | found
+    """Bits at K, held out, corrected, family by family; published curves first. ``≈`` marks what has no evidence, and
+    so no interval."""
+    table, runs = {}, by_family(everything)
+    for name in (*BACKBONES, None):
+        for c in (c for c in published_curves() if FAMILIES.get(c.family) == name):
+            best = "at most " * c.at_least + bits_cell(c.bits[c.k], None, c.k, max(c.null))
+            numbers = {"K": str(c.k), "unrelated texts": f"{max(c.null):,}", rows.BEST.label: best}
+            table[f"{c.title}, published"] = numbers
+        for r in runs.get(name, ()):
+            column, p = r.of(rows.BEST), r.bits_curve[2]
+            found = bits_of(column) if has_bits(r) else {}
+            for figure, label, k in _bits_at(column["K"]):
+                score = r.value(figure.of)
+                if label not in found and score is not None:
+                    found[label] = f"≈ {bits_cell(r.interpolated_bits(score, k), None, k, p)}"
+            table[r.title] = {"K": str(column["K"]), "unrelated texts": f"{p:,}"} | found
     made = pd.DataFrame.from_dict(table, orient="index").fillna(number(None)).rename_axis("backbone")
     return made.drop(columns=f"{rows.SAMPLED.label}, at 1", errors="ignore")
 
@@ -428,14 +450,13 @@ FACTS: tuple[tuple[str, str, Optional[int], Callable[[RunResults], Optional[floa
 
 
 def facts_table(runs: Sequence[RunResults]) -> pd.DataFrame:
-    """What the paper says of its backbones and trainings, and the same of ``runs``."""
-    names = sorted(BACKBONES, key=lambda name: name != SECTION_11)
-    table = {
-        label: {f"published, {TITLES[n]}": _fact(look_up(published(n), path), digits) for n in names}
-        | {r.label: _fact(ours(r), digits) for r in runs}
-        for label, path, digits, ours in FACTS
-    }
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("fact")
+    """What the paper says of its backbones and trainings, and the same of ``runs``, family by family."""
+    columns = family_columns(
+        runs,
+        lambda name: {label: _fact(look_up(published(name), path), digits) for label, path, digits, _ in FACTS},
+        lambda r: {label: _fact(ours(r), digits) for label, _, digits, ours in FACTS},
+    )
+    return pd.DataFrame(columns).rename_axis("fact")
 
 
 def _fact(value: Optional[float], digits: Optional[int]) -> str:
