@@ -12,6 +12,7 @@ import pytest
 from nla_extensions.comparison.page import comparison_page
 from nla_extensions.depth.page import depth_page
 from nla_extensions.release.publish import dataset_card, model_card
+from nla_extensions.requantize.page import requantized_page
 from nla_extensions.tail_reader.page import reader_page
 from nla_utils import metrics, rows
 from nla_utils.config import ROOT
@@ -30,6 +31,7 @@ PAGES = {
     "tail_reader": reader_page(),
     "depth": depth_page(),
     "comparison": comparison_page(),
+    "requantized": requantized_page(),
 }
 TEX_ENGINE = next((name for name in ("latexmk", "tectonic") if shutil.which(name)), None)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -120,8 +122,9 @@ def test_pages_are_made_without_torch_in_seconds(tmp_path):
         "from nla_extensions.tail_reader.page import reader_page; "
         "from nla_extensions.depth.page import depth_page; from nla_utils.report.pages import appendix_page; "
         "from nla_extensions.comparison.page import comparison_page; "
+        "from nla_extensions.requantize.page import requantized_page; "
         f"p = pathlib.Path({str(tmp_path)!r}); "
-        "pages = section_page, appendix_page, reader_page, depth_page, comparison_page; "
+        "pages = section_page, appendix_page, reader_page, depth_page, comparison_page, requantized_page; "
         "[page().write(p / f'{i}.md', p / 'f') for i, page in enumerate(pages)]; "
         "bad = {'torch', 'transformers'} & set(sys.modules); assert not bad, bad; "
         "import time; assert time.process_time() < 30"

@@ -41,11 +41,13 @@ def weights_table(shown: Sequence[RunResults]) -> pd.DataFrame:
                 number(max((found[f"{row.cen}_change"] for row in of), key=abs), digits, "+")
                 for of, digits in (([r for r in ROWS if r not in MARGINS], 3), (MARGINS, 3), (BITS, 2))
             ]
-            table.append([results.spec.shown, KINDS[kind], *weights, *v, number(found[rows.REPLAY.cen], 4), *largest])
-    columns = ["backbone", "weights", "‖W′ − W‖ / ‖W‖, embedding", "linear maps", "all"]
+            table.append(
+                [f"{results.spec.shown}: {KINDS[kind]}", *weights, *v, number(found[rows.REPLAY.cen], 4), *largest]
+            )
+    columns = ["weights", "‖W′ − W‖ / ‖W‖, embedding", "linear maps", "all"]
     columns += ["v′ against v: mean", "own μ: mean", "worst", "own μ: worst", "replay"]
     columns += [f"largest change of a {of}" for of in ("score", "margin", "figure in bits")]
-    return pd.DataFrame(table, columns=columns).set_index(columns[:2])
+    return pd.DataFrame(table, columns=columns).set_index(columns[0])
 
 
 def changes_table(results: RunResults) -> pd.DataFrame:
