@@ -44,8 +44,8 @@ def weights_table(shown: Sequence[RunResults]) -> pd.DataFrame:
             table.append(
                 [f"{results.spec.shown}: {KINDS[kind]}", *weights, *v, number(found[rows.REPLAY.cen], 4), *largest]
             )
-    columns = ["weights", "‖W′ − W‖ / ‖W‖, embedding", "linear maps", "all"]
-    columns += ["v′ against v: mean", "own μ: mean", "worst", "own μ: worst", "replay"]
+    columns = ["weights", "relative change, embedding", "linear maps", "all", "v against v: mean"]
+    columns += ["own μ: mean", "worst", "own μ: worst", "replay"]
     columns += [f"largest change of a {of}" for of in ("score", "margin", "figure in bits")]
     return pd.DataFrame(table, columns=columns).set_index(columns[0])
 
