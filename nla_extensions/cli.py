@@ -190,22 +190,43 @@ def requantize(config: RunConfig) -> None:
 @app.command()
 @click.option("--text", help="Take the activation of this text.")
 @click.option("--vector", type=click.Path(exists=True, path_type=Path), help="Or a .npy, .safetensors or .pt file.")
+@click.option("--vectors", type=click.Path(exists=True, path_type=Path), help="Or a file of many, whose texts go --to.")
+@click.option("--to", type=FILE, help="JSON Lines of k texts for each of --vectors, for `nla score`.")
 @click.option("--token", default=-1, help="Which token of the text; negative counts from the end.")
 @backbone_option
 @run_option
-@click.option("--method", default="reader", help="reader, guided, av, lens or patchscope.")
+@click.option("--method", default="reader", help="reader, guided, av, lens, patchscope, or module:Class.")
 @click.option("--k", default=64, help="How many texts to choose from.")
 @click.option("--seed", default=0, help="Seed of the draws.")
 @click.option("--fluency", type=float, help="Score penalty per nat per token; guided has 0.02 if not given.")
+@click.option("--others", default=0, help="A p-value from the texts of so many other activations; so much slower.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verbalize(
-    text: Optional[str], vector: Optional[Path], token: int, backbone: str, run: Optional[Path], as_json: bool, **how
+    text: Optional[str],
+    vector: Optional[Path],
+    vectors: Optional[Path],
+    to: Optional[Path],
+    token: int,
+    backbone: str,
+    run: Optional[Path],
+    as_json: bool,
+    **how,
 ) -> None:
-    """Put one activation into words: the best of k texts, its score, and what chance and retrieval give."""
-    from nla_extensions.release.api import NLA, read_vector
+    """Put an activation into words: the best of k texts, its score, and what chance and retrieval give. Of many
+    --vectors, write k texts each to a file."""
+    from nla_extensions.release.api import NLA
+    from nla_extensions.scoring.files import read_vector, read_vectors
 
-    if (text is None) == (vector is None):
-        raise ConfigError("give either --text or --vector")
+    if sum(given is not None for given in (text, vector, vectors)) != 1:
+        raise ConfigError("give one of --text, --vector and --vectors")
+    if (vectors is None) != (to is None):
+        raise ConfigError("--vectors and --to go together: the texts of many activations go to a file")
+    if vectors is not None:
+        names, v_Md = read_vectors(vectors)
+        nla = NLA.load(backbone, run)
+        nla.verbalize_many(names, v_Md, to.resolve(), how["k"], how["method"], how["seed"])
+        click.echo(f"  {show(to.resolve())}  {len(names):,} × {how['k']} texts")
+        return
     given = None if vector is None else read_vector(vector)
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
@@ -272,14 +293,102 @@ def check(backbone: str, activations: Optional[Path], as_json: bool, **given) ->
 
 
 @app.command()
+@click.option("--vectors", type=FILE, required=True, help="M vectors: .safetensors, .npy or .pt, named or numbered.")
+@click.option(
+    "--texts", type=FILE, multiple=True, required=True, help="Texts as JSON Lines; repeat for several methods."
+)
+@click.option("--sources", type=FILE, help="The vectors' own sources as JSON Lines.")
+@backbone_option
+@click.option("--layer", **OPTIONS["layer"])
+@click.option("--dtype", **OPTIONS["dtype"])
+@click.option("--device", **OPTIONS["device"])
+@click.option("--pool", type=FILE, help="A folder of `nla pool`, or a finished run, if not one drawn and cached.")
+@click.option("--protocol", default="corrected", help="corrected, or published: read without the start token.")
+@click.option("--directions", is_flag=True, help="The vectors are directions (SAE decoder rows, steering vectors).")
+@click.option("--searched", is_flag=True, help="The writer looked at v: no p-values.")
+@click.option("--max-over-tokens", is_flag=True, help="Read a text at every token; the best counts.")
+@click.option("--encoder", help="module:Class of a trained reconstructor, which gives activations of token ids.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--parquet", type=FILE, help="Write a row a text here; of several --texts, each to a file with its name.")
+@click.option("--html", type=FILE, help="Write a page here; of several --texts, each to a file with its name.")
+def score(
+    vectors: Path,
+    texts: tuple[Path, ...],
+    sources: Optional[Path],
+    encoder: Optional[str],
+    as_json: bool,
+    parquet: Optional[Path],
+    html: Optional[Path],
+    **how,
+) -> None:
+    """Score texts against the vectors that they were written for, beside unrelated texts at equal K."""
+    from nla_extensions.release.verbalizers import load_class
+    from nla_extensions.scoring import files
+    from nla_extensions.scoring.scores import score as score_texts
+    from nla_utils.lm.loading import load_backbone
+    from nla_utils.lm.weights import canonical_name
+
+    if len({path.stem for path in texts}) < len(texts):
+        raise ConfigError("two files of texts have the same name; it is what their methods are called")
+    names, v_Md = files.read_vectors(vectors)
+    out = sys.stdout
+    # What loading says is not part of the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        config = {key: how.pop(key) for key in ("layer", "dtype", "device")}
+        backbone = load_backbone(RunConfig(backbone=canonical_name(how.pop("backbone")), **config))
+        files.check_vectors(v_Md, names, backbone.d, backbone.name)
+        given = [files.read_texts(path, names, backbone) for path in texts]
+        how["sources"] = sources and files.read_texts(sources, names, backbone)[0]
+        made = encoder and load_class(encoder)(backbone)
+        for path, (ids, notes) in zip(texts, given):
+            found = score_texts(ids, v_Md, backbone, names=names, method=path.stem, encoder=made and made.encode, **how)
+            found.notes += notes
+            for target, write in ((parquet, found.to_parquet), (html, found.to_html)):
+                if target:
+                    write(target if len(texts) == 1 else target.with_stem(f"{target.stem}-{path.stem}"))
+            if as_json:
+                click.echo(json.dumps(found.record(), ensure_ascii=False, allow_nan=False), file=out)
+                continue
+            lines = [
+                found.table().to_string(),
+                found.bits_line(),
+                *found.p_lines(),
+                *(f"note: {x}" for x in found.notes),
+            ]
+            click.echo("\n".join(lines), file=out)
+
+
+@app.command()
+@backbone_option
+@click.option("--layer", **OPTIONS["layer"])
+@click.option("--dtype", **OPTIONS["dtype"])
+@click.option("--device", **OPTIONS["device"])
+@click.option("--n", type=int, help="How many unrelated texts.")
+@click.option("--corpus", type=FILE, help="Take them from texts: a .jsonl with a field 'text', or a folder of .txt.")
+@click.option("--seed", default=1, help="Seed of the draws.")
+def pool(backbone: str, n: Optional[int], corpus: Optional[Path], seed: int, **config) -> None:
+    """Draw the unrelated texts that `nla score` compares with, once for a backbone and layer."""
+    from nla_extensions.scoring.pool import SIZE, make_pool
+    from nla_utils.lm.loading import load_backbone
+    from nla_utils.lm.weights import canonical_name
+
+    loaded = load_backbone(RunConfig(backbone=canonical_name(backbone), **config))
+    made, path = make_pool(loaded, SIZE if n is None else n, corpus, seed)
+    click.echo(f"  {path}  {len(made.v):,} texts, {made.about['duplicates left out']} duplicates left out")
+
+
+@app.command()
 @backbone_option
 @run_option
 @click.option("--n", default=64, help="How many sources, each with a twin.")
 @click.option("--k", default=16, help="Compute budget of each way of reading, in AV rollouts.")
 @click.option("--directions", default=16, help="How many vectors of each kind that are no activation of a text.")
+@click.option("--method", "more", multiple=True, help="A further verbalizer: module:Class, or an installed one's name.")
 @click.option("--seed", default=1, help="Seed of the sources and the draws.")
 @click.option("--to", type=FILE, default=Path("comparison.json"), help="The results file to write.")
-def compare(backbone: str, run: Optional[Path], n: int, k: int, directions: int, seed: int, to: Path) -> None:
+def compare(
+    backbone: str, run: Optional[Path], n: int, k: int, directions: int, seed: int, to: Path, more: tuple[str, ...]
+) -> None:
     """Compare the ways of reading on new sources: score, fluency, and what they hold beyond the last words."""
     from nla_extensions.comparison import measure
     from nla_extensions.release.api import NLA
@@ -295,7 +404,7 @@ def compare(backbone: str, run: Optional[Path], n: int, k: int, directions: int,
         "code": code_version(),
         "libraries": library_versions(),
         "device": nla.backbone.device.type,
-        **measure.compare(nla, n, k, directions, seed, unfinished),
+        **measure.compare(nla, n, k, directions, seed, unfinished, more),
     }
     write_record(to, record)
     unfinished.unlink()

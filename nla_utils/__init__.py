@@ -1,7 +1,7 @@
 """Natural-language activation verbalization, §11, reproduced and audited.
 
 Importing the package loads neither torch nor a model: tables, figures and the paper section are made from JSON alone.
-``from nla_utils import NLA`` loads what reading an activation needs.
+``from nla_utils import NLA, score`` loads what reading an activation, and scoring anyone's texts, needs.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -17,4 +17,8 @@ def __getattr__(name: str):
         from nla_extensions.release.api import NLA
 
         return NLA
+    if name == "score":
+        from nla_extensions.scoring.scores import score
+
+        return score
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

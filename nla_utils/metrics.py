@@ -89,10 +89,10 @@ def exact_k_curve(scores_MK: Array, ks: Sequence[int]) -> Array:
 
 
 def _expected_max(ordered_MK: Array, ks: Sequence[int]) -> Array:
-    return ordered_MK @ np.stack([_expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
+    return ordered_MK @ np.stack([expected_max_weights(ordered_MK.shape[1], k) for k in ks], axis=1)
 
 
-def _expected_max_weights(n: int, k: int) -> Array:
+def expected_max_weights(n: int, k: int) -> Array:
     """Weight of the i-th smallest of n scores in the expected maximum of k drawn without replacement; NaN for k > n."""
     if k > n:
         return np.full(n, np.nan)
@@ -240,9 +240,16 @@ def p_of_null(values: Array, null_n: Array) -> Array:
     return (1 + len(null_n) - np.searchsorted(null_n, values, "left")) / (1 + len(null_n))
 
 
+def discoveries(p_M: Array, level: float = 0.05) -> tuple[int, int]:
+    """How many p-values are discoveries at a false discovery rate by Benjamini and Hochberg's method, and by Benjamini
+    and Yekutieli's, which holds however they depend on each other."""
+    known = p_M[np.isfinite(p_M)]
+    return tuple(int((false_discovery_control(known, method=name) <= level).sum()) for name in ("bh", "by"))
+
+
 def share_of_discoveries(p_M: Array, level: float = 0.05) -> float:
-    """Share of p-values that Benjamini and Hochberg's method takes for discoveries at a false discovery rate."""
-    return float((false_discovery_control(p_M[np.isfinite(p_M)]) <= level).sum() / len(p_M))
+    """Share of p-values that Benjamini and Hochberg's method takes for discoveries."""
+    return discoveries(p_M, level)[0] / len(p_M)
 
 
 def between_targets(rho_M: Array, k: int) -> float:

@@ -221,18 +221,23 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix != ".jsonl" or not path.is_file():
         raise ArtefactError(f"{path} is neither a .jsonl file nor a folder of .txt files")
     texts = []
-    # JSON Lines ends a line at \n alone: U+2028 and the like are part of a text.
+    for i, row in json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            wanted = "it needs a field 'text' that holds a string"
+            raise ArtefactError(f"{path}, line {i}: {wanted}, not {row!r:.80}")
+        texts.append(row["text"])
+    return texts
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line of a JSON Lines file; raises ``ArtefactError`` that names the file and the line."""
+    # A line ends at \n alone: U+2028 and the like are part of a text.
     for i, line in enumerate(_decoded(path).split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                yield i, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ArtefactError(f"{path}, line {i} is not valid JSON ({error})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                wanted = "it needs a field 'text' that holds a string"
-                raise ArtefactError(f"{path}, line {i}: {wanted}, not {row!r:.80}")
-            texts.append(row["text"])
-    return texts
 
 
 def _decoded(path: Path) -> str:

@@ -119,7 +119,7 @@ def test_command_line_reads_text_and_vectors_alike(nla, scored_run, tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ([], "give either --text or --vector"),
+        ([], "give one of --text, --vector and --vectors"),
         (["--vector", "absent.npy"], "does not exist"),
         (["--text", "x", "--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
     ],

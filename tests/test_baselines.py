@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 
-from nla_extensions.release.verbalizers import ASK, IDENTITY_PROMPT, PLACE, lens_tokens, patchscope, replaced
+from nla_extensions.release.verbalizers import Patchscope, lens_tokens, placed
 from nla_utils.lm.sampling import SamplingSettings, sample
 
-GREEDY, STREAM = torch.tensor([True]), np.array([0])
+
+class SixTokens(Patchscope):
+    tokens = 6
 
 
 def test_the_lens_reads_the_last_blocks_output_as_the_head_does(tiny_run):
@@ -25,15 +27,14 @@ def test_the_lens_reads_the_last_blocks_output_as_the_head_does(tiny_run):
 def test_its_own_state_in_the_prompt_changes_nothing(tiny_run):
     """The state that the place holds anyway, put there, must leave the text as it is."""
     backbone = tiny_run[0].backbone
-    before, place, after = (backbone.tokenize_text(t) for t in (IDENTITY_PROMPT, PLACE, ASK))
-    own = backbone.encode([[*before, *place]], start=True)
-    plain = sample(
-        backbone,
-        backbone.embed(torch.tensor([[backbone.start_id, *before, *place, *after]])),
-        SamplingSettings(6, temperature=0.0),
-        None,
-    ).sequence(0)
-    assert patchscope(backbone, torch.from_numpy(own), 6, STREAM, GREEDY)[0] == plain
+    scope = SixTokens(backbone, None)
+    ids, (place,) = scope.ids
+    assert backbone.tokenizer.decode(ids[1:]) == SixTokens.prompt and backbone.tokenizer.decode(ids[place]) == "?"
+    own = backbone.encode([ids[: place + 1]], start=False)
+    plain = sample(backbone, backbone.embed(torch.tensor([ids])), SamplingSettings(6, temperature=0.0), None).sequence(
+        0
+    )
+    assert scope.write(own, 0, np.array([0])).sequence(0, 0) == plain
 
 
 def test_another_state_moves_the_prediction_behind_it_and_no_prompt_before_it(gemma_run):
@@ -41,7 +42,7 @@ def test_another_state_moves_the_prediction_behind_it_and_no_prompt_before_it(ge
     backbone = run.backbone
     ids = torch.tensor([[backbone.start_id, 5, 6, 7, 8]])
     plain = backbone.last_hidden(input_ids=ids)
-    with replaced(backbone.blocks[backbone.layer - 1], 30 * torch.from_numpy(targets.v[:1]), 2):
+    with placed(backbone.blocks[backbone.layer - 1], 30 * torch.from_numpy(targets.v[:1]), [2]):
         moved = backbone.last_hidden(input_ids=ids)
     assert torch.equal(plain[:, :2], moved[:, :2]) and not torch.allclose(plain[:, 2:], moved[:, 2:])
     assert torch.equal(plain, backbone.last_hidden(input_ids=ids)), "the hook is gone"

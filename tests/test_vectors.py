@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nla_extensions.release.api import NLA, read_vector
+from nla_extensions.release.api import NLA
+from nla_extensions.scoring.files import read_vector
 from nla_utils.errors import ConfigError
 
 

@@ -86,13 +86,12 @@ def twins(sources: Sequence[list[int]]) -> list[list[int]]:
 def draw(nla: NLA, method: str, v_Md: np.ndarray, budget: int, seed: int) -> Texts:
     """The texts of a way of reading that draws, the likeliest first, then as many draws as the budget has room for, one
     at least."""
-    cost = nla.verbalizer(method).cost
+    cost = getattr(nla.verbalizer(method), "cost", nla.verbalizer("av").cost)
     k = min(max(1, budget // cost), len(nla.backbone.head_weight))
     together, ids = max(1, nla.backbone.sample_batch // (k + 1)), []
     for first in Progress(range(0, len(v_Md), together), desc=method, unit="batch"):
         part = v_Md[first : first + together]
-        streams_B = row_streams(seed, method, range(first, first + len(part)), k + 1)
-        ids += nla.verbalizer(method).write(part, k, streams_B).sequences
+        ids += nla.write(part, k, method, seed, first).sequences
     return _read(nla, len(v_Md), ids)
 
 
@@ -123,15 +122,19 @@ def _read(nla: NLA, m: int, sequences: Sequence[Sequence[int]]) -> Texts:
     return read(nla.backbone, Texts.of("rollout", range(m), sequences), CORRECTED)
 
 
-def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unfinished: Path) -> dict:
-    """The record of a comparison on ``n`` sources and their twins, all ways at the forward tokens of ``n_rollouts`` of
-    the AV: ``rows`` (one a way of reading), ``directions``, and how alike the twins are.
+def compare(
+    nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unfinished: Path, more: Sequence[str] = ()
+) -> dict:
+    """The record of a comparison on ``n`` sources and their twins, all ways, and the verbalizers named in ``more``, at
+    the forward tokens of ``n_rollouts`` of the AV: ``rows`` (one a way of reading), ``directions``, and how alike the
+    twins are.
 
     ``unfinished`` is the file that keeps what is there, for the caller to remove once it has written the record. Raises
     ``ArtefactError`` where it is of another comparison.
     """
     cases, budget = draw_cases(nla, n, seed), n_rollouts * nla.verbalizer("av").cost
-    asked = {"n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED}
+    asked = {"n": n, "forward_tokens": budget, "seed": seed, "shared_tokens": SHARED} | ({"more": more} if more else {})
+    methods = [*VERBALIZERS, *more]
     conditions = RunFolder(unfinished, nla.backbone.identity(), device=nla.backbone.device.type).conditions
     plan = {**asked, "of": json_hash({**conditions, **nla.bundle.made_from, "directions": n_directions})}
     kept = read_record(unfinished) if unfinished.exists() else {"plan": plan, "parts": {}}
@@ -150,19 +153,19 @@ def compare(nla: NLA, n: int, n_rollouts: int, n_directions: int, seed: int, unf
         paid = {"fluency": PRICES[name]} if name in PRICES else {}
         return {"method": name, "k": texts.k, **paid, **score(nla, cases, texts).to_json()}
 
-    for name, make in _ways(nla, cases, budget, seed).items():
+    for name, make in _ways(nla, cases, methods, budget, seed).items():
         rows += keep(name, lambda: [row(name, make())])
     for kind, v_nd in vectors(nla, n_directions).items():
-        directions += keep(kind, lambda: read_directions(nla, kind, v_nd, budget, seed))
+        directions += keep(kind, lambda: read_directions(nla, kind, v_nd, methods, budget, seed))
     alike = fve(cases.v[:n], cases.twin_v[:n], nla.bundle.mu)
     return {**asked, "twins_alike": float(alike.mean()), "rows": rows, "directions": directions}
 
 
-def _ways(nla: NLA, cases: Cases, budget: int, seed: int) -> dict[str, Callable[[], Texts]]:
+def _ways(nla: NLA, cases: Cases, methods: Sequence[str], budget: int, seed: int) -> dict[str, Callable[[], Texts]]:
     """By name how each way's texts are made; what the reader draws is drawn once for all that start from it."""
     n, v_Ld, sources = cases.n, cases.v, cases.sources
     drawn = functools.cache(lambda method: draw(nla, method, v_Ld, budget, seed))
-    ways: dict[str, Callable[[], Texts]] = {method: functools.partial(drawn, method) for method in VERBALIZERS}
+    ways: dict[str, Callable[[], Texts]] = {method: functools.partial(drawn, method) for method in methods}
     ways["guided"] = lambda: guided(nla, drawn("reader"), v_Ld, budget)
     ways["retrieved"] = lambda: retrieved(nla, v_Ld)
     ways["the source"] = lambda: single(nla, sources)
@@ -229,13 +232,15 @@ def vectors(nla: NLA, n: int) -> dict[str, np.ndarray]:
     return found
 
 
-def read_directions(nla: NLA, kind: str, v_nd: np.ndarray, budget: int, seed: int) -> list[dict]:
+def read_directions(
+    nla: NLA, kind: str, v_nd: np.ndarray, methods: Sequence[str], budget: int, seed: int
+) -> list[dict]:
     """For each way of reading: the score of the best text that the budget buys for vectors of a kind, and the chance
     that the best of as many unrelated texts scores less; means over n vectors with intervals."""
     # Texts that vectors were made from are kept out of what they are compared with.
     kept, records = nla.without_last(len(v_nd)), []
     mu, pool_v = kept.bundle.mu, kept.bundle.pool_v
-    drawn = {method: draw(kept, method, v_nd, budget, seed) for method in VERBALIZERS}
+    drawn = {method: draw(kept, method, v_nd, budget, seed) for method in methods}
     for method, texts in {**drawn, "guided": guided(kept, drawn["reader"], v_nd, budget)}.items():
         score_n = fve(texts.read_as(CORRECTED)[:, 1:], v_nd[:, None], mu).max(axis=1)
         # The guided search has looked at as many texts as it had tokens for.

@@ -7,30 +7,30 @@ print(nla.verbalize(v, k=64).text)
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional, Sequence
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nla_extensions.release.bundle import Bundle, load_bundle
-from nla_extensions.release.verbalizers import VERBALIZERS, Verbalizer
+from nla_extensions.release.verbalizers import Verbalizer, find_verbalizer, write
+from nla_extensions.scoring.files import check_vectors, resumed
 from nla_extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.config import RunConfig
-from nla_utils.encoding import nats_per_token, read
-from nla_utils.errors import ConfigError, nearest
+from nla_utils.encoding import Texts, nats_per_token, read
+from nla_utils.errors import ConfigError
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import row_streams
-from nla_utils.metrics import chance_of_rank, fve, mean_direction, variance_explained
+from nla_utils.metrics import chance_of_rank, fve, mean_direction, p_of_null, variance_explained
 from nla_utils.protocol import CORRECTED
+from nla_utils.store import Progress, arrays_hash, atomic_write, json_hash
 
-# The guided search starts from the reader's texts.
-METHODS = (*VERBALIZERS, "guided")
 # What the guided search may spend: the forward tokens of 64 AV rollouts of 64 tokens, written and read.
 GUIDED_TOKENS = 64 * 129
 # Characters of a text that are printed.
@@ -45,9 +45,10 @@ class Verbalization:
     ``variance_explained``: what other work calls so, of activations at norm 1, against the pool's mean as the guess to
     beat. ``closer`` of ``stored`` texts score at least as much. ``p_value``: the chance of so few if the k texts were
     unrelated to v, too (:func:`~nla_utils.metrics.chance_of_rank`); ``None`` for ``guided``, whose search looks at v
-    more often than k times. ``percentile``: the share of stored texts that score less to the power of k, an estimate of
-    1 − p that is 1 where none is closer. ``nats``: what a token of the text costs the language model, behind BOS and
-    without v. ``greedy``: the text chosen without looking at v again. ``retrieved``: the stored text nearest to v.
+    more often than k times. ``p_writer``: the same selection among the texts of ``others`` stored activations.
+    ``percentile``: the share of stored texts that score less to the power of k, an estimate of 1 − p that is 1 where
+    none is closer. ``nats``: what a token of the text costs the language model, behind BOS and without v. ``greedy``:
+    the text chosen without looking at v again. ``retrieved``: the stored text nearest to v.
     """
 
     method: str
@@ -59,6 +60,8 @@ class Verbalization:
     closer: int
     stored: int
     p_value: Optional[float]
+    p_writer: Optional[float]
+    others: int
     percentile: float
     nats: float
     greedy: str
@@ -72,6 +75,8 @@ class Verbalization:
         if self.p_value is not None:
             least = "" if self.closer else ", the smallest that so many can give"
             chance = f"p = {self.p_value:.3f} for the best of {self.k}{least}"
+        if self.p_writer is not None:
+            chance += f"; p = {self.p_writer:.3f} among the texts of {self.others} other activations"
         lines = (
             repr(_end_of(self.text)),
             f"  score      {self.score:.3f}  ½(1 + cosine), centred; the best of {self.k} by {self.method}",
@@ -94,6 +99,7 @@ class NLA:
 
     def __init__(self, backbone: Backbone, bundle: Bundle):
         self.backbone, self.bundle = backbone, bundle
+        self._verbalizers: dict[str, Verbalizer] = {}
 
     @classmethod
     def load(cls, backbone: str = "gemma3-270m", run: Optional[str | Path] = None, device: str = "auto") -> NLA:
@@ -130,8 +136,17 @@ class NLA:
         return ids
 
     def verbalizer(self, method: str) -> Verbalizer:
-        """One of :data:`VERBALIZERS`, with this backbone and bundle."""
-        return VERBALIZERS[method](self.backbone, self.bundle)
+        """A verbalizer by its name, or ``module:Class``, with this backbone and bundle; raises as
+        :func:`~nla_extensions.release.verbalizers.find_verbalizer` does."""
+        if method not in self._verbalizers:
+            self._verbalizers[method] = find_verbalizer(method)(self.backbone, self.bundle)
+        return self._verbalizers[method]
+
+    def write(self, v_Md: np.ndarray, k: int, method: str, seed: int, first: int = 0) -> Texts:
+        """1 + k texts for each of M activations, the likeliest first. Vector m draws from the stream of number
+        ``first`` + m, whatever is beside it."""
+        streams_B = row_streams(seed, method, range(first, first + len(v_Md)), k + 1)
+        return write(self.verbalizer(method), self.backbone, v_Md, k, streams_B)
 
     def verbalize(
         self,
@@ -140,42 +155,51 @@ class NLA:
         method: str = "reader",
         seed: int = 0,
         fluency: Optional[float] = None,
+        others: int = 0,
     ) -> Verbalization:
         """The best of k texts for v (d,), chosen by re-encoding.
 
         Args:
             method: ``reader`` (closed form, writes the last tokens), ``guided`` (the reader's texts improved by
                 search), ``av`` (the paper's adapter, writes from the beginning), ``lens`` (the k likeliest tokens of
-                the logit lens, one token a text) or ``patchscope`` (v in an identity prompt).
+                the logit lens, one token a text), ``patchscope`` (v in an identity prompt), or ``module:Class`` of
+                one's own (docs/score.md).
             fluency: taken off a text's score, when the best is chosen, for every nat a token that its words cost the
                 language model. Not given, ``guided`` takes 0.02, about where more fluent words begin to cost it much of
                 its score (paper/comparison.md), and the others nothing.
+            others: J stored activations, whose texts are written and chosen from in the same way for a further
+                p-value, (1 + how many score at least as much) / (J + 1); it takes J times as long.
 
-        Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method, k or fluency is out of range.
+        Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method, k, fluency or others is out of
+        range.
         """
         v, backbone, mu = self._checked(v), self.backbone, self.bundle.mu
-        if method not in METHODS:
-            raise ConfigError(f"unknown method {method!r}: {nearest(method, METHODS)}")
+        drawing = "reader" if method == "guided" else method
+        self.verbalizer(drawing)
         if k < 1:
             raise ConfigError(f"k is {k}; at least one text is needed")
         fluency = (FLUENCY if method == "guided" else 0.0) if fluency is None else fluency
+        if not 0 <= others <= len(self.bundle.pool_v) or (others and method == "guided"):
+            said = "the guided search looks at v, so that no texts of others are its null" if others else ""
+            raise ConfigError(
+                f"others is {others}; {said or f'choose 0 to {len(self.bundle.pool_v)} stored activations'}"
+            )
         if not 0 <= fluency < np.inf:
             raise ConfigError(f"fluency is {fluency}; it must be a number of at least 0")
-        drawing = "reader" if method == "guided" else method
-        texts = read(
-            backbone, self.verbalizer(drawing).write(v[None], k, row_streams(seed, drawing, [0], k + 1)), CORRECTED
-        )
+        texts = read(backbone, self.write(v[None], k, drawing, seed), CORRECTED)
         if method == "guided":
             found = guided_search(self.bundle.reader, backbone, v[None], mu, texts, GUIDED_TOKENS, fluency)
             text = found.ids[0].tolist()
         else:
-            paid = fluency * nats_per_token(backbone, texts.sequences) if fluency else 0
-            worth = fve(texts.read_as(CORRECTED)[0], v, mu) - paid
-            text = texts.sequence(0, 1 + int(worth[1:].argmax()))
+            text = texts.sequence(0, self._chosen(texts, v, fluency)[0][0])
         greedy, h = texts.sequence(0), self._as_read(text)
         value, null = float(fve(h, v, mu)), fve(self.bundle.pool_v, v, mu)
         near = self.bundle.pool_texts[int(null.argmax())]
         closer, stored = int((null >= value).sum()), len(null)
+        p_writer = None
+        if others:
+            texts = read(backbone, self.write(self.bundle.pool_v[:others], k, drawing, seed, first=1), CORRECTED)
+            p_writer = float(p_of_null(value, self._chosen(texts, v, fluency)[1]))
         nats, near_nats = nats_per_token(backbone, [self._read_again(text), near])
         return Verbalization(
             method=method,
@@ -187,6 +211,8 @@ class NLA:
             closer=closer,
             stored=stored,
             p_value=None if method == "guided" else chance_of_rank(closer, stored, k),
+            p_writer=p_writer,
+            others=others,
             percentile=float((null < value).mean() ** k),
             nats=float(nats),
             greedy=backbone.decode_text(greedy),
@@ -195,6 +221,43 @@ class NLA:
             retrieved_score=float(null.max()),
             retrieved_nats=float(near_nats),
         )
+
+    def verbalize_many(self, names: Sequence[str], v_Md: np.ndarray, to: Path, k: int, method: str, seed: int) -> None:
+        """Write k texts of each of M vectors to JSON Lines, as ``nla score`` reads them, the likeliest text beside
+        them; what was interrupted resumes.
+
+        Raises ``ConfigError`` for vectors that do not fit or for ``guided``, which reads one vector at a time,
+        ``ArtefactError`` where the unfinished file is of other vectors or options.
+        """
+        v_Md = check_vectors(v_Md, names, self.backbone.d, self.backbone.name)
+        if method == "guided" or k < 1:
+            raise ConfigError(f"method {method!r}, k {k}: choose a verbalizer that draws, and at least one text")
+        self.verbalizer(method)
+        of = {"vectors": arrays_hash({"v": v_Md}), "names": json_hash(list(names)), "bundle": self.bundle.made_from}
+        plan = {**self.backbone.identity(), **of, "k": k, "method": method, "seed": seed}
+        partial, done = resumed(to, plan)
+        together, decode = max(1, self.backbone.sample_batch // (k + 1)), self.backbone.decode_text
+        left = [i for i, name in enumerate(names) if name not in done]
+        with open(partial, "a", encoding="utf-8") as file, Progress(total=len(left), desc=method, unit="vector") as bar:
+            # Successive ones, so that each block is one call.
+            for i in range(left[0] if left else len(names), len(names), together):
+                texts = self.write(v_Md[i : i + together], k, method, seed, i)
+                for m in range(len(texts.lengths)):
+                    (likeliest, *ids) = [texts.sequence(m, j) for j in range(k + 1)]
+                    row = {"id": names[i + m], "texts": list(map(decode, ids)), "ids": ids, "likeliest": likeliest}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(texts.lengths))
+        lines = partial.read_bytes()
+        atomic_write(to, lines[lines.index(b"\n") + 1 :])
+        partial.unlink()
+
+    def _chosen(self, texts: Texts, v: np.ndarray, fluency: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of each vector's draws (M, 1 + k) the one that is chosen for v, and its score (M,), (M,)."""
+        score_MK = fve(texts.read_as(CORRECTED), v, self.bundle.mu)[:, 1:]
+        nats_MK = nats_per_token(self.backbone, texts.sequences).reshape(texts.lengths.shape)[:, 1:] if fluency else 0
+        at_M = (score_MK - fluency * nats_MK).argmax(axis=1)
+        return 1 + at_M, score_MK[np.arange(len(at_M)), at_M]
 
     def _checked(self, v: np.ndarray | Tensor) -> np.ndarray:
         # A hidden state as a model gives it: any float dtype, on any device, (d,), (1, d) or (1, 1, d).
@@ -227,24 +290,3 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
         labels.append(text if whole and (text.isprintable() or text.isspace()) else f"[{token}]")
         first = i + 1 if whole else first
     return labels
-
-
-def read_vector(path: Path) -> Tensor:
-    """The one tensor in a ``.npy``, ``.safetensors`` or ``.pt`` file; raises ``ConfigError`` where it holds another."""
-    readers = {
-        ".npy": lambda: {"": torch.from_numpy(np.load(path, allow_pickle=False))},
-        ".safetensors": lambda: load_file(path),
-        ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
-    }
-    if path.suffix not in readers:
-        raise ConfigError(f"{path}: a vector is read from {', '.join(readers)}, not {path.suffix or 'a bare name'}")
-    try:
-        content = readers[path.suffix]()
-    # Each format has errors of its own for a file that is empty, cut, or of another kind.
-    except Exception as error:
-        raise ConfigError(f"{path} was not read: {error or type(error).__name__}; it has to hold one tensor") from None
-    tensors = list(content.values()) if isinstance(content, dict) else [content]
-    if len(tensors) != 1 or not isinstance(tensors[0], Tensor) or not tensors[0].is_floating_point():
-        held = sorted(content) if isinstance(content, dict) and len(content) != 1 else "no floating-point tensor"
-        raise ConfigError(f"{path} holds {held}; exactly one tensor of floats is read")
-    return tensors[0]

@@ -13,6 +13,8 @@ from typing import Sequence
 
 import jinja2
 import numpy as np
+from scipy.ndimage import label
+from scipy.stats import false_discovery_control
 
 from nla_extensions.release.api import NLA, label_tokens
 from nla_extensions.release.bundle import SHIPPED_TAIL
@@ -47,6 +49,7 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = 8) -> dict:
     prefixes = [ids[: i + 1] for i in range(len(ids))]
     v_LTd = nla.backbone.encode_layers(prefixes, True, layers)
     at = nla_at_layers(nla, layers)
+    cells = [_cells(at[layer], v_Td, k) for layer, v_Td in zip(layers, v_LTd)]
     return {
         "text": text,
         "backbone": nla.backbone.name,
@@ -56,8 +59,18 @@ def explore(nla: NLA, text: str, layers: Sequence[int], k: int = 8) -> dict:
         "layers": list(layers),
         "stored": stored,
         "tokens": label_tokens(nla.backbone.tokenizer, ids),
-        "cells": [_cells(at[layer], v_Td, k) for layer, v_Td in zip(layers, v_LTd)],
+        "cells": cells,
+        "found": _discoveries(np.array([[cell["p"] for cell in row] for row in cells]), k),
     }
+
+
+def _discoveries(p_LT: np.ndarray, k: int, level: float = 0.05) -> dict:
+    """How many cells are no chance at a false discovery rate, by Benjamini and Hochberg and by Benjamini and Yekutieli,
+    in how many clusters of neighbours, and how many stored texts one would need."""
+    bh, by = metrics.discoveries(p_LT.ravel(), level)
+    found_LT = false_discovery_control(p_LT, axis=None).reshape(p_LT.shape) <= level
+    needed = int(np.ceil(k * (p_LT.size / level - 1)))
+    return {"cells": p_LT.size, "bh": bh, "by": by, "clusters": int(label(found_LT)[1]), "stored_for_one": needed}
 
 
 def _cells(nla: NLA, v_Td: np.ndarray, k: int) -> list[dict]:
@@ -78,6 +91,7 @@ def _cells(nla: NLA, v_Td: np.ndarray, k: int) -> list[dict]:
                 "score": float(best),
                 "above": float(best - chance_T[t]),
                 "percentile": float((null_TP[t] < best).mean() ** k),
+                "p": metrics.chance_of_rank(int((null_TP[t] >= best).sum()), null_TP.shape[1], k),
                 "greedy": texts[0],
                 "greedy_score": float(score_TK[t, 0]),
                 "retrieved": decode(nla.bundle.pool_texts[near]),

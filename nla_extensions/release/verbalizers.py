@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.metadata
+import os
+import sys
 from dataclasses import dataclass
-from typing import Iterator
+from pathlib import Path
+from typing import ClassVar, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nla_extensions.release.bundle import Bundle
+from nla_extensions.scoring.files import ids_of, read_texts, read_vectors
 from nla_extensions.tail_reader.reader import read_tails
+from nla_utils.config import RunConfig
 from nla_utils.encoding import Texts
+from nla_utils.errors import ConfigError, nearest
 from nla_utils.lm.backbone import Backbone
+from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import SamplingSettings, sample
-
-# Ghandeharioun et al. 2024: a prompt that repeats whatever stands last, and the token that v takes the place of.
-IDENTITY_PROMPT, PLACE, ASK = "cat->cat; 135->135; hello->hello; ", "?", "->"
 
 
 @contextlib.contextmanager
-def replaced(block: nn.Module, v_Bd: Tensor, position: int) -> Iterator[None]:
-    """The block's output at one position is v while a prompt longer than that is read, in every row of the batch."""
+def placed(module: nn.Module, v_Bd: Tensor, positions: Sequence[int], add: bool = False) -> Iterator[None]:
+    """The module's output at some positions is v, or has v added, while a prompt longer than that is read, in every row
+    of the batch."""
 
     def put(_module, _given, output):
         h_BTd = output[0] if isinstance(output, tuple) else output
-        if h_BTd.shape[1] <= position:
+        if h_BTd.shape[1] <= max(positions):
             return output  # a later step of decoding, one token a time
         h_BTd = h_BTd.clone()
-        h_BTd[:, position] = v_Bd.to(h_BTd)
+        v_B1d = v_Bd.to(h_BTd)[:, None]
+        h_BTd[:, positions] = h_BTd[:, positions] + v_B1d if add else v_B1d
         return (h_BTd, *output[1:]) if isinstance(output, tuple) else h_BTd
 
-    handle = block.register_forward_hook(put)
+    handle = module.register_forward_hook(put)
     try:
         yield
     finally:
@@ -43,22 +52,9 @@ def replaced(block: nn.Module, v_Bd: Tensor, position: int) -> Iterator[None]:
 def lens_tokens(backbone: Backbone, v_Bd: Tensor, k: int) -> Tensor:
     """The k likeliest next tokens (B, k), best first, if v were what the last block leaves: the logit lens."""
     start_B1 = torch.full((len(v_Bd), 1), backbone.start_id, device=backbone.device)
-    with replaced(backbone.blocks[-1], v_Bd, 0):
+    with placed(backbone.blocks[-1], v_Bd, [0]):
         hidden_Bd = backbone.last_hidden(input_ids=start_B1)[:, -1]
     return backbone.logits(hidden_Bd).topk(k).indices
-
-
-@torch.inference_mode()
-def patchscope(
-    backbone: Backbone, v_Bd: Tensor, n_tokens: int, streams_B: np.ndarray, greedy_B: Tensor
-) -> list[list[int]]:
-    """What the backbone writes after an identity prompt with v at its own layer: ``n_tokens`` for each row."""
-    before, place, after = (backbone.tokenize_text(text) for text in (IDENTITY_PROMPT, PLACE, ASK))
-    ids = [backbone.start_id, *before, *place, *after]
-    embeds_BPd = backbone.embed(torch.tensor([ids])).expand(len(v_Bd), -1, -1)
-    with replaced(backbone.blocks[backbone.layer - 1], v_Bd, len(before) + len(place)):
-        found = sample(backbone, embeds_BPd, SamplingSettings(max_new_tokens=n_tokens), streams_B, greedy_B=greedy_B)
-    return [found.sequence(i) for i in range(len(v_Bd))]
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class Verbalizer:
 
     @property
     def cost(self) -> int:
-        """Forward tokens of one text, written and read again behind BOS."""
-        raise NotImplementedError
+        """Forward tokens of one text, written and read again behind BOS; of a class that does not say, as the AV's."""
+        return 2 * self.bundle.av.config.max_new_tokens + 1
 
     def write(self, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
         """1 + k texts for each of M activations in one batch, the likeliest first; each of the M (1 + k) texts has a
@@ -99,10 +95,6 @@ class Reader(Verbalizer):
 class PaperAV(Verbalizer):
     """The paper's activation verbalizer."""
 
-    @property
-    def cost(self) -> int:
-        return 2 * self.bundle.av.config.max_new_tokens + 1
-
     @torch.inference_mode()
     def write(self, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
         av = self.bundle.av
@@ -119,18 +111,121 @@ class LogitLens(Verbalizer):
         return _texts(v_Md, [[i] for row in tokens_MK for i in (row[0], *row)])
 
 
-class Patchscope(Verbalizer):
-    """v in an identity prompt; texts are as long as the reader's."""
+class PromptVerbalizer(Verbalizer):
+    """Puts v into a prompt and lets a model go on: Patchscopes, SelfIE, autoencoders' verbalizers, activation oracles.
+
+    A subclass says how. ``prompt``: the text behind the start token, with v at each ``placeholder``, a string that is
+    one token there. ``layer``: whose output v enters, 0 for the embeddings, else a block's; ``None`` is v's own layer.
+    ``add``: v is added to what is there, else it takes its place. ``scale``: what v is multiplied by. ``model``: who
+    writes, if not the backbone: a registry name, a hub id or a folder, of the same width; ``adapter``: a folder of a
+    LoRA in safetensors for it, which needs peft. ``tokens``: how many a text has at most.
+    """
+
+    prompt: ClassVar[str] = ""
+    placeholder: ClassVar[str] = "?"
+    layer: ClassVar[Optional[int]] = None
+    add: ClassVar[bool] = False
+    scale: ClassVar[float] = 1.0
+    model: ClassVar[Optional[str]] = None
+    adapter: ClassVar[Optional[str]] = None
+    tokens: ClassVar[int] = 64
+
+    @functools.cached_property
+    def writer(self) -> Backbone:
+        """The model that writes; raises ``ConfigError`` where it has another width, or peft is missing."""
+        writer = self.backbone
+        if self.model is not None or self.adapter is not None:
+            # An adapter changes the model in place, so it has one of its own.
+            source = self.model or str(self.backbone.folder)
+            writer = load_backbone(RunConfig(backbone=source, dtype=self.backbone.identity()["dtype"]))
+        if writer.d != self.backbone.d:
+            raise ConfigError(
+                f"{writer.name} has width {writer.d}, the vectors of {self.backbone.name} {self.backbone.d}"
+            )
+        if self.adapter is not None:
+            with_adapter(writer.model, Path(self.adapter))
+        return writer
+
+    @functools.cached_property
+    def ids(self) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt behind the start token, and the positions of the placeholders; raises ``ConfigError``
+        where there is none."""
+        parts = self.prompt.split(self.placeholder)
+        (token, *more) = self.writer.tokenize_text(self.placeholder)
+        if len(parts) < 2 or more:
+            raise ConfigError(f"{self.placeholder!r} must be one token of {self.writer.name}, and in {self.prompt!r}")
+        ids, places = [self.writer.start_id], []
+        for i, part in enumerate(parts):
+            places += [len(ids)] if i else []
+            ids += ([token] if i else []) + (self.writer.tokenize_text(part) if part else [])
+        return ids, places
 
     @property
     def cost(self) -> int:
-        prompt = 1 + sum(len(self.backbone.tokenize_text(part)) for part in (IDENTITY_PROMPT, PLACE, ASK))
-        return prompt + 2 * self.bundle.reader.n + 1
+        return len(self.ids[0]) + 2 * self.tokens
 
+    @torch.inference_mode()
     def write(self, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
-        v_Bd = torch.from_numpy(v_Md).to(self.backbone.device).repeat_interleave(k + 1, dim=0)
-        greedy_B = torch.arange(len(v_Bd), device=self.backbone.device) % (k + 1) == 0
-        return _texts(v_Md, patchscope(self.backbone, v_Bd, self.bundle.reader.n, streams_B, greedy_B))
+        writer, (ids, places) = self.writer, self.ids
+        v_Bd = self.scale * torch.from_numpy(v_Md).to(writer.device).repeat_interleave(k + 1, dim=0)
+        greedy_B = torch.arange(len(v_Bd), device=writer.device) % (k + 1) == 0
+        embeds_BPd = writer.embed(torch.tensor([ids])).expand(len(v_Bd), -1, -1)
+        layer, enter = writer.layer if self.layer is None else self.layer, contextlib.nullcontext()
+        if layer:
+            enter = placed(writer.blocks[layer - 1], v_Bd, places, self.add)
+        else:
+            embeds_BPd = embeds_BPd.clone()
+            v_B1d = v_Bd.to(embeds_BPd)[:, None]
+            embeds_BPd[:, places] = embeds_BPd[:, places] + v_B1d if self.add else v_B1d
+        with enter:
+            found = sample(
+                writer, embeds_BPd, SamplingSettings(max_new_tokens=self.tokens), streams_B, greedy_B=greedy_B
+            )
+        return _texts(v_Md, [found.sequence(i) for i in range(len(v_Bd))])
+
+
+def with_adapter(model: nn.Module, folder: Path) -> None:
+    """Merge a LoRA into a model's weights, in place; raises ``ConfigError`` where peft or the adapter's safetensors are
+    missing."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{folder} holds no adapter_model.safetensors; no other format of adapters is read")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ConfigError("an adapter needs the package peft: pip install peft") from None
+    PeftModel.from_pretrained(model, folder).merge_and_unload()
+    model.requires_grad_(False)
+
+
+class Patchscope(PromptVerbalizer):
+    """v in an identity prompt (Ghandeharioun et al. 2024); texts are as long as the reader's."""
+
+    prompt = "cat->cat; 135->135; hello->hello; ?->"
+
+    @property
+    def tokens(self) -> int:
+        return self.bundle.reader.n
+
+
+class JsonlVerbalizer(Verbalizer):
+    """Texts that are in a file, for vectors that are in another; a subclass names both (``nla score`` has their
+    formats)."""
+
+    vectors: ClassVar[str]
+    texts: ClassVar[str]
+    cost = 1
+
+    def write(self, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> list[list[list[int]]]:
+        names, held_Nd = read_vectors(Path(self.vectors))
+        ids, _ = read_texts(Path(self.texts), names, self.backbone)
+        found = []
+        for m, v_d in enumerate(v_Md):
+            same = np.flatnonzero((held_Nd == v_d).all(axis=1))
+            own = ids[same[0]] if len(same) else []
+            if len(own) < 1 + k:
+                raise ConfigError(f"{self.texts} has {len(own)} texts for vector {m}, not {1 + k}, the likeliest first")
+            found.append(own[: 1 + k])
+        return found
 
 
 VERBALIZERS: dict[str, type[Verbalizer]] = {
@@ -139,3 +234,49 @@ VERBALIZERS: dict[str, type[Verbalizer]] = {
     "lens": LogitLens,
     "patchscope": Patchscope,
 }
+# The guided search starts from the reader's texts.
+METHODS = (*VERBALIZERS, "guided")
+# The group of entry points that other packages name theirs in.
+GROUP = "nla.verbalizers"
+
+
+def find_verbalizer(method: str) -> type[Verbalizer]:
+    """One of :data:`VERBALIZERS`, ``module:Class`` of one's own, or an entry point of another package; raises
+    ``ConfigError`` for what is none of them."""
+    if method in VERBALIZERS:
+        return VERBALIZERS[method]
+    entries = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    if method in entries:
+        method = entries[method].value
+    if ":" not in method:
+        raise ConfigError(f"unknown method {method!r}: {nearest(method, [*METHODS, *entries, 'module:Class'])}")
+    found = load_class(method)
+    if not callable(getattr(found, "write", None)):
+        raise ConfigError(f"{method} has no method write(v_Md, k, streams_B)")
+    return found
+
+
+def load_class(name: str) -> type:
+    """``module:Class``, the module from where Python finds it or from the folder that one is in; raises ``ConfigError``
+    where there is none."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    # A module of one's own may fail in any way as it is imported.
+    except Exception as error:
+        raise ConfigError(f"{name} was not found: {type(error).__name__}: {error}; write module:Class") from None
+
+
+def write(verbalizer: Verbalizer, backbone: Backbone, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
+    """1 + k texts for each vector; one's own may write ``Texts``, or for each vector a list of strings or of ids.
+
+    Raises ``ConfigError`` that names the class where there are not so many."""
+    made, who = verbalizer.write(v_Md, k, streams_B), type(verbalizer).__name__
+    if not isinstance(made, Texts):
+        made = _texts(v_Md, [text for own in ids_of(made, range(len(v_Md)), backbone) for text in own])
+    if made.lengths.shape != (len(v_Md), 1 + k):
+        said = f"{made.lengths.size} texts for {len(v_Md)} vectors"
+        raise ConfigError(f"{who}.write gave {said}; it must give 1 + {k} for each, the likeliest first")
+    return made
