@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from nla_extensions.cli import app
 from nla_extensions.release import bundle as bundles
-from nla_extensions.release.api import METHODS
 from nla_extensions.release.bundle import write_bundle
+from nla_extensions.release.verbalizers import METHODS
 from nla_utils import NLA
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.metrics import chance_of_rank, fve

@@ -72,8 +72,11 @@ def test_imports_go_one_way(name):
         assert not known, f"{name} imports {other}"
 
 
-def test_the_package_itself_loads_nla_alone_and_lazily():
-    assert set(imported(MODULES["nla_utils"], with_types=True)) == {"nla_extensions.release.api"}
+def test_the_package_itself_loads_two_names_lazily():
+    assert set(imported(MODULES["nla_utils"], with_types=True)) == {
+        "nla_extensions.release.api",
+        "nla_extensions.scoring.scores",
+    }
     program = (
         "import sys; from nla_utils import __version__; assert 'torch' not in sys.modules; from nla_utils import NLA"
     )

@@ -37,7 +37,7 @@ def test_a_users_own_hidden_state_is_read(tmp_path, shape, dtype, end):
         ("v.safetensors", b"", "was not read"),
         ("v.pt", b"", "was not read"),
         ("v.npy", b"\x93NUMPY\x01\x00", "was not read"),
-        ("v.txt", b"1 2 3", "is read from"),
+        ("v.txt", b"1 2 3", "are read from"),
         ("v.safetensors", (10**12).to_bytes(8, "little") + b"{}", "was not read"),
     ],
 )
