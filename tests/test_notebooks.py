@@ -152,6 +152,7 @@ def test_a_release_of_the_run_is_whole(reproduced, tmp_path):
         "centered_eval.json",
         "oracle_ceiling.json",
         "rerank_eval.json",
+        "evidence.parquet",
     }
     frame = pd.read_parquet(dataset / "targets.parquet")
     assert list(frame["part"].value_counts()[["in_sample", "held_out", "pool"]]) == [8, 8, 48] and len(frame) == n
@@ -160,6 +161,12 @@ def test_a_release_of_the_run_is_whole(reproduced, tmp_path):
         assert word in card
     assert "sha256" in (dataset / "README.md").read_text()
     assert "license:" not in card
+    # The card's own lines, where the release lies: the numbers of the tables.
+    (recipe,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    said = subprocess.run([sys.executable, "-c", recipe], cwd=model, capture_output=True, text=True, check=True).stdout
+    column = json.loads((model / "eval" / "centered_eval.json").read_text())["protocols"]["corrected"]
+    expected = [column["adapter_cen_bestofK_mean"], column["adapter_cen_greedy_mean"]]
+    assert list(map(float, said.split())) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("backbone, license", [("gemma3-270m", "gemma"), ("smollm2-135m", "apache-2.0")])

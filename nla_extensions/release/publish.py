@@ -9,6 +9,7 @@ import pandas as pd
 
 from nla_utils import rows
 from nla_utils.errors import ArtefactError
+from nla_utils.evidence import FILE
 from nla_utils.lm.weights import REGISTRY, HubFiles, weights_note
 from nla_utils.report.pages import render, tables_of_run
 from nla_utils.report.results import RunResults, load_results
@@ -32,6 +33,9 @@ def make_release(folder: RunFolder, texts: list[str], out: Path) -> None:
         atomic_write(model / name, folder.file(f"av/{name}").read_bytes())
     for name in (rows.CEILING_FILE, rows.EVALUATION_FILE, rows.RERANK_FILE):
         atomic_write(model / "eval" / f"{name}.json", (results.folder / f"{name}.json").read_bytes())
+    # Results of older versions have none.
+    if (evidence := folder.file(FILE)).exists():
+        atomic_write(model / "eval" / evidence.name, evidence.read_bytes())
     atomic_write(model / "README.md", model_card(results).encode())
     atomic_write(dataset / "targets.safetensors", targets.path.read_bytes())
     n, m, pool = (results.data["targets"]["sizes"][key] for key in ("N", "M", "pool"))
@@ -44,8 +48,10 @@ def make_release(folder: RunFolder, texts: list[str], out: Path) -> None:
 def model_card(results: RunResults) -> str:
     """The model card: the paper's tables with intervals, controls and both protocols."""
     commit = results.data["centered_eval"]["code"]["git_commit"]
-    tables = tables_of_run(results).values()
-    return _card("model_card.md.j2", results, training=results.data["training"], commit=commit, tables=tables)
+    values = {"training": results.data["training"], "commit": commit, "tables": tables_of_run(results).values()}
+    return _card(
+        "model_card.md.j2", results, **values, kept=(results.folder / Path(FILE).name).exists(), best=rows.BEST
+    )
 
 
 def dataset_card(results: RunResults, folder: Path) -> str:

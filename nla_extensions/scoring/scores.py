@@ -92,12 +92,7 @@ class Scores:
 
     def table(self) -> pd.DataFrame:
         """Rows with their nulls and paired differences, 95 % intervals over vectors in brackets."""
-        found = {}
-        for row in self.rows:
-            r = row.record()
-            cells = (_cell(r.get(name), r.get(f"{name}_ci95")) for name in ("value", "null", "difference"))
-            found[row.label] = dict(zip(("value", "beside it", "difference"), cells)) | {"which is": row.against or "–"}
-        return pd.DataFrame.from_dict(found, orient="index").rename_axis(self.method)
+        return table_of(self.record())
 
     def record(self) -> dict:
         """All of it but texts and vectors, as JSON holds it."""
@@ -114,10 +109,13 @@ class Scores:
         }
 
     def to_parquet(self, path: str | Path) -> None:
-        """One row a text; what is said once is JSON among the file's metadata."""
+        """One row a text; what is said once is JSON among the file's metadata. Raises ``ArtefactError`` where it cannot
+        be written, as :meth:`to_html` does."""
         table = pa.Table.from_pandas(self.texts, preserve_index=False)
         record = json.dumps(self.record(), ensure_ascii=False, allow_nan=False)
-        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, RECORD: record}), path)
+        buffer = io.BytesIO()
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, RECORD: record}), buffer)
+        atomic_write(Path(path), buffer.getvalue())
 
     def to_html(self, path: str | Path) -> None:
         """One self-contained page: the table, the curve, and texts of the worst vector, the best and five others."""
@@ -170,6 +168,14 @@ class Scores:
             return fig
 
         return draw()
+
+
+def table_of(record: dict) -> pd.DataFrame:
+    """The table of a record: rows with their nulls and paired differences."""
+    rows, names = record["rows"].values(), {"value": "value", "null": "beside it", "difference": "difference"}
+    found = [{shown: _cell(r.get(name), r.get(f"{name}_ci95")) for name, shown in names.items()} for r in rows]
+    made = pd.DataFrame(found, index=pd.Index([r["label"] for r in rows], name=record["method"]))
+    return made.assign(**{"which is": [r["against"] or "–" for r in rows]})
 
 
 def _cell(value: Optional[float], ci95: Optional[Sequence[float]]) -> str:
@@ -415,8 +421,8 @@ class _Comparison:
             before = (i - np.arange(1, self.n_others + 1)) % len(self.v)
             against = fve_matrix(self.v[before], np.concatenate(states[: self.k]), self.mu)
             self.others[before, np.arange(self.n_others)] = against.max(axis=1)
-        decode = self.reading.backbone.tokenizer.batch_decode
-        columns = {"id": name, "draw": range(n), "text": decode(self.ids[i]), "ids": self.ids[i]}
+        texts = list(map(self.reading.backbone.decode_text, self.ids[i]))
+        columns = {"id": name, "draw": range(n), "text": texts, "ids": self.ids[i]}
         columns |= {"tokens": [len(text) for text in self.ids[i]], "best": np.arange(n) == j, "rank": rank_K, **own_K}
         self.texts.append(pd.DataFrame(columns))
 
