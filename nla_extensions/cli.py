@@ -52,9 +52,10 @@ def _pages():
     from nla_extensions.comparison.page import comparison_page
     from nla_extensions.depth.page import depth_page
     from nla_extensions.requantize.page import requantized_page
+    from nla_extensions.scoring.page import scores_page
     from nla_extensions.tail_reader.page import reader_page
 
-    return reader_page(), depth_page(), comparison_page(), requantized_page()
+    return reader_page(), depth_page(), comparison_page(), requantized_page(), scores_page()
 
 
 BESIDE |= {"tail-reader": _tail_reader, "depth": _depth}
@@ -324,14 +325,16 @@ def score(
     """Score texts against the vectors that they were written for, beside unrelated texts at equal K."""
     from nla_extensions.release.verbalizers import load_class
     from nla_extensions.scoring import files
+    from nla_extensions.scoring.page import RESULTS
     from nla_extensions.scoring.scores import score as score_texts
     from nla_utils.lm.loading import load_backbone
     from nla_utils.lm.weights import canonical_name
+    from nla_utils.store import sha256_file
 
     if len({path.stem for path in texts}) < len(texts):
         raise ConfigError("two files of texts have the same name; it is what their methods are called")
     names, v_Md = files.read_vectors(vectors)
-    out = sys.stdout
+    out, records = sys.stdout, []
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         config = {key: how.pop(key) for key in ("layer", "dtype", "device")}
@@ -346,8 +349,8 @@ def score(
             for target, write in ((parquet, found.to_parquet), (html, found.to_html)):
                 if target:
                     write(target if len(texts) == 1 else target.with_stem(f"{target.stem}-{path.stem}"))
+            records.append(found.record())
             if as_json:
-                click.echo(json.dumps(found.record(), ensure_ascii=False, allow_nan=False), file=out)
                 continue
             lines = [
                 found.table().to_string(),
@@ -356,6 +359,10 @@ def score(
                 *(f"note: {x}" for x in found.notes),
             ]
             click.echo("\n".join(lines), file=out)
+    if as_json:
+        made_from = {path.name: sha256_file(path) for path in (vectors, *texts)}
+        record = {"name": RESULTS, **found.provenance, "made_from": made_from, "methods": records}
+        click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
 
 
 @app.command()

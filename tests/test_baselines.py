@@ -42,7 +42,7 @@ def test_another_state_moves_the_prediction_behind_it_and_no_prompt_before_it(ge
     backbone = run.backbone
     ids = torch.tensor([[backbone.start_id, 5, 6, 7, 8]])
     plain = backbone.last_hidden(input_ids=ids)
-    with placed(backbone.blocks[backbone.layer - 1], 30 * torch.from_numpy(targets.v[:1]), [2]):
+    with placed(backbone.blocks[backbone.layer - 1], [2], lambda _: 30 * torch.from_numpy(targets.v[:1])[:, None]):
         moved = backbone.last_hidden(input_ids=ids)
     assert torch.equal(plain[:, :2], moved[:, :2]) and not torch.allclose(plain[:, 2:], moved[:, 2:])
     assert torch.equal(plain, backbone.last_hidden(input_ids=ids)), "the hook is gone"

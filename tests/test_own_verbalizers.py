@@ -95,15 +95,25 @@ class Twice(Replaced):
     prompt = "say ? and ? now"
 
 
+class AtNorm(Replaced):
+    norm, start = 2.5, False
+
+
+class Matched(Added):
+    norm = "match"
+
+
 def read_by_hand(backbone, scope, v_d):
     """The next token with v put in by a hook of its own."""
     ids, places = scope.ids
     embeds = backbone.embed(torch.tensor([ids])).clone()
-    v = scope.scale * torch.from_numpy(v_d)
+    unit = torch.from_numpy(v_d / np.linalg.norm(v_d))
 
     def put(_module, _given, out):
         h = out[0] if isinstance(out, tuple) else out
         for place in places:
+            norm = {None: float(np.linalg.norm(v_d)), "match": h[0, place].norm()}.get(scope.norm, scope.norm)
+            v = scope.scale * norm * unit
             h[0, place] = h[0, place] + v if scope.add else v
         return out
 
@@ -118,7 +128,7 @@ def read_by_hand(backbone, scope, v_d):
     return found
 
 
-@pytest.mark.parametrize("kind", [Replaced, Added, Embedded, Twice])
+@pytest.mark.parametrize("kind", [Replaced, Added, Embedded, Twice, AtNorm, Matched])
 def test_v_stands_where_the_class_says(nla, scored_run, kind):
     backbone, targets = nla.backbone, scored_run[1]
     scope, v_Md = kind(backbone, nla.bundle), 3 * targets.v[:3]
@@ -243,7 +253,7 @@ def test_the_commands_go_together(nla, scored_run, tmp_path, monkeypatch):
     )
     found = CliRunner().invoke(app, [*words.split(), "--dtype", "float32", "--json"])
     assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout.splitlines()[-1])["K"] == 3
+    assert json.loads(found.stdout.splitlines()[-1])["methods"][0]["K"] == 3
     for words, message in (
         ("verbalize --vectors v.safetensors", "--vectors and --to go together"),
         ("verbalize --text a --to x.jsonl", "--vectors and --to go together"),

@@ -417,7 +417,7 @@ def test_the_command_writes_table_json_page_and_a_row_a_text(given, scored_run, 
     assert "best of K" in found.stdout and "bits at" in found.stdout and "p by" in found.stdout
     found = CliRunner().invoke(app, [*words.split(), "--json"])
     assert found.exit_code == 0, (found.output, found.exception)
-    record = json.loads(found.stdout)
+    (record,) = json.loads(found.stdout)["methods"]
     table = pd.read_parquet(tmp_path / "out.parquet")
     assert len(table) == sum(map(len, texts)) and record["rows"]["best"]["value"] == pytest.approx(
         table.groupby("id")["score"].max().mean()

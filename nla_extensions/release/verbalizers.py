@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Iterator, Optional, Sequence
+from typing import Callable, ClassVar, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -28,17 +28,15 @@ from nla_utils.lm.sampling import SamplingSettings, sample
 
 
 @contextlib.contextmanager
-def placed(module: nn.Module, v_Bd: Tensor, positions: Sequence[int], add: bool = False) -> Iterator[None]:
-    """The module's output at some positions is v, or has v added, while a prompt longer than that is read, in every row
-    of the batch."""
+def placed(module: nn.Module, positions: Sequence[int], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The module's output at some positions (B, n, d) is changed while a prompt longer than that is read."""
 
     def put(_module, _given, output):
         h_BTd = output[0] if isinstance(output, tuple) else output
         if h_BTd.shape[1] <= max(positions):
             return output  # a later step of decoding, one token a time
         h_BTd = h_BTd.clone()
-        v_B1d = v_Bd.to(h_BTd)[:, None]
-        h_BTd[:, positions] = h_BTd[:, positions] + v_B1d if add else v_B1d
+        h_BTd[:, positions] = change(h_BTd[:, positions]).to(h_BTd)
         return (h_BTd, *output[1:]) if isinstance(output, tuple) else h_BTd
 
     handle = module.register_forward_hook(put)
@@ -52,7 +50,7 @@ def placed(module: nn.Module, v_Bd: Tensor, positions: Sequence[int], add: bool 
 def lens_tokens(backbone: Backbone, v_Bd: Tensor, k: int) -> Tensor:
     """The k likeliest next tokens (B, k), best first, if v were what the last block leaves: the logit lens."""
     start_B1 = torch.full((len(v_Bd), 1), backbone.start_id, device=backbone.device)
-    with placed(backbone.blocks[-1], v_Bd, [0]):
+    with placed(backbone.blocks[-1], [0], lambda _: v_Bd[:, None]):
         hidden_Bd = backbone.last_hidden(input_ids=start_B1)[:, -1]
     return backbone.logits(hidden_Bd).topk(k).indices
 
@@ -116,16 +114,20 @@ class PromptVerbalizer(Verbalizer):
 
     A subclass says how. ``prompt``: the text behind the start token, with v at each ``placeholder``, a string that is
     one token there. ``layer``: whose output v enters, 0 for the embeddings, else a block's; ``None`` is v's own layer.
-    ``add``: v is added to what is there, else it takes its place. ``scale``: what v is multiplied by. ``model``: who
-    writes, if not the backbone: a registry name, a hub id or a folder, of the same width; ``adapter``: a folder of a
-    LoRA in safetensors for it, which needs peft. ``tokens``: how many a text has at most.
+    ``add``: v is added to what is there, else it takes its place. ``norm``: what v is brought to before, a number or
+    ``match``, the norm of what is there; ``scale``: what it is multiplied by then. ``model``: who writes, if not the
+    backbone: a registry name, a hub id or a folder, of the same width; ``adapter``: a folder of a LoRA in safetensors
+    for it, which needs peft. ``start``: whether the start token stands before the prompt; a prompt may spell the special
+    tokens of a chat. ``tokens``: how many a text has at most.
     """
 
     prompt: ClassVar[str] = ""
     placeholder: ClassVar[str] = "?"
     layer: ClassVar[Optional[int]] = None
     add: ClassVar[bool] = False
+    norm: ClassVar[float | str | None] = None
     scale: ClassVar[float] = 1.0
+    start: ClassVar[bool] = True
     model: ClassVar[Optional[str]] = None
     adapter: ClassVar[Optional[str]] = None
     tokens: ClassVar[int] = 64
@@ -148,13 +150,12 @@ class PromptVerbalizer(Verbalizer):
 
     @functools.cached_property
     def ids(self) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt behind the start token, and the positions of the placeholders; raises ``ConfigError``
-        where there is none."""
+        """Token ids of the prompt and the positions of the placeholders; raises ``ConfigError`` where there is none."""
         parts = self.prompt.split(self.placeholder)
         (token, *more) = self.writer.tokenize_text(self.placeholder)
         if len(parts) < 2 or more:
             raise ConfigError(f"{self.placeholder!r} must be one token of {self.writer.name}, and in {self.prompt!r}")
-        ids, places = [self.writer.start_id], []
+        ids, places = [self.writer.start_id] if self.start else [], []
         for i, part in enumerate(parts):
             places += [len(ids)] if i else []
             ids += ([token] if i else []) + (self.writer.tokenize_text(part) if part else [])
@@ -167,21 +168,25 @@ class PromptVerbalizer(Verbalizer):
     @torch.inference_mode()
     def write(self, v_Md: np.ndarray, k: int, streams_B: np.ndarray) -> Texts:
         writer, (ids, places) = self.writer, self.ids
-        v_Bd = self.scale * torch.from_numpy(v_Md).to(writer.device).repeat_interleave(k + 1, dim=0)
-        greedy_B = torch.arange(len(v_Bd), device=writer.device) % (k + 1) == 0
-        embeds_BPd = writer.embed(torch.tensor([ids])).expand(len(v_Bd), -1, -1)
-        layer, enter = writer.layer if self.layer is None else self.layer, contextlib.nullcontext()
+        v_B1d = torch.from_numpy(v_Md).to(writer.device).repeat_interleave(k + 1, dim=0)[:, None]
+        greedy_B = torch.arange(len(v_B1d), device=writer.device) % (k + 1) == 0
+
+        def entered(there_Bnd: Tensor) -> Tensor:
+            norm_Bn1 = there_Bnd.float().norm(dim=-1, keepdim=True) if self.norm == "match" else self.norm
+            unit_B1d = v_B1d if self.norm is None else norm_Bn1 * v_B1d / v_B1d.norm(dim=-1, keepdim=True)
+            return self.scale * unit_B1d + (there_Bnd.float() if self.add else 0)
+
+        embeds_BPd = writer.embed(torch.tensor([ids])).expand(len(v_B1d), -1, -1).clone()
+        layer, within = writer.layer if self.layer is None else self.layer, contextlib.nullcontext()
         if layer:
-            enter = placed(writer.blocks[layer - 1], v_Bd, places, self.add)
+            within = placed(writer.blocks[layer - 1], places, entered)
         else:
-            embeds_BPd = embeds_BPd.clone()
-            v_B1d = v_Bd.to(embeds_BPd)[:, None]
-            embeds_BPd[:, places] = embeds_BPd[:, places] + v_B1d if self.add else v_B1d
-        with enter:
+            embeds_BPd[:, places] = entered(embeds_BPd[:, places]).to(embeds_BPd)
+        with within:
             found = sample(
                 writer, embeds_BPd, SamplingSettings(max_new_tokens=self.tokens), streams_B, greedy_B=greedy_B
             )
-        return _texts(v_Md, [found.sequence(i) for i in range(len(v_Bd))])
+        return _texts(v_Md, [found.sequence(i) for i in range(len(v_B1d))])
 
 
 def with_adapter(model: nn.Module, folder: Path) -> None:

@@ -78,6 +78,7 @@ class Scores:
 
     method: str
     about: dict
+    provenance: dict
     k: int
     counts: list[int]
     rows: list[Measured]
@@ -95,7 +96,7 @@ class Scores:
         return table_of(self.record())
 
     def record(self) -> dict:
-        """All of it but texts and vectors, as JSON holds it."""
+        """All of it but texts, vectors and provenance, as JSON holds it."""
         return {
             "method": self.method,
             **self.about,
@@ -112,7 +113,7 @@ class Scores:
         """One row a text; what is said once is JSON among the file's metadata. Raises ``ArtefactError`` where it cannot
         be written, as :meth:`to_html` does."""
         table = pa.Table.from_pandas(self.texts, preserve_index=False)
-        record = json.dumps(self.record(), ensure_ascii=False, allow_nan=False)
+        record = json.dumps(self.provenance | self.record(), ensure_ascii=False, allow_nan=False)
         buffer = io.BytesIO()
         pq.write_table(table.replace_schema_metadata({**table.schema.metadata, RECORD: record}), buffer)
         atomic_write(Path(path), buffer.getvalue())
@@ -258,9 +259,10 @@ def score(
     if len(v_Md) == 1:
         notes.append("one vector: there are no intervals, no texts of others, and nothing to identify it among")
     reading = Reading(backbone, "bos" not in {p.name: p for p in PROTOCOLS}[protocol].slips, max_over_tokens, encoder)
-    about = {"identity": backbone.identity(), "protocol": protocol, "M": len(v_Md), "P": len(pool.v), **pool.about}
+    about = {"protocol": protocol, "M": len(v_Md), "P": len(pool.v), **pool.about}
     about |= {"read_by": "an encoder" if encoder else "the backbone", "max_over_tokens": max_over_tokens}
-    about |= {"code": code_version(), "libraries": library_versions()}
+    provenance = {"identity": backbone.identity(), "code": code_version(), "libraries": library_versions()}
+    provenance["device"] = backbone.device.type
     found = _Comparison(reading, pool, v_Md, ids, names)
     rows = found.rows() + (found.rows_of_sources(source_ids) if source_ids else [])
     rows += [found.row_of_directions()] if directions else []
@@ -269,6 +271,7 @@ def score(
     return Scores(
         method=method,
         about=about,
+        provenance=provenance,
         k=found.k,
         counts=found.counts,
         rows=rows,
