@@ -68,7 +68,7 @@ KEPT |= {f"rank_of_{kind}": (kind, "rank") for kind in ("paraphrase", "rollout",
 KEPT |= {"pairs_of_pool": ("pool", "floor"), "pc_of_rollout": ("rollout", "pc")}
 KEPT |= {f"{column}_of_pool": ("pool", column) for column in ("against", "logp")}
 # What rows need besides, by name.
-FACTS: dict[str, Callable[[Scores], object]] = {
+FACTS: dict[str, Callable[[RowValues], object]] = {
     "K": lambda s: s.evidence.facts["K"],
     "T": lambda s: s.evidence.facts["T"],
     "pool_size": lambda s: s.evidence.facts["sizes"]["pool"],
@@ -81,7 +81,7 @@ FACTS: dict[str, Callable[[Scores], object]] = {
 }
 
 
-class Scores:
+class RowValues:
     """Values of rows (``scores[row]``), ``raw`` or ``cen``, of one part's targets as a protocol reads them."""
 
     def __init__(self, evidence: Evidence, protocol: Protocol, kind: str = "cen", part: Optional[str] = None):
@@ -95,7 +95,7 @@ class Scores:
 
     def __getitem__(self, row: rows.Row):
         if row.part and row.part != self.part:
-            return Scores(self.evidence, self.protocol, self.kind, row.part)[row]
+            return RowValues(self.evidence, self.protocol, self.kind, row.part)[row]
         if row not in self._made:
             # Ceilings take μ from the evaluated targets themselves while ``self_mu`` is in force.
             own = row.file == rows.CEILING_FILE and self.kind == "cen" and "self_mu" in self.protocol.slips
@@ -124,7 +124,7 @@ def score(evidence: Evidence, protocol: Protocol, chosen: Sequence[rows.Row], pa
     """The column of these rows of one protocol, of its own targets or those of ``part``; the first row is a mean over
     targets."""
     kinds = ("raw", "cen") if protocol.slips else ("raw", "cen", "cen1")
-    scores = {kind: Scores(evidence, protocol, kind, part) for kind in kinds}
+    scores = {kind: RowValues(evidence, protocol, kind, part) for kind in kinds}
     column = Column(protocol.reading, len(scores["cen"][chosen[0]]))
     for row in chosen:
         for kind in row.kinds:
@@ -151,7 +151,7 @@ def oracle_ceiling(evidence: Evidence) -> dict:
     columns = {p.name: score(evidence, p, rows.OF_CEILINGS) for p in PROTOCOLS}
     columns["ladder"] = Column("ladder", evidence.facts["sizes"]["M"])
     for row, protocol in zip(rows.LADDER, LADDER):
-        columns["ladder"].add(row.key, Scores(evidence, protocol.fix("self_mu"))[row])
+        columns["ladder"].add(row.key, RowValues(evidence, protocol.fix("self_mu"))[row])
     return {"protocols": _as_json(columns), "ablation": score_ablation(evidence)}
 
 

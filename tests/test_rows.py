@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from nla_utils import metrics, rows
 from nla_utils.protocol import CORRECTED, PROTOCOLS
 from nla_utils.rows import Row
-from nla_utils.scores import FACTS, KEPT, Scores, score
+from nla_utils.scores import FACTS, KEPT, RowValues, score
 
 PC = ("target", "held_out", "corrected", "pc")
 COLUMNS = {name: getattr(rows, name) for name in dir(rows) if name.startswith("OF_")}
@@ -28,7 +28,7 @@ def test_needs_are_known_and_keys_are_unique(name):
 
 
 def test_a_difference_is_that_of_its_two_rows_target_by_target(evidence):
-    scores = Scores(evidence, CORRECTED)
+    scores = RowValues(evidence, CORRECTED)
     margin = rows.GREEDY_MINUS_OTHERS
     assert margin.needs == (rows.GREEDY, rows.OTHERS_GREEDY)
     np.testing.assert_array_equal(scores[margin], scores[rows.GREEDY] - scores[rows.OTHERS_GREEDY])
@@ -48,7 +48,7 @@ def best_of_random(scores):
 
 def test_signed_reranks_against_loops(evidence):
     """Column s of ``others`` has a rollout's score against the target s + 1 places after its own."""
-    scores = Scores(evidence, CORRECTED)
+    scores = RowValues(evidence, CORRECTED)
     logp, own = scores[rows.LOGP], scores[rows.DRAWS]
     others, pc = (evidence.texts(*of) for of in (("rollout", "held_out", "corrected", "others"), PC))
     m, rho = len(own), [spearmanr(a, b).statistic for a, b in zip(logp, own)]

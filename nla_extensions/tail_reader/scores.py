@@ -20,7 +20,7 @@ from nla_utils.evidence import Evidence, Scorer
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import check_hash, download_wheels, read_member
 from nla_utils.protocol import CORRECTED, Protocol
-from nla_utils.scores import Column, Scores, score
+from nla_utils.scores import Column, RowValues, score
 from nla_utils.store import atomic_write
 from nla_utils.targets import Targets
 
@@ -42,7 +42,7 @@ def score_reader(evidence: Evidence, targets: Targets, reader: ReaderRollouts, a
     column.add("reader_minus_av_cen_greedy", mine[rows.GREEDY.cen] - av_MK[:, 0])
     column.add("reader_minus_av_cen_bestofK", mine[rows.BEST.cen] - av_MK[:, 1:].max(axis=1))
     if protocol == CORRECTED:
-        guided, best, centred = scorer.own(reader.guided.h), mine[rows.BEST.cen], Scores(evidence, protocol)
+        guided, best, centred = scorer.own(reader.guided.h), mine[rows.BEST.cen], RowValues(evidence, protocol)
         column.add("guided_cen_mean", guided)
         column.put("guided_forward_tokens", int(reader.guided.spent[-1]))
         column.add("guided_minus_bestofK", guided - best)
