@@ -191,7 +191,7 @@ def requantize(config: RunConfig) -> None:
 @app.command()
 @click.option("--text", help="Take the activation of this text.")
 @click.option("--vector", type=click.Path(exists=True, path_type=Path), help="Or a .npy, .safetensors or .pt file.")
-@click.option("--vectors", type=click.Path(exists=True, path_type=Path), help="Or a file of many, whose texts go --to.")
+@click.option("--vectors", type=FILE, help="Or a file of many, whose texts go --to.")
 @click.option("--to", type=FILE, help="JSON Lines of k texts for each of --vectors, for `nla score`.")
 @click.option("--token", default=-1, help="Which token of the text; negative counts from the end.")
 @backbone_option

@@ -20,12 +20,14 @@ FENCED = TEXT.split("```")[1::2]
 RUNS = {(r.backbone, r.profile): r for r in find_results()}
 LINES = [line.split(" #")[0].strip() for block in FENCED if block[0] == "\n" for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("nla ")]
+SCORING = (ROOT / "docs" / "score.md").read_text(encoding="utf-8").split("```")[1::2]
+OF_SCORING = [line.split(" #")[0] for block in SCORING for line in block.splitlines() if line.startswith("nla ")]
 TARGETS = [line for line in LINES if line.startswith("make ")]
 # For who starts several processes by hand, who has something to release, and who maintains the committed results.
 ELSEWHERE = {"distribute", "bundle", "publish", "spread"}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", COMMANDS + OF_SCORING)
 def test_a_command_of_the_readme_has_the_options_that_it_is_given(line):
     _, name, *options = shlex.split(line)
     assert app.commands[name].make_context(name, options).info_name == name

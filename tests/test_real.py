@@ -15,9 +15,18 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.fixture
+def run_folder(out):
+    return out / "gemma3-270m" / "smoke"
+
+
+@pytest.fixture(scope="module")
+def results(out):
     """Of notebooks 01-05 as they are run by the command, and of 07 with the one ridge that is chosen here."""
-    out = tmp_path_factory.mktemp("real")
     command = ["reproduce", "--profile", "smoke", "--out", str(out), "--device", "cpu", "--until", "5"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -80,3 +89,14 @@ def test_the_second_offline_backbone_loads():
     folder = fetch(REGISTRY["smollm2-135m"])
     assert weight_hash(folder)
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30
+
+
+def test_the_example_of_texts_by_hand_is_told_from_unrelated_texts(results, run_folder):
+    """docs/score.md: a text that ends as its source does is near, one that says what the source is about is not."""
+    at = ROOT / "tests" / "score"
+    given = f"--vectors {at}/v.safetensors --texts {at}/texts.jsonl --sources {at}/sources.jsonl --pool {run_folder}"
+    found = CliRunner().invoke(app, ["score", *given.split(), "--device", "cpu", "--json"])
+    assert found.exit_code == 0, found.output
+    (record,) = json.loads(found.stdout)["methods"]
+    assert record["K"] == 4 and record["M"] == 8 and record["notes"] == []
+    assert record["rows"]["best"]["difference_ci95"][0] > 0 and record["rows"]["identified"]["value"] > 0.5
