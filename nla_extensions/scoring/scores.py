@@ -148,7 +148,7 @@ class Scores:
             counts = f"{found['BH']} (Benjamini–Hochberg), {found['BY']} (Benjamini–Yekutieli)"
             lines.append(
                 f"p by {null}: {counts} of {self.about['M']} at a false discovery rate of {LEVEL}; the smallest p is "
-                f"{found['smallest']:.2g}, one discovery needs {what} ≥ {n:,}"
+                f"{found['smallest']:.2g}, a single discovery needs {what} ≥ {n:,}"
             )
         return lines
 
