@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from nla_extensions.release import bundle as bundles
-from nla_extensions.release.explore import MOST_TOKENS, explore, nla_at_layers, write_page
+from nla_extensions.release.explore import MOST_TOKENS, _discoveries, explore, nla_at_layers, write_page
 from nla_utils import NLA
 from nla_utils.errors import ConfigError
-from nla_utils.metrics import exact_k_curve, fve_matrix
+from nla_utils.metrics import chance_of_rank, exact_k_curve, fve_matrix
 from nla_utils.targets import describe
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -83,7 +83,17 @@ def test_a_cell_is_compared_with_the_stored_texts_at_its_layer(nla, found):
     own = found["cells"][found["layers"].index(nla.backbone.layer)][-1]
     assert own["above"] == pytest.approx(own["score"] - exact_k_curve(null, [4])[0, 0])
     assert own["retrieved_score"] == pytest.approx(null.max())
+    assert own["p"] == chance_of_rank(int((null >= own["score"]).sum()), null.shape[1], 4)
     assert own["percentile"] == pytest.approx((null < own["score"]).mean() ** 4)
+
+
+def test_cells_that_are_no_chance_are_counted_with_their_clusters():
+    """Two neighbours and one apart are planted among cells that are chance."""
+    p_LT = np.full((3, 6), 0.6)
+    p_LT[0, 0] = p_LT[1, 0] = p_LT[2, 4] = 1e-6
+    assert _discoveries(p_LT, 8) == {"cells": 18, "bh": 3, "by": 3, "clusters": 2, "stored_for_one": 2872}
+    assert _discoveries(np.full((3, 6), 0.01), 8)["clusters"] == 1
+    assert _discoveries(np.full((3, 6), 0.06), 8)["bh"] == 0
 
 
 def test_readers_of_other_layers_are_fitted_once(nla, tmp_path, monkeypatch):
