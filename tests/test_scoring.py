@@ -167,6 +167,8 @@ def test_an_encoder_takes_the_models_place_for_the_null_too(given):
     assert same["variance_explained"]["value"] == pytest.approx(plain["variance_explained"]["value"], abs=1e-6)
     away = values(score(texts, v_Md, backbone, pool=pool, encoder=lambda ids: np.ones((len(ids), backbone.d))))
     assert away["best"]["difference"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ConfigError, match="an encoder reads a text as a whole"):
+        score(texts, v_Md, backbone, pool=pool, encoder=len, max_over_tokens=True)
     with pytest.raises(ConfigError, match="the encoder gave"):
         score(texts, v_Md, backbone, pool=pool, encoder=lambda ids: np.ones((len(ids), 3)))
 

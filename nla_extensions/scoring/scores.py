@@ -219,6 +219,8 @@ def score(
     """
     if protocol not in (known := [p.name for p in PROTOCOLS]):
         raise ConfigError(f"protocol {protocol!r}: {nearest(protocol, known)}")
+    if encoder is not None and max_over_tokens:
+        raise ConfigError("an encoder reads a text as a whole: max_over_tokens is for the backbone alone")
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(RunConfig(backbone=backbone, layer=layer))
     elif layer is not None:
