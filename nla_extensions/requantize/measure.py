@@ -27,7 +27,7 @@ from nla_utils.lm.backbone import Backbone
 from nla_utils.metrics import bits, bootstrap_means, fve, interval
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
-from nla_utils.scores import Column, Scores
+from nla_utils.scores import Column, RowValues
 from nla_utils.store import Progress
 from nla_utils.targets import Targets
 from nla_utils.verbalizer import ROLLOUTS, load_rollouts
@@ -87,14 +87,14 @@ def requantize(run: Run, targets: Targets) -> tuple[dict, dict[str, str]]:
     """
     if not targets.lengths.all():
         raise ConfigError("the texts of some targets are not known, so that their v cannot be taken again")
-    stored, rollouts, ceilings = Scores(evidence.load(run.folder), CORRECTED), load_rollouts(run), load_ceilings(run)
+    stored, rollouts, ceilings = RowValues(evidence.load(run.folder), CORRECTED), load_rollouts(run), load_ceilings(run)
     texts = {name: ceilings[name] for name in map(CORRECTED.texts, WRITERS)}
     texts |= {t.kind: t.at(targets.held_out) for t in (rollouts, load_probe(run))}
     record = {}
     for kind in Progress(KINDS, desc="requantizing", unit="kind"):
         with requantized(run.backbone, kind) as weights:
             own, found = read_again(run.backbone, targets, texts, rollouts.k)
-        record[kind] = {"weights": weights, "v": of_v(own, targets), **changes(Scores(found, CORRECTED), stored)}
+        record[kind] = {"weights": weights, "v": of_v(own, targets), **changes(RowValues(found, CORRECTED), stored)}
     made_from = ("targets", CEILINGS, ROLLOUTS, PROBE)
     return {"kinds": record}, {name: run.folder.sha256_of(name) for name in made_from}
 
