@@ -17,7 +17,7 @@ from nla_utils import evidence, rows
 from nla_utils.errors import ConfigError
 from nla_utils.metrics import bits_of_means, fve
 from nla_utils.protocol import CORRECTED
-from nla_utils.scores import Scores
+from nla_utils.scores import RowValues
 from nla_utils.verbalizer import load_rollouts
 
 NAME = "tiny-llama"
@@ -115,7 +115,7 @@ def test_the_requantized_model_judges_by_its_own_v_and_mu(finished, record):
 
 
 def test_a_change_in_bits_is_paired(finished):
-    scores = Scores(evidence.load(finished[0].folder), CORRECTED)
+    scores = RowValues(evidence.load(finished[0].folder), CORRECTED)
     best, greedy = scores[rows.BITS_BEST.row], scores[rows.BITS[0].row]
     assert bits_change(best, best) == (0, [0, 0])
     found, (low, high) = bits_change(best, greedy)

@@ -107,7 +107,7 @@ def of_v(own: Targets, targets: Targets) -> dict[str, float]:
     return mean | {f"{mu}_worst": float(scores_N.min()) for mu, scores_N in by_mu.items()}
 
 
-def changes(now: Scores, before: Scores) -> dict:
+def changes(now: RowValues, before: RowValues) -> dict:
     """The rows' column with, of each, its change: paired by target."""
     column = Column(CORRECTED.reading, len(now[rows.GREEDY]))
     for row in ROWS:
