@@ -193,6 +193,11 @@ class RunConfig:
 PARAMETERS = tuple(field.name for field in dataclasses.fields(RunConfig))
 
 
+def source_name(source: str) -> str:
+    """What records call an AV or targets that were given: a hub id as it is, of a path its last part."""
+    return source if source.startswith("hub:") else Path(source).name
+
+
 def parse_seeds(text: str) -> list[int]:
     """``1,2,3`` as numbers; raises ``ConfigError`` for what is no whole number or comes twice."""
     parts = [p.strip() for p in text.split(",")]

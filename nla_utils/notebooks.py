@@ -22,7 +22,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 
 from nla_utils import baselines, targets
-from nla_utils.config import DATA, ROOT, RunConfig, cache_dir
+from nla_utils.config import DATA, ROOT, RunConfig, cache_dir, source_name
 from nla_utils.errors import ArtefactError, ConfigError, NotebookError
 from nla_utils.evidence import FILE, is_kept
 from nla_utils.lm import weights
@@ -306,13 +306,18 @@ def progress_line(label: str, mirror: Path) -> Iterator[None]:
 
 
 def adopt(folder: RunFolder) -> None:
-    """Copy a run's results and evidence to where the repository keeps them, and its executed notebooks unless it is a
-    run of a sweep."""
+    """Copy a run's results and evidence to where the repository keeps them, and its executed notebooks, without the
+    paths of what it was given, unless it is a run of a sweep."""
     for path in [*sorted(folder.file("results").glob("*.json")), *folder.path.glob(FILE)]:
         atomic_write(COMMITTED / folder.backbone / folder.path.name / path.name, path.read_bytes())
     if (folder.config.layer, folder.config.seed) != (None, 1):
         return
     executed = ROOT / "notebooks" / "executed" / folder.backbone / folder.path.name
+    config = folder.config
+    given = [x for x in (config.av, config.released_targets, config.corpus) if x and Path(x).is_absolute()]
     for path in sorted(folder.file("executed").glob("0?_*.ipynb")):
         if not path.name.endswith(".failed.ipynb"):
-            atomic_write(executed / path.name, path.read_bytes())
+            text = path.read_text(encoding="utf-8")
+            for source in given:
+                text = text.replace(source, source_name(source))
+            atomic_write(executed / path.name, text.encode())

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nla_utils.config import FLOOR_ROWS, ROOT, RunConfig
+from nla_utils.config import FLOOR_ROWS, ROOT, RunConfig, source_name
 from nla_utils.errors import ArtefactError, CollapsedTargetsError
 from nla_utils.lm.backbone import Backbone, Description, check_finite, outside_ids, pad
 from nla_utils.lm.sampling import Samples, SamplingSettings, row_streams, sample
@@ -131,7 +131,8 @@ def make_targets(run: Run) -> Targets:
     if config.released_targets is not None:
         path = fetch_targets(config.released_targets, backbone.spec)
         tensors, facts = read_released(path, backbone, n)
-        where = {"released": config.released_targets, "released_from": path.parent.name, "file": path.name}
+        name = source_name(config.released_targets)
+        where = {"released": name, "released_from": path.parent.name, "file": path.name}
         return save_targets(run, tensors, where | facts)
     if config.corpus is not None:
         path = ROOT / config.corpus

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nla_utils import store
-from nla_utils.config import BATCH_SIZE, GRAD_CLIP, VALIDATION_SHARE
+from nla_utils.config import BATCH_SIZE, GRAD_CLIP, VALIDATION_SHARE, source_name
 from nla_utils.encoding import Texts, text_hidden
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, pad
@@ -336,7 +336,7 @@ def _take_released(run: Run) -> tuple[ActivationVerbalizer, dict]:
     source = fetch_av(run.config.av, run.backbone.spec)
     av, record = import_av(source, run.backbone), checkpoint_record(source)
     return av, {
-        "released": run.config.av,
+        "released": source_name(run.config.av),
         "released_from": source.name,
         "sampling": av.sampling(run.sizes.max_new_tokens).record(),
         **dict.fromkeys(("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")),

@@ -14,14 +14,14 @@ from nla_extensions.depth.page import depth_page
 from nla_extensions.release.publish import dataset_card, model_card
 from nla_extensions.requantize.page import requantized_page
 from nla_extensions.tail_reader.page import reader_page
-from nla_utils import metrics, rows
-from nla_utils.config import ROOT
+from nla_utils import metrics, notebooks, rows
+from nla_utils.config import ROOT, RunConfig
 from nla_utils.lm.weights import REGISTRY
 from nla_utils.report import claims as findings
 from nla_utils.report import tables
 from nla_utils.report.pages import appendix_page, section_page
 from nla_utils.report.results import BACKBONES, COMMITTED, NAMES, RunResults, find_results, k_curve, published
-from nla_utils.store import json_hash, read_record
+from nla_utils.store import RunFolder, atomic_write, json_hash, read_record
 from nla_utils.targets import read_texts
 
 EVERYTHING = find_results()
@@ -216,6 +216,22 @@ def test_executed_notebooks_are_labelled_with_the_commit_that_they_ran_at():
         (line,) = [line for line in lines if f"`{folder.parent.name}/{folder.name}`" in line]
         records = [*results.data.values(), results.optional("tail_reader") or results.data["targets"]]
         assert all(record["code"]["git_commit"][:12] in line for record in records)
+
+
+def test_an_adopted_run_keeps_the_name_of_what_it_was_given_and_no_path(tmp_path, monkeypatch):
+    given = tmp_path / "elsewhere" / "own-av"
+    config = RunConfig(av=str(given))
+    folder = RunFolder(
+        tmp_path / "runs" / "gemma3-270m" / config.folder_name, {"backbone": "gemma3-270m"}, config, "cpu"
+    )
+    for name, text in (("results/training.json", "{}"), ("executed/02_train_av.ipynb", f'av = "{given}"')):
+        atomic_write(folder.file(name), text.encode())
+    monkeypatch.setattr(notebooks, "COMMITTED", tmp_path / "kept")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    notebooks.adopt(folder)
+    assert (tmp_path / "kept" / "gemma3-270m" / "quick-av-own-av" / "training.json").exists()
+    adopted = tmp_path / "notebooks" / "executed" / "gemma3-270m" / "quick-av-own-av" / "02_train_av.ipynb"
+    assert adopted.read_text() == 'av = "own-av"'
 
 
 def test_a_committed_run_of_a_corpus_names_the_corpus_that_is_here():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nla_utils import metrics, rows
+from nla_utils.config import source_name
 from nla_utils.report import tables
 from nla_utils.report.claims import families_table, findings_table, scorecard
 from nla_utils.report.results import (
@@ -22,6 +23,8 @@ from nla_utils.report.results import (
     of_equal_size,
     published,
     published_curves,
+    section_runs,
+    without_variants,
 )
 from nla_utils.report.tables import audit_of_all, audit_table
 
@@ -79,6 +82,36 @@ def test_longer_runs_take_the_place_of_quick_ones_without_more():
     assert largest([*EVERYTHING, longer])[2] is longer
     assert [r.profile for r in of_equal_size([*EVERYTHING, longer])] == ["full"] * 3
     assert of_equal_size([]) == []
+
+
+def test_a_run_that_was_given_an_av_is_called_after_it_and_is_never_the_run_of_its_backbone():
+    (given,) = (r for r in EVERYTHING if r.av)
+    plain = next(r for r in EVERYTHING if (r.backbone, r.profile) == (given.backbone, "quick"))
+    assert given.av == "smollm2-135m-full" and given.label == f"{plain.label}, AV smollm2-135m-full"
+    assert given.sizes == plain.sizes and given.training["av_sha256"] and "/" not in given.training["released"]
+    labels = [r.label for r in without_variants(EVERYTHING)]
+    assert len(set(labels)) == len(labels)
+    # Nor where it is larger; but it is where there is no other.
+    data = copy.deepcopy(given.data)
+    data["targets"]["sizes"]["N"] = 10**6
+    larger = RunResults(given.backbone, "full-av-other", data, given.folder)
+    for runs in ([given, plain, larger], [larger, given, plain]):
+        assert largest(runs) == [plain] and section_runs(runs) == [plain] and of_equal_size(runs) == [plain]
+    assert largest([given]) == [given]
+    assert not [c for c in findings_table(EVERYTHING) if "AV " in c]
+
+
+def test_an_av_is_called_by_its_hub_id_or_its_folders_name():
+    for said, name in (("hub:org/av@abc", "org/av"), ("released", "released"), ("/some/where/own-av", "own-av")):
+        data = copy.deepcopy(RUNS[0].data)
+        data["training"]["released"] = said
+        assert RunResults(RUNS[0].backbone, "quick-av", data, RUNS[0].folder).av == name
+    assert [source_name(x) for x in ("hub:org/av@abc", "/a/b/", "b", "released")] == [
+        "hub:org/av@abc",
+        "b",
+        "b",
+        "released",
+    ]
 
 
 def _with_interval_of(results, key, interval):
@@ -151,6 +184,9 @@ def test_an_interval_stays_in_one_piece_in_print():
 def test_the_audit_says_what_the_published_rule_of_checkpoints_would_keep():
     for r in EVERYTHING:
         training = r.data["training"]
+        if r.av:
+            assert audit_table(r).loc["raw_select", "what it moves"] == "not trained here"
+            continue
         interval = training["validation"][0]["step"]
         allowed = {v["step"]: v["fve_nrm"] for v in training["validation"] if v["step"] % interval == 0}
         moved = audit_table(r).loc["raw_select", "what it moves"]
@@ -161,7 +197,7 @@ def test_the_audit_says_what_the_published_rule_of_checkpoints_would_keep():
 def test_the_audit_of_all_shows_the_floor_at_every_size():
     table = audit_of_all(RUNS, EVERYTHING)
     for r in RUNS:
-        sizes = {o.size for o in EVERYTHING if o.backbone == r.backbone and " of " not in o.size}
+        sizes = {o.size for o in EVERYTHING if o.backbone == r.backbone and not o.corpus and not o.av}
         assert len(sizes) >= (3 if r.profile == "full" else 1) and all(
             f"at {size}:" in table.loc["floor_kind", r.label] for size in sizes
         )

@@ -13,7 +13,7 @@ from nla_utils.run import open_run
 from nla_utils.store import atomic_write
 from nla_utils.targets import make_targets
 from nla_utils.training import Recipe, Trainer, describe, make_split, padded_loss, pair_loss, train_av
-from nla_utils.verbalizer import ActivationVerbalizer, export_av, import_av, load_av
+from nla_utils.verbalizer import ActivationVerbalizer, av_hash, export_av, import_av, load_av
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
@@ -223,7 +223,11 @@ def test_a_released_av_is_taken_as_it_is(scored_run, tmp_path, kept):
     for name in ("targets.safetensors", "targets.safetensors.json"):
         atomic_write(other.folder.file(name), run.folder.file(name).read_bytes())
     sidecar = train_av(other, targets)
-    assert sidecar["released"] == str(released) and sidecar["loss"] == [] and "av-" in other.folder.path.name
+    assert sidecar["released"] == "released" and sidecar["loss"] == [] and "av-" in other.folder.path.name
+    # Its name and its hash, of tensors and config, but no path.
+    facts = describe(sidecar, targets)
+    assert facts["released"] == "released" and facts["av_sha256"] == av_hash(released)
+    assert str(tmp_path) not in other.folder.file("best_av.safetensors.json").read_text()
     assert (sidecar["best_step"] is None) == (kept != "best_av.pt")
     assert torch.equal(load_av(run).proj.weight, load_av(other).proj.weight)
     assert describe(sidecar, targets)["in_sample_trained_on"] == 0

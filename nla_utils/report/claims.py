@@ -424,7 +424,7 @@ def reading_table(everything: Sequence[RunResults]) -> pd.DataFrame:
         "best-of-K − unrelated": rows.BEST_MINUS_UNRELATED,
     }
     table = [
-        (r.label, str(r.training["steps"]), number(r.source_loss[rows.NATS_OWN.key]))
+        (r.label, str(r.training["steps"] or UNMEASURED), number(r.source_loss[rows.NATS_OWN.key]))
         + tuple(signed(r.of(row), row.cen) for row in shown.values())
         for r in everything
         if r.source_loss
@@ -461,6 +461,19 @@ def ends_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     measured = [r for r in everything if r.value(rows.OF_ENDS[1]) is not None]
     table = {r.label: {row.label: signed(r.of(row), row.key) for row in rows.OF_ENDS} for r in measured}
     return pd.DataFrame(table).rename_axis("nats")
+
+
+def at_the_ends(everything: Sequence[RunResults]) -> str:
+    """What :func:`ends_table` says of runs where own v saves something at the last token and something is left once the
+    token is the same; the verdicts on a run's four figures are one family."""
+    said, (last, alike, first, _) = [], rows.OF_ENDS
+    for r in everything:
+        words = decide({row: claimed(r.of(row), row.key, low=0) for row in rows.OF_ENDS})
+        if words[last] == words[alike] == YES:
+            left = r.value(alike) / r.value(last)
+            peak = f"about {1 - left:.0%} of the peak at the last token is that token's identity, {left:.0%} is not"
+            said.append(f"{r.label}: {peak}; whether own v saves anything at the first token: {words[first]}")
+    return ". ".join(said)
 
 
 def iteration_table(results: RunResults) -> pd.DataFrame:

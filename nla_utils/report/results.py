@@ -13,7 +13,7 @@ from typing import Any, Iterable, Iterator, Mapping, Optional
 import numpy as np
 
 from nla_utils import metrics, rows
-from nla_utils.config import DATA, PROFILES, ROOT, RunConfig
+from nla_utils.config import DATA, PROFILES, ROOT, RunConfig, source_name
 from nla_utils.lm import weights
 from nla_utils.store import read_json, read_record, sha256_file
 
@@ -81,9 +81,16 @@ class RunResults:
         return self.targets.get("corpus", older and older[1])
 
     @property
+    def av(self) -> Optional[str]:
+        """The AV that the run was given, by its hub id or its folder's name; ``None`` where it trained its own."""
+        given = self.training.get("released")
+        return given and source_name(given).removeprefix("hub:").split("@")[0]
+
+    @property
     def size(self) -> str:
-        """How many targets, and of which corpus if it has one: ``30,000 targets``."""
-        return f"{self.sizes['N']:,} targets" + (f" of {self.corpus}" if self.corpus else "")
+        """How many targets, of which corpus and whose AV if they were given: ``30,000 targets``."""
+        corpus, av = f" of {self.corpus}" if self.corpus else "", f", AV {self.av}" if self.av else ""
+        return f"{self.sizes['N']:,} targets{corpus}{av}"
 
     @property
     def label(self) -> str:
@@ -193,16 +200,17 @@ def without_variants(everything: Iterable[RunResults], own: Optional[tuple[str, 
 
 
 def largest(everything: Iterable[RunResults]) -> list[RunResults]:
-    """The results with the most targets of each backbone, family by family."""
+    """The results with the most targets of each backbone, family by family; of a run that was given an AV only where
+    none trained its own."""
     best: dict[str, RunResults] = {}
-    for results in sorted(everything, key=lambda r: -r.sizes["N"]):
+    for results in sorted(everything, key=lambda r: (r.av is not None, -r.sizes["N"])):
         best.setdefault(results.backbone, results)
     return [r for runs in by_family(best.values()).values() for r in runs]
 
 
 def of_equal_size(everything: Iterable[RunResults]) -> list[RunResults]:
     """As :func:`largest`, at the largest N that every backbone has; empty where there is none."""
-    everything = [r for r in everything if not r.corpus]
+    everything = [r for r in everything if not r.corpus and not r.av]
     held = [{r.sizes["N"] for r in everything if r.backbone == own.backbone} for own in largest(everything)]
     most = max(set.intersection(*held), default=None) if held else None
     return largest(r for r in everything if r.sizes["N"] == most)

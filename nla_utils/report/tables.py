@@ -590,7 +590,7 @@ def audit_of_all(runs: Sequence[RunResults], everything: Sequence[RunResults]) -
     backbone has in ``everything``."""
     table = {"what it is": {s.id: s.what for s in SLIPS.values()}}
     for results in runs:
-        sizes = [r for r in everything if r.backbone == results.backbone and not r.corpus]
+        sizes = [r for r in everything if r.backbone == results.backbone and not r.corpus and not r.av]
         floors = [moves(r)["floor_kind"] for r in sorted(sizes, key=lambda r: r.sizes["N"])]
         table[results.label] = moves(results) | {"floor_kind": "; ".join(floors)}
     return pd.DataFrame(table).rename_axis("slip")
