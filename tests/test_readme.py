@@ -7,6 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from nla_extensions.cli import app
+from nla_extensions.requantize import page as requantized
 from nla_utils import rows
 from nla_utils.config import ROOT
 from nla_utils.metrics import chance_of_rank
@@ -85,3 +86,24 @@ def test_the_margin_that_the_text_calls_unsettled_is_yes_in_one_table_and_not_de
     assert findings_table(list(RUNS.values())).loc[asked.sentence, run.label].startswith("yes: +0.019")
     assert claims.verdicts(run)["greedy_beats_other_greedy", "corrected"] == "not decided"
     assert "+0.019 is *yes* among the verdicts of this table and *not decided* among" in PROSE
+
+
+def test_what_requantizing_moves_is_that_of_the_results():
+    held = [r for r in RUNS.values() if r.optional(requantized.RESULTS)]
+    assert len(held) == 3 and {r.sizes["N"] for r in held} == {640}
+
+    def each(kind, value):
+        return [value(r.optional(requantized.RESULTS)["kinds"][kind]) for r in held]
+
+    def most(kind, chosen):
+        return max(each(kind, lambda found: max(abs(found[f"{row.cen}_change"]) for row in chosen)))
+
+    weights, v = each("Q4_0", lambda f: 100 * f["weights"]["all"]), each("Q4_0", lambda f: f["v"]["mu_mean"])
+    assert f"change by {min(weights):.0f} to {max(weights):.0f} % of their norm" in PROSE
+    worst = min(each("Q4_0", lambda f: f["v"]["mu_worst"]))
+    assert f"{min(v):.2f} to {max(v):.2f} against itself, the worst of 640 targets {worst:.2f}" in PROSE
+    scores, margins = [r for r in requantized.ROWS if r not in requantized.MARGINS], requantized.MARGINS
+    assert f"move by at most {most('Q4_0', scores):.3f}, margins by at most {most('Q4_0', margins):.3f}" in PROSE
+    assert f"bits by at most {most('Q4_0', requantized.BITS):.1f}" in PROSE
+    assert f"To 8 bits, scores and margins move by at most {most('Q8_0', requantized.ROWS):.3f}" in PROSE
+    assert sum(len(requantized.changed_sides(r, "Q4_0")) for r in held) == 2 and len(held) * len(margins) == 15

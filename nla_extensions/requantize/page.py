@@ -30,6 +30,13 @@ ROWS = (
 BITS = tuple(of.row for of in rows.BITS if of.of in (rows.GREEDY, rows.BEST, rows.LONGEST_PROBE, rows.PARAPHRASE))
 
 
+def changed_sides(results: RunResults, kind: str) -> list[str]:
+    """Margins whose interval holds 0 in §11 and not in the requantized model, or the other way round."""
+    now = results.optional(RESULTS)["kinds"][kind]
+    ends = {row.label: [of["ci95"][row.cen] for of in (results.of(row), now)] for row in MARGINS}
+    return [label for label, both in ends.items() if len({low <= 0 <= high for low, high in both}) > 1]
+
+
 def weights_table(shown: Sequence[RunResults]) -> pd.DataFrame:
     """By backbone and kind: how far the weights and v have moved, replay, and the largest changes of scores, of margins
     and of bits."""
@@ -41,12 +48,13 @@ def weights_table(shown: Sequence[RunResults]) -> pd.DataFrame:
                 number(max((found[f"{row.cen}_change"] for row in of), key=abs), digits, "+")
                 for of, digits in (([r for r in ROWS if r not in MARGINS], 3), (MARGINS, 3), (BITS, 2))
             ]
-            table.append(
-                [f"{results.spec.shown}: {KINDS[kind]}", *weights, *v, number(found[rows.REPLAY.cen], 4), *largest]
-            )
+            label, replay = f"{results.spec.shown}: {KINDS[kind]}", number(found[rows.REPLAY.cen], 4)
+            sides = ", ".join(changed_sides(results, kind)) or "none"
+            table.append([label, *weights, *v, replay, *largest, sides])
     columns = ["weights", "relative change, embedding", "linear maps", "all", "v against v: mean"]
     columns += ["own μ: mean", "worst", "own μ: worst", "replay"]
     columns += [f"largest change of a {of}" for of in ("score", "margin", "figure in bits")]
+    columns.append("margins whose interval holds 0 in one of the two alone")
     return pd.DataFrame(table, columns=columns).set_index(columns[0])
 
 
