@@ -13,6 +13,7 @@ from nla_extensions.comparison.page import comparison_page
 from nla_extensions.depth.page import depth_page
 from nla_extensions.release.publish import dataset_card, model_card
 from nla_extensions.requantize.page import requantized_page
+from nla_extensions.scoring.page import scores_page
 from nla_extensions.tail_reader.page import reader_page
 from nla_utils import metrics, notebooks, rows
 from nla_utils.config import ROOT, RunConfig
@@ -32,6 +33,7 @@ PAGES = {
     "depth": depth_page(),
     "comparison": comparison_page(),
     "requantized": requantized_page(),
+    "scores": scores_page(),
 }
 TEX_ENGINE = next((name for name in ("latexmk", "tectonic") if shutil.which(name)), None)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
