@@ -126,7 +126,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             said = f"{folder} holds {TOKENIZERS[1]} and no {TOKENIZERS[0]}, and it was not converted"
             raise SourceError(f"{said}; pip install sentencepiece protobuf tiktoken, or add {TOKENIZERS[0]}") from None
         said = " ".join(str(error).split())
-        raise SourceError(f"{folder}: its tokenizer was not read ({said}); fetch or save it again") from None
+        raise SourceError(
+            f"{folder}: its tokenizer was not read ({said}); mend that, then run the same command again"
+        ) from None
 
 
 def special_ids(
