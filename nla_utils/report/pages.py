@@ -286,7 +286,7 @@ def shared_tables(
     nulls = (14, 5, 12, 14, 14, 26) if released else (20, 6, 18, 24, 20)
     best = "The published best of K beside the null that the paper itself prints"
     measured = [r for r in shown if tables.has_bits(r) and not r.av]
-    own = [r for r in measured if not r.corpus]
+    own = largest(r for r in measured if not r.corpus)
     ends = len(claims.ends_table(shown).columns)
     made = {
         "bits": Table(

@@ -209,11 +209,16 @@ def largest(everything: Iterable[RunResults]) -> list[RunResults]:
 
 
 def of_equal_size(everything: Iterable[RunResults]) -> list[RunResults]:
-    """As :func:`largest`, at the largest N that every backbone has; empty where there is none."""
+    """As :func:`largest`, at the largest sizes (N, M, K and the pool's) that every backbone has; empty where there are
+    none."""
+
+    def sizes(r: RunResults) -> tuple:
+        return tuple(r.sizes[name] for name in ("N", "M", "K", "pool"))
+
     everything = [r for r in everything if not r.corpus and not r.av]
-    held = [{r.sizes["N"] for r in everything if r.backbone == own.backbone} for own in largest(everything)]
+    held = [{sizes(r) for r in everything if r.backbone == own.backbone} for own in largest(everything)]
     most = max(set.intersection(*held), default=None) if held else None
-    return largest(r for r in everything if r.sizes["N"] == most)
+    return largest(r for r in everything if sizes(r) == most)
 
 
 def by_family(everything: Iterable[RunResults]) -> dict[Optional[str], list[RunResults]]:
