@@ -21,6 +21,21 @@ backbone_option = click.option("--backbone", **OPTIONS["backbone"])
 run_option = click.option("--run", type=FILE, help="A finished run folder, if not the shipped verbalizers.")
 
 
+def model_options(command):
+    """Decorator: the options that a backbone is loaded with."""
+    for name in ("device", "dtype", "layer"):
+        command = click.option(f"--{name}", **OPTIONS[name])(command)
+    return command
+
+
+def loaded(backbone: str, checked: bool = True, **config):
+    """A backbone by what the command line calls it."""
+    from nla_utils.lm.loading import load_backbone
+    from nla_utils.lm.weights import canonical_name
+
+    return load_backbone(RunConfig(backbone=canonical_name(backbone), **config), checked)
+
+
 def said(label: str, path: Path) -> None:
     click.echo(f"  {label:<20}{show(path)}")
 
@@ -257,9 +272,7 @@ def explore(text: str, to: Path, backbone: str, run: Optional[Path], layers: str
 @app.command()
 @click.argument("backbone")
 @click.option("--activations", type=FILE, help="Check these instead: a .safetensors file with ids (N, T) and h (N, d).")
-@click.option("--layer", **OPTIONS["layer"])
-@click.option("--device", **OPTIONS["device"])
-@click.option("--dtype", **OPTIONS["dtype"])
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(backbone: str, activations: Optional[Path], as_json: bool, **given) -> None:
     """Check whether a model's activations can be trusted, or whether activations from elsewhere are this model's.
@@ -267,19 +280,17 @@ def check(backbone: str, activations: Optional[Path], as_json: bool, **given) ->
     Ends with status 1 if a check fails."""
     from nla_extensions.activations import check_activations, read_activations
     from nla_utils.lm.checks import run_checks
-    from nla_utils.lm.loading import load_backbone
-    from nla_utils.lm.weights import canonical_name
 
     read = activations and read_activations(activations)
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = load_backbone(RunConfig(backbone=canonical_name(backbone), **given), checked=False)
-    about = {k: loaded.identity()[k] for k in ("backbone", "weight_hash", "layer", "dtype")}
-    about |= {"n_layers": loaded.n_layers, "device": loaded.device.type}
+        model = loaded(backbone, checked=False, **given)
+    about = {k: model.identity()[k] for k in ("backbone", "weight_hash", "layer", "dtype")}
+    about |= {"n_layers": model.n_layers, "device": model.device.type}
     if not as_json:
         click.echo("{backbone}, layer {layer} of {n_layers}, {dtype}, {device}".format(**about))
     found = []
-    for finding in check_activations(*read, loaded) if read else run_checks(loaded):
+    for finding in check_activations(*read, model) if read else run_checks(model):
         found.append(finding)
         if not as_json:
             click.echo(str(finding))
@@ -300,9 +311,7 @@ def check(backbone: str, activations: Optional[Path], as_json: bool, **given) ->
 )
 @click.option("--sources", type=FILE, help="The vectors' own sources as JSON Lines.")
 @backbone_option
-@click.option("--layer", **OPTIONS["layer"])
-@click.option("--dtype", **OPTIONS["dtype"])
-@click.option("--device", **OPTIONS["device"])
+@model_options
 @click.option("--pool", type=FILE, help="A folder of `nla pool`, or a finished run, if not one drawn and cached.")
 @click.option("--protocol", default="corrected", help="corrected, or published: read without the start token.")
 @click.option("--directions", is_flag=True, help="The vectors are directions (SAE decoder rows, steering vectors).")
@@ -326,9 +335,8 @@ def score(
     from nla_extensions.release.verbalizers import load_class
     from nla_extensions.scoring import files
     from nla_extensions.scoring.page import RESULTS
+    from nla_extensions.scoring.pool import pool_of
     from nla_extensions.scoring.scores import score as score_texts
-    from nla_utils.lm.loading import load_backbone
-    from nla_utils.lm.weights import canonical_name
     from nla_utils.store import sha256_file
 
     if len({path.stem for path in texts}) < len(texts):
@@ -337,12 +345,13 @@ def score(
     out, records = sys.stdout, []
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        config = {key: how.pop(key) for key in ("layer", "dtype", "device")}
-        backbone = load_backbone(RunConfig(backbone=canonical_name(how.pop("backbone")), **config))
+        backbone = loaded(**{key: how.pop(key) for key in ("backbone", "layer", "dtype", "device")})
         files.check_vectors(v_Md, names, backbone.d, backbone.name)
         given = [files.read_texts(path, names, backbone) for path in texts]
         how["sources"] = sources and files.read_texts(sources, names, backbone)[0]
         made = encoder and load_class(encoder)(backbone)
+        # Once for all methods.
+        how["pool"] = pool_of(how["pool"], backbone)
         for path, (ids, notes) in zip(texts, given):
             found = score_texts(ids, v_Md, backbone, names=names, method=path.stem, encoder=made and made.encode, **how)
             found.notes += notes
@@ -367,20 +376,15 @@ def score(
 
 @app.command()
 @backbone_option
-@click.option("--layer", **OPTIONS["layer"])
-@click.option("--dtype", **OPTIONS["dtype"])
-@click.option("--device", **OPTIONS["device"])
+@model_options
 @click.option("--n", type=int, help="How many unrelated texts.")
 @click.option("--corpus", type=FILE, help="Take them from texts: a .jsonl with a field 'text', or a folder of .txt.")
 @click.option("--seed", default=1, help="Seed of the draws.")
 def pool(backbone: str, n: Optional[int], corpus: Optional[Path], seed: int, **config) -> None:
     """Draw the unrelated texts that `nla score` compares with, once for a backbone and layer."""
     from nla_extensions.scoring.pool import SIZE, make_pool
-    from nla_utils.lm.loading import load_backbone
-    from nla_utils.lm.weights import canonical_name
 
-    loaded = load_backbone(RunConfig(backbone=canonical_name(backbone), **config))
-    made, path = make_pool(loaded, SIZE if n is None else n, corpus, seed)
+    made, path = make_pool(loaded(backbone, **config), SIZE if n is None else n, corpus, seed)
     click.echo(f"  {path}  {len(made.v):,} texts, {made.about['duplicates left out']} duplicates left out")
 
 

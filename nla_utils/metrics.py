@@ -163,14 +163,24 @@ def bits_of_means(values: tuple[Array, Array, Array, Sequence[int], int]) -> tup
     known = np.isfinite(score_M) & np.isfinite(null_MJ[:, 0])
     if not known.any():
         return math.nan, [math.nan, math.nan]
-    score_M, null_MJ, left_out_BJ = score_M[known], null_MJ[known], left_out_MBJ[known].mean(axis=0)
+    parts = bits_again((score_M[known], null_MJ[known], left_out_MBJ[known], ks, k))
+    return parts[0], [float(x) for x in np.clip(interval_of_bits(*parts), *limits_of_bits(k, ks[-1]))]
+
+
+def bits_again(values: tuple[Array, Array, Array, Sequence[int], int]) -> tuple[float, Array, Array]:
+    """Bits of a best of k, those of each resample of the targets (R,), and without each block of the pool (B,)."""
+    score_M, null_MJ, left_out_MBJ, ks, k = values
     found = bits(score_M.mean(), ks, null_MJ.mean(axis=0), k)
     resampled = zip(bootstrap_means(score_M), bootstrap_means(null_MJ))
-    ends = interval(np.array([bits(score, ks, null_J, k) for score, null_J in resampled]))
-    blocks_B = np.array([bits(score_M.mean(), ks, null_J, k) for null_J in left_out_BJ])
+    blocks_B = np.array([bits(score_M.mean(), ks, null_J, k) for null_J in left_out_MBJ.mean(axis=0)])
+    return found, np.array([bits(score, ks, null_J, k) for score, null_J in resampled]), blocks_B
+
+
+def interval_of_bits(found: float, resampled_R: Array, blocks_B: Array) -> list[float]:
+    """95 % interval of a figure in bits, or of a difference of two, from :func:`bits_again`."""
     pool = NORMAL_95 * math.sqrt((len(blocks_B) - 1) * blocks_B.var())
-    low, high = (found + sign * math.hypot(end - found, pool) for sign, end in zip((-1, 1), ends))
-    return found, [float(x) for x in np.clip([low, high], *limits_of_bits(k, ks[-1]))]
+    ends = zip((-1, 1), interval(resampled_R))
+    return [float(found + sign * math.hypot(end - found, pool)) for sign, end in ends]
 
 
 def surprise_of_rank(closer: Array, p: int) -> Array:

@@ -61,13 +61,18 @@ def load_bundle(backbone: Backbone, run: Optional[Path]) -> Bundle:
     return _of_run(backbone, run) if run is not None else _shipped(backbone)
 
 
-def _of_run(backbone: Backbone, path: Path) -> Bundle:
-    folder = RunFolder(path.resolve(), {k: v for k, v in backbone.identity().items() if k in IDENTITY})
+def config_of(folder: RunFolder, backbone: Backbone) -> RunConfig:
+    """The configuration of a finished run as far as its targets depend on it; raises ``ArtefactError`` where notebook
+    01 has not been run."""
     sizes = read_record(folder.file("results/targets.json"))["sizes"]
-    config = RunConfig(
+    return RunConfig(
         backbone=backbone.name, n_targets=sizes["N"], n_eval=sizes["M"], pool_size=sizes["pool"], n_rollouts=sizes["K"]
     )
-    run = Run(config, folder, backbone)
+
+
+def _of_run(backbone: Backbone, path: Path) -> Bundle:
+    folder = RunFolder(path.resolve(), {k: v for k, v in backbone.identity().items() if k in IDENTITY})
+    run = Run(config_of(folder, backbone), folder, backbone)
     targets, av = load_targets(run), import_av(path / "av", backbone).eval()
     made_from = {name: folder.sha256_of(name) for name in PARENTS}
     return Bundle(load_reader(run), av, targets.mu, targets.v[targets.pool], targets.sequences(targets.pool), made_from)

@@ -117,8 +117,8 @@ class PromptVerbalizer(Verbalizer):
     ``add``: v is added to what is there, else it takes its place. ``norm``: what v is brought to before, a number or
     ``match``, the norm of what is there; ``scale``: what it is multiplied by then. ``model``: who writes, if not the
     backbone: a registry name, a hub id or a folder, of the same width; ``adapter``: a folder of a LoRA in safetensors
-    for it, which needs peft. ``start``: whether the start token stands before the prompt; a prompt may spell the special
-    tokens of a chat. ``tokens``: how many a text has at most.
+    for it, which needs peft. ``start``: whether the start token stands before the prompt; a prompt may spell the
+    special tokens of a chat. ``tokens``: how many a text has at most.
     """
 
     prompt: ClassVar[str] = ""

@@ -24,7 +24,7 @@ from nla_utils.encoding import Texts, re_encode, read
 from nla_utils.errors import ConfigError
 from nla_utils.evidence import Evidence, Part, null_texts, of_ceilings
 from nla_utils.lm.backbone import Backbone
-from nla_utils.metrics import bits, bootstrap_means, fve, interval
+from nla_utils.metrics import fve
 from nla_utils.protocol import CORRECTED
 from nla_utils.run import Run
 from nla_utils.scores import Column, RowValues
@@ -122,20 +122,6 @@ def changes(now: RowValues, before: RowValues) -> dict:
 def bits_change(*both: tuple) -> tuple[float, list[float]]:
     """Bits of a row less those of the same row before, with an interval made as :func:`metrics.bits_of_means` makes its
     own: targets are resampled together in both, and a block of the pool is left out of both."""
-    (now, now_R, now_B), (before, before_R, before_B) = map(_bits, both)
-    found, blocks_B = now - before, now_B - before_B
-    pool = metrics.NORMAL_95 * math.sqrt((len(blocks_B) - 1) * blocks_B.var())
-    ends = zip((-1, 1), interval(now_R - before_R))
-    return found, [float(found + sign * math.hypot(end - found, pool)) for sign, end in ends]
-
-
-def _bits(values: tuple) -> tuple[float, np.ndarray, np.ndarray]:
-    """Bits, those of each resample of the targets, and those without each block of the pool."""
-    score_M, null_MJ, left_out_MBJ, ks, k = values
-
-    def at(scores, nulls) -> np.ndarray:
-        return np.array([bits(score, ks, null_J, k) for score, null_J in zip(scores, nulls)])
-
-    means, left_out_BJ = (score_M.mean(), null_MJ.mean(axis=0)), left_out_MBJ.mean(axis=0)
-    blocks_B = at([means[0]] * len(left_out_BJ), left_out_BJ)
-    return bits(means[0], ks, means[1], k), at(bootstrap_means(score_M), bootstrap_means(null_MJ)), blocks_B
+    now, before = map(metrics.bits_again, both)
+    change = [a - b for a, b in zip(now, before)]
+    return change[0], metrics.interval_of_bits(*change)

@@ -11,7 +11,7 @@ from nla_extensions.comparison.page import shown
 from nla_extensions.pages import page
 from nla_utils.report.pages import Page, Table
 from nla_utils.report.results import COMMITTED, find_results
-from nla_utils.report.tables import bits_cell, signed, with_interval
+from nla_utils.report.tables import bits_cell, with_interval
 
 # The name of the results file.
 RESULTS = "scores"
@@ -33,15 +33,18 @@ SHOWN = (
 )
 
 
+def cell(row: dict, which: str, sign: str = "") -> str:
+    """A number of a row's record (``value``, ``null`` or ``difference``) with its interval, or a dash."""
+    return with_interval({which: row.get(which), "ci95": {which: row.get(f"{which}_ci95")}}, which, sign=sign)
+
+
 def methods_table(record: dict) -> pd.DataFrame:
     """A column for each method: rows with intervals, bits, and what the p-values find."""
     table = {}
     for method in record["methods"]:
         column = {}
         for label, key, which in SHOWN:
-            row = method["rows"][key]
-            cell = signed if which == "difference" else with_interval
-            column[label] = cell({"x": row[which], "ci95": {"x": row[f"{which}_ci95"]}}, "x")
+            column[label] = cell(method["rows"][key], which, "+" if which == "difference" else "")
         bits, at, m = method["bits"], (method["K"], method["P"]), method["M"]
         column["bits"] = bits_cell(bits["value"], bits["ci95"], *at)
         column["bits by rank"] = bits_cell(bits["by_rank"], None, *at)

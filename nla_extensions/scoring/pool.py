@@ -8,12 +8,13 @@ from typing import Optional
 
 import numpy as np
 
-from nla_utils.config import PROFILES, RunConfig, cache_dir
+from nla_extensions.release.bundle import config_of
+from nla_utils.config import PROFILES, cache_dir
 from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
-from nla_utils.store import ChunkStore, RunFolder, json_hash, read_record
+from nla_utils.store import ChunkStore, RunFolder, json_hash
 from nla_utils.targets import Targets, corpus_rows, draw_chunk, read_texts
 
 ARTEFACT = "pool"
@@ -86,6 +87,13 @@ def make_pool(backbone: Backbone, n: int = SIZE, corpus: Optional[Path] = None, 
     return load_pool(folder.path, backbone), folder.path
 
 
+def pool_of(given: Optional[str | Path | Pool], backbone: Backbone) -> Pool:
+    """A pool as it is, that of a folder, or where none is given the one that is drawn and kept in the cache."""
+    if given is None:
+        return make_pool(backbone)[0]
+    return given if isinstance(given, Pool) else load_pool(Path(given), backbone)
+
+
 def load_pool(path: Path, backbone: Backbone) -> Pool:
     """The pool of a folder that :func:`make_pool` filled, or of a finished run: its pool, and as the null all targets
     that no protocol evaluates. Raises ``ArtefactError`` where there is none, or of another backbone or layer."""
@@ -99,9 +107,7 @@ def load_pool(path: Path, backbone: Backbone) -> Pool:
         return Pool(ids, held["v"], len(ids), held["nats"], about).without(again_P)
     if not folder.has("targets"):
         raise ArtefactError(f"{path} holds no pool; give the folder that `nla pool` names, or that of a finished run")
-    sizes = read_record(folder.file("results/targets.json"))["sizes"]
-    config = RunConfig(n_targets=sizes["N"], n_eval=sizes["M"], pool_size=sizes["pool"], n_rollouts=sizes["K"])
-    targets = Targets.of(folder.load("targets"), config)
+    targets = Targets.of(folder.load("targets"), config_of(folder, backbone))
     rows = targets.unevaluated[targets.lengths[targets.unevaluated] > 0]
     size = int(np.isin(rows, targets.pool).sum())
     return Pool(targets.sequences(rows), targets.v[rows], size, None, {"pool": f"targets of {path.name}"})

@@ -19,7 +19,8 @@ import torch
 
 from nla_extensions.comparison.measure import LEAST, SHARED, twins
 from nla_extensions.scoring.files import blocks, check_vectors, ids_of
-from nla_extensions.scoring.pool import Pool, load_pool, make_pool
+from nla_extensions.scoring.page import cell
+from nla_extensions.scoring.pool import Pool, pool_of
 from nla_utils import metrics
 from nla_utils.config import RunConfig
 from nla_utils.encoding import nats_per_token
@@ -41,6 +42,8 @@ LEVEL = 0.05
 ODD = 0.1
 # So close, an activation of the pool is the vector's own.
 SAME = 1 - 1e-6
+# p-values by their null: what it is called, and what its number of texts or writers is.
+NULLS = {"law": ("rank among unrelated texts", "P"), "writer": ("texts of other vectors", "J")}
 # The key of what is said once, among the metadata of the Parquet file.
 RECORD = b"nla_scores"
 
@@ -93,7 +96,11 @@ class Scores:
 
     def table(self) -> pd.DataFrame:
         """Rows with their nulls and paired differences, 95 % intervals over vectors in brackets."""
-        return table_of(self.record())
+        rows = [row.record() for row in self.rows]
+        shown = {"value": "value", "null": "beside it", "difference": "difference"}
+        cells = [{name: cell(row, which) for which, name in shown.items()} for row in rows]
+        made = pd.DataFrame(cells, index=pd.Index([row["label"] for row in rows], name=self.method))
+        return made.assign(**{"which is": [row["against"] or "–" for row in rows]})
 
     def record(self) -> dict:
         """All of it but texts, vectors and provenance, as JSON holds it."""
@@ -143,12 +150,11 @@ class Scores:
         """How many vectors have a text that is not chance, and how large the null would have to be for one."""
         lines = []
         for name, found in self.discoveries.items():
-            what, n = next((key[0], n) for key, n in found.items() if key.endswith("_for_one"))
-            null = {"law": "rank among unrelated texts", "writer": "texts of other vectors"}[name]
+            null, what = NULLS[name]
             counts = f"{found['BH']} (Benjamini–Hochberg), {found['BY']} (Benjamini–Yekutieli)"
             lines.append(
                 f"p by {null}: {counts} of {self.about['M']} at a false discovery rate of {LEVEL}; the smallest p is "
-                f"{found['smallest']:.2g}, a single discovery needs {what} ≥ {n:,}"
+                f"{found['smallest']:.2g}, a single discovery needs {what} ≥ {found[f'{what}_for_one']:,}"
             )
         return lines
 
@@ -169,20 +175,6 @@ class Scores:
             return fig
 
         return draw()
-
-
-def table_of(record: dict) -> pd.DataFrame:
-    """The table of a record: rows with their nulls and paired differences."""
-    rows, names = record["rows"].values(), {"value": "value", "null": "beside it", "difference": "difference"}
-    found = [{shown: _cell(r.get(name), r.get(f"{name}_ci95")) for name, shown in names.items()} for r in rows]
-    made = pd.DataFrame(found, index=pd.Index([r["label"] for r in rows], name=record["method"]))
-    return made.assign(**{"which is": [r["against"] or "–" for r in rows]})
-
-
-def _cell(value: Optional[float], ci95: Optional[Sequence[float]]) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" + (f" [{ci95[0]:.3f}, {ci95[1]:.3f}]" if ci95 else "")
 
 
 @torch.inference_mode()
@@ -217,7 +209,8 @@ def score(
 
     Raises ``ConfigError`` for what does not fit, ``ArtefactError`` for a pool that does not.
     """
-    if protocol not in (known := [p.name for p in PROTOCOLS]):
+    known = {p.name: p for p in PROTOCOLS}
+    if protocol not in known:
         raise ConfigError(f"protocol {protocol!r}: {nearest(protocol, known)}")
     if encoder is not None and max_over_tokens:
         raise ConfigError("an encoder reads a text as a whole: max_over_tokens is for the backbone alone")
@@ -226,12 +219,10 @@ def score(
     elif layer is not None:
         backbone = dataclasses.replace(backbone, layer=layer)
     v, names = np.asarray(v), list(map(str, range(len(v)) if names is None else names))
-    v_Md = check_vectors(v, names, backbone.d, f"{backbone.name}")
+    v_Md = check_vectors(v, names, backbone.d, backbone.name)
     ids = ids_of(texts, names, backbone)
     source_ids = None if sources is None else [own[0] for own in ids_of(sources, names, backbone)]
-    if pool is None:
-        pool, _ = make_pool(backbone)
-    pool = pool if isinstance(pool, Pool) else load_pool(Path(pool), backbone)
+    pool = pool_of(pool, backbone)
     notes = []
     if directions:
         norm = np.linalg.norm(pool.v - pool.mu, axis=1).mean()
@@ -260,7 +251,7 @@ def score(
         notes.append(f"{empty} texts are empty: the start token alone is read in their place")
     if len(v_Md) == 1:
         notes.append("one vector: there are no intervals, no texts of others, and nothing to identify it among")
-    reading = Reading(backbone, "bos" not in {p.name: p for p in PROTOCOLS}[protocol].slips, max_over_tokens, encoder)
+    reading = Reading(backbone, "bos" not in known[protocol].slips, max_over_tokens, encoder)
     about = {"protocol": protocol, "M": len(v_Md), "P": len(pool.v), **pool.about}
     about |= {"read_by": "an encoder" if encoder else "the backbone", "max_over_tokens": max_over_tokens}
     provenance = {"identity": backbone.identity(), "code": code_version(), "libraries": library_versions()}
@@ -343,7 +334,8 @@ class _Comparison:
 
     ``best`` and ``null``: by name the best text's numbers (M,), and those of the best of as many unrelated texts, on
     average. ``first``: the best of each vector's first k texts, k the smallest number of texts; ``others`` (M, J): the
-    same of J other vectors' texts, scored against this one.
+    same of J other vectors' texts, scored against this one. ``closer``: how many texts of the pool equal or beat the
+    best one (M,).
     """
 
     def __init__(self, reading: Reading, pool: Pool, v_Md: np.ndarray, ids: list[list[list[int]]], names: list[str]):
@@ -357,12 +349,12 @@ class _Comparison:
         self.nearest = fve_matrix(v_Md, own_Pd, self.mu).max(axis=1)
         self.null_states = reading.states(pool.ids) if reading.differs else [v_d[None] for v_d in pool.v]
         self.best, self.null = ({name: np.full(m, np.nan) for name in (*NAMED, "nats")} for _ in range(2))
-        self.mean, self.floor, self.first, self.best_of_k = (np.empty(m) for _ in range(4))
-        self.chosen, self.best_h = np.empty(m, dtype=int), np.empty_like(v_Md)
+        self.mean, self.floor, self.first = (np.empty(m) for _ in range(3))
+        self.chosen, self.closer, self.best_h = np.empty(m, dtype=int), np.empty(m, dtype=int), np.empty_like(v_Md)
         self.others = np.empty((m, self.n_others))
         self.curve, self.null_curve = np.empty((m, len(self.ks))), np.empty((m, len(self.null_ks)))
         self.left_out = np.empty((m, N_BLOCKS, len(self.null_ks)))
-        self.texts: list[dict] = []
+        self.texts: list[pd.DataFrame] = []
         for block in Progress(list(blocks(self.counts, BLOCK)), desc="reading texts", unit="block"):
             states = iter(reading.states([text for own in ids[block] for text in own]))
             null = self._null_scores(block)
@@ -371,27 +363,24 @@ class _Comparison:
                 self._add(i, names[i], [next(states) for _ in ids[i]], null_P)
         self.best["nats"] = nats_per_token(reading.backbone, [own[j] for own, j in zip(ids, self.chosen)])
 
-    def _numbers(self, i: int, h_Kd: np.ndarray) -> dict[str, np.ndarray]:
-        """What K activations give against vector i, by name."""
-        cosine_K = 2 * fve(h_Kd, self.v[i]) - 1
-        explained_K = 1 - (2 - 2 * cosine_K) / self.unexplained_M[i]
-        score_K, cen1_K = (fve(h_Kd, self.v[i], self.mu, out) for out in (None, self.out))
-        return dict(zip(NAMED, (score_K, cen1_K, cosine_K, explained_K)))
+    def _numbers(self, block: slice, h_Pd: np.ndarray) -> dict[str, np.ndarray]:
+        """What P activations give against each vector of a block (B, P), by name."""
+        cosine_BP = 2 * fve_matrix(self.v[block], h_Pd) - 1
+        explained_BP = 1 - (2 - 2 * cosine_BP) / self.unexplained_M[block, None]
+        score_BP, cen1_BP = (fve_matrix(self.v[block], h_Pd, self.mu, out) for out in (None, self.out))
+        return dict(zip(NAMED, (score_BP, cen1_BP, cosine_BP, explained_BP)))
 
     def _null_scores(self, block: slice) -> dict[str, np.ndarray]:
         """The same of the pool's texts (B, P) for a block of vectors, each text at the token that scores best."""
         if not self.reading.every_token:
-            v_Bd, h_Pd = self.v[block], np.concatenate(self.null_states)
-            cosine_BP = 2 * fve_matrix(v_Bd, h_Pd) - 1
-            explained_BP = 1 - (2 - 2 * cosine_BP) / self.unexplained_M[block, None]
-            score_BP, cen1_BP = (fve_matrix(v_Bd, h_Pd, self.mu, out) for out in (None, self.out))
-            return dict(zip(NAMED, (score_BP, cen1_BP, cosine_BP, explained_BP)))
+            return self._numbers(block, np.concatenate(self.null_states))
         found = []
         for i in range(*block.indices(len(self.v))):
             # As many tokens as the vector's own texts have on average.
             n = max(1, round(np.mean([len(text) for text in self.ids[i]])))
-            found.append(self._numbers(i, self._at_best(i, [h_Td[:n] for h_Td in self.null_states])))
-        return {name: np.stack([x[name] for x in found]) for name in NAMED}
+            states = [h_Td[:n] for h_Td in self.null_states]
+            found.append(self._numbers(slice(i, i + 1), self._at_best(i, states)))
+        return {name: np.concatenate([x[name] for x in found]) for name in NAMED}
 
     def _at_best(self, i: int, states: Sequence[np.ndarray]) -> np.ndarray:
         """The activation (K, d) of each text at the token that scores best for vector i."""
@@ -404,12 +393,12 @@ class _Comparison:
 
     def _add(self, i: int, name: str, states: list[np.ndarray], null_P: dict[str, np.ndarray]) -> None:
         h_Kd, n = self._at_best(i, states), len(states)
-        own_K = self._numbers(i, h_Kd)
+        own_K = {name: x_1K[0] for name, x_1K in self._numbers(slice(i, i + 1), h_Kd).items()}
         j = self.chosen[i] = int(own_K["score"].argmax())
         order = np.argsort(null_P["score"])
         ordered = null_P["score"][order]
         rank_K = len(ordered) - np.searchsorted(ordered, own_K["score"], "left")
-        weights_P = metrics.expected_max_weights(len(order), n)
+        self.closer[i], weights_P = rank_K[j], metrics.expected_max_weights(len(order), n)
         for key in NAMED:
             self.best[key][i], self.null[key][i] = own_K[key][j], weights_P @ null_P[key][order]
         if self.pool.nats is not None:
@@ -417,7 +406,6 @@ class _Comparison:
         self.mean[i], self.floor[i], self.best_h[i] = own_K["score"].mean(), ordered.mean(), h_Kd[j]
         self.first[i] = own_K["score"][: self.k].max()
         self.curve[i] = metrics.exact_k_curve(own_K["score"][None], self.ks)[0]
-        self.best_of_k[i] = self.curve[i, -1]
         self.null_curve[i] = metrics.exact_k_curve(ordered[None], self.null_ks)[0]
         left_out = metrics.curves_without_blocks(null_P["score"][None], self.null_ks, N_BLOCKS)
         self.left_out[i] = left_out.reshape(N_BLOCKS, -1)
@@ -499,18 +487,13 @@ class _Comparison:
     def bits(self) -> dict:
         """Bits at k, pool P, with interval; by rank where all K are equal."""
         p = len(self.pool.v)
-        value, ends = metrics.bits_of_means((self.best_of_k, self.null_curve, self.left_out, self.null_ks, self.k))
+        value, ends = metrics.bits_of_means((self.curve[:, -1], self.null_curve, self.left_out, self.null_ks, self.k))
         limits = list(metrics.limits_of_bits(self.k, p))
         found = {"value": value, "ci95": ends if len(self.v) > 1 else None, "by_rank": None, "limits": limits}
         if len(set(self.counts)) == 1:
             surprise_M = metrics.surprise_of_rank(self.closer, p)
             found["by_rank"] = metrics.bits_by_rank((surprise_M, p, self.k))[0]
         return found
-
-    @property
-    def closer(self) -> np.ndarray:
-        """How many texts of the pool equal or beat the best text (M,)."""
-        return np.array([int(frame["rank"].iloc[j]) for frame, j in zip(self.texts, self.chosen)])
 
     def p_values(self) -> tuple[dict[str, np.ndarray], dict]:
         """p-values (M,) by their null, and what Benjamini's two methods find among them.
@@ -520,15 +503,15 @@ class _Comparison:
         """
         m, p = len(self.v), len(self.pool.v)
         p_values = {"law": np.array([metrics.chance_of_rank(r, p, n) for r, n in zip(self.closer, self.counts)])}
-        needed = {"law": ("P", int(np.ceil(max(self.counts) * (m / LEVEL - 1))))}
+        needed = {"law": max(self.counts) * (m / LEVEL - 1), "writer": m / LEVEL - 1}
         if self.n_others:
             found = [metrics.p_of_null(x, null_J) for x, null_J in zip(self.first, self.others)]
-            p_values["writer"], needed["writer"] = np.array(found, dtype=float), ("J", int(np.ceil(m / LEVEL - 1)))
+            p_values["writer"] = np.array(found, dtype=float)
         discoveries = {}
         for name, p_M in p_values.items():
             bh, by = metrics.discoveries(p_M, LEVEL)
-            what, n = needed[name]
-            discoveries[name] = {"smallest": float(p_M.min()), "BH": bh, "BY": by, f"{what}_for_one": n}
+            counts = {"BH": bh, "BY": by, f"{NULLS[name][1]}_for_one": int(np.ceil(needed[name]))}
+            discoveries[name] = {"smallest": float(p_M.min()), **counts}
         return p_values, discoveries
 
 
