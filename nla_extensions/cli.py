@@ -210,6 +210,7 @@ def requantize(config: RunConfig) -> None:
 @click.option("--to", type=FILE, help="JSON Lines of k texts for each of --vectors, for `nla score`.")
 @click.option("--token", default=-1, help="Which token of the text; negative counts from the end.")
 @backbone_option
+@click.option("--layer", **OPTIONS["layer"])
 @run_option
 @click.option("--method", default="reader", help="reader, guided, av, lens, patchscope, or module:Class.")
 @click.option("--k", default=64, help="How many texts to choose from.")
@@ -224,6 +225,7 @@ def verbalize(
     to: Optional[Path],
     token: int,
     backbone: str,
+    layer: Optional[int],
     run: Optional[Path],
     as_json: bool,
     **how,
@@ -239,14 +241,14 @@ def verbalize(
         raise ConfigError("--vectors and --to go together: the texts of many activations go to a file")
     if vectors is not None:
         names, v_Md = read_vectors(vectors)
-        nla = NLA.load(backbone, run)
+        nla = NLA.load(backbone, run, layer=layer)
         nla.verbalize_many(names, v_Md, to.resolve(), how["k"], how["method"], how["seed"])
         click.echo(f"  {show(to.resolve())}  {len(names):,} × {how['k']} texts")
         return
     given = None if vector is None else read_vector(vector)
     # What loading says is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        nla = NLA.load(backbone, run)
+        nla = NLA.load(backbone, run, layer=layer)
     found = nla.verbalize(nla.activation(text, token) if given is None else given, **how)
     click.echo(json.dumps(dataclasses.asdict(found), ensure_ascii=False, allow_nan=False) if as_json else str(found))
 
@@ -315,7 +317,7 @@ def check(backbone: str, activations: Optional[Path], as_json: bool, **given) ->
 @click.option("--pool", type=FILE, help="A folder of `nla pool`, or a finished run, if not one drawn and cached.")
 @click.option("--protocol", default="corrected", help="corrected, or published: read without the start token.")
 @click.option("--directions", is_flag=True, help="The vectors are directions (SAE decoder rows, steering vectors).")
-@click.option("--searched", is_flag=True, help="The writer looked at v: no p-values.")
+@click.option("--searched", is_flag=True, help="The writer looked at v: no bits, no p-values.")
 @click.option("--max-over-tokens", is_flag=True, help="Read a text at every token; the best counts.")
 @click.option("--encoder", help="module:Class of a trained reconstructor, which gives activations of token ids.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

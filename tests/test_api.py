@@ -94,10 +94,39 @@ def test_a_bundle_reads_like_the_run_it_was_packed_from(nla, scored_run, tmp_pat
         bundles.load_bundle(run.backbone, None)
 
 
-def test_no_bundle_says_how_to_make_one(nla, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
-    with pytest.raises(ArtefactError, match="nla reproduce --backbone"):
-        bundles.load_bundle(nla.backbone, None)
+class Words:
+    """A verbalizer that needs no bundle."""
+
+    def __init__(self, backbone, bundle):
+        assert bundle is None
+
+    def write(self, v_Md, k, streams_B):
+        return [["the clock"] * (1 + k) for _ in v_Md]
+
+
+def test_without_a_bundle_ones_own_verbalizer_writes(nla, tmp_path, monkeypatch):
+    """On a backbone, or at a layer of it, that nothing ships for."""
+    np.save(tmp_path / "v.npy", nla.activation(TEXT)[None])
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "verbalize",
+        "--backbone",
+        nla.backbone.spec.source,
+        "--layer",
+        "1",
+        "--vectors",
+        "v.npy",
+        "--to",
+        "t.jsonl",
+    ]
+    for method, status in (("reader", 2), ("test_api:Words", 0)):
+        result = CliRunner().invoke(app, [*options, "--k", "2", "--method", method])
+        assert result.exit_code == status, result.output
+        assert ("nla reproduce --backbone" in result.stderr) == (method == "reader")
+    (line,) = (tmp_path / "t.jsonl").read_text().splitlines()
+    assert json.loads(line)["texts"] == ["the clock"] * 2
+    with pytest.raises(ArtefactError, match="at layer 1; make them with `nla reproduce"):
+        NLA.load(nla.backbone.spec.source, layer=1).verbalize(nla.activation(TEXT))
 
 
 def test_command_line_reads_text_and_vectors_alike(nla, scored_run, tmp_path):

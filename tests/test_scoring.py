@@ -193,6 +193,8 @@ def test_a_writer_that_looked_at_v_has_no_p_value(given):
     backbone, pool, v_Md, texts, _ = given
     scores = score(texts, v_Md, backbone, pool=pool, searched=True)
     assert scores.discoveries == {} and list(scores.vectors) == ["id"] and scores.p_lines() == []
+    assert scores.bits is None and scores.bits_line() == "the texts were searched for: no bits, no p-values"
+    json.dumps(scores.record(), allow_nan=False)
 
 
 def test_sources_that_are_in_the_pool_leave_it(given, scored_run):
@@ -423,6 +425,10 @@ def test_the_command_writes_table_json_page_and_a_row_a_text(given, scored_run, 
     table = pd.read_parquet(tmp_path / "out.parquet")
     assert len(table) == sum(map(len, texts)) and record["rows"]["best"]["value"] == pytest.approx(
         table.groupby("id")["score"].max().mean()
+    )
+    assert (
+        table["id"].is_monotonic_increasing
+        and table.groupby("id")["p_law"].first().tolist() == record["vectors"]["p_law"]
     )
     assert json.loads(pq.read_schema(tmp_path / "out.parquet").metadata[RECORD])["rows"] == record["rows"]
     page = (tmp_path / "out.html").read_text()

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nla_extensions.release.bundle import Bundle, load_bundle
-from nla_extensions.release.verbalizers import Verbalizer, find_verbalizer, write
+from nla_extensions.release.verbalizers import VERBALIZERS, Verbalizer, find_verbalizer, write
 from nla_extensions.scoring.files import check_vectors, resumed
 from nla_extensions.tail_reader.rollouts import FLUENCY, guided_search
 from nla_utils.config import RunConfig
 from nla_utils.encoding import Texts, nats_per_token, read
-from nla_utils.errors import ConfigError
+from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone, outside_ids
 from nla_utils.lm.loading import load_backbone
 from nla_utils.lm.sampling import row_streams
@@ -95,19 +95,39 @@ def _end_of(text: str) -> str:
 
 
 class NLA:
-    """A backbone with its verbalizers: the tail reader and the paper's AV."""
+    """A backbone with its verbalizers: the tail reader and the paper's AV; without a bundle, with one's own alone."""
 
-    def __init__(self, backbone: Backbone, bundle: Bundle):
-        self.backbone, self.bundle = backbone, bundle
+    def __init__(self, backbone: Backbone, bundle: Optional[Bundle]):
+        self.backbone, self._bundle = backbone, bundle
         self._verbalizers: dict[str, Verbalizer] = {}
 
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle; raises ``ArtefactError`` where there is none."""
+        if self._bundle is None:
+            name, layer = self.backbone.name, self.backbone.layer
+            raise ArtefactError(
+                f"no verbalizers ship for {name} at layer {layer}; make them with `nla reproduce --backbone {name} "
+                f"--layer {layer} --with tail-reader` and give the run folder (run=, --run), or write for --vectors with "
+                "--method module:Class and set the texts beside unrelated ones with `nla score`"
+            )
+        return self._bundle
+
     @classmethod
-    def load(cls, backbone: str = "gemma3-270m", run: Optional[str | Path] = None, device: str = "auto") -> NLA:
-        """Verbalizers that ship with the package, or those of a finished run folder (``run``). Raises ``ConfigError``
-        for an unknown backbone, ``ArtefactError`` where it has no verbalizers or they fit other weights or layers."""
+    def load(
+        cls,
+        backbone: str = "gemma3-270m",
+        run: Optional[str | Path] = None,
+        device: str = "auto",
+        layer: Optional[int] = None,
+    ) -> NLA:
+        """Verbalizers that ship with the package, or those of a finished run folder (``run``). Where there are none, or
+        of another ``layer``, only verbalizers of one's own can be used, and only to write. Raises ``ConfigError`` for an
+        unknown backbone, ``ArtefactError`` where those that there are fit other weights."""
         folder = None if run is None else Path(run)
-        loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=Bundle.layer_of(backbone, folder)))
-        return cls(loaded, load_bundle(loaded, folder))
+        has = Bundle.layer_of(backbone, folder)
+        loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=has if layer is None else layer))
+        return cls(loaded, load_bundle(loaded, folder) if loaded.layer == has else None)
 
     def without_last(self, n: int) -> NLA:
         """The same with the last n stored texts forgotten: for reading what was made from them."""
@@ -139,7 +159,8 @@ class NLA:
         """A verbalizer by its name, or ``module:Class``, with this backbone and bundle; raises as
         :func:`~nla_extensions.release.verbalizers.find_verbalizer` does."""
         if method not in self._verbalizers:
-            self._verbalizers[method] = find_verbalizer(method)(self.backbone, self.bundle)
+            bundle = self.bundle if method in VERBALIZERS else self._bundle
+            self._verbalizers[method] = find_verbalizer(method)(self.backbone, bundle)
         return self._verbalizers[method]
 
     def write(self, v_Md: np.ndarray, k: int, method: str, seed: int, first: int = 0) -> Texts:
@@ -171,7 +192,7 @@ class NLA:
                 p-value, (1 + how many score at least as much) / (J + 1); it takes J times as long.
 
         Raises ``ConfigError`` if v has the wrong shape or holds NaN, or the method, k, fluency or others is out of
-        range.
+        range, ``ArtefactError`` without a bundle, whose texts are what the best is set against.
         """
         v, backbone, mu = self._checked(v), self.backbone, self.bundle.mu
         drawing = "reader" if method == "guided" else method
@@ -233,7 +254,8 @@ class NLA:
         if method == "guided" or k < 1:
             raise ConfigError(f"method {method!r}, k {k}: choose a verbalizer that draws, and at least one text")
         self.verbalizer(method)
-        of = {"vectors": arrays_hash({"v": v_Md}), "names": json_hash(list(names)), "bundle": self.bundle.made_from}
+        bundle = self._bundle and self._bundle.made_from
+        of = {"vectors": arrays_hash({"v": v_Md}), "names": json_hash(list(names)), "bundle": bundle}
         plan = {**self.backbone.identity(), **of, "k": k, "method": method, "seed": seed}
         partial, done = resumed(to, plan)
         together, decode = max(1, self.backbone.sample_batch // (k + 1)), self.backbone.decode_text

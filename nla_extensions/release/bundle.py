@@ -57,7 +57,7 @@ class Bundle:
 
 
 def load_bundle(backbone: Backbone, run: Optional[Path]) -> Bundle:
-    """The bundle of a run folder, or the shipped one; raises ``ArtefactError`` if there is none or it does not fit."""
+    """The bundle of a run folder, or the shipped one; raises ``ArtefactError`` if it does not fit."""
     return _of_run(backbone, run) if run is not None else _shipped(backbone)
 
 
@@ -80,11 +80,6 @@ def _of_run(backbone: Backbone, path: Path) -> Bundle:
 
 def _shipped(backbone: Backbone) -> Bundle:
     folder = BUNDLES / backbone.name
-    if not (folder / "bundle.json").exists():
-        raise ArtefactError(
-            f"no verbalizers ship for {backbone.name}; make them with "
-            f"`nla reproduce --backbone {backbone.name} --with tail-reader` and give the run folder (run=, --run)"
-        )
     record, own = read_record(folder / "bundle.json"), {key: backbone.identity()[key] for key in IDENTITY}
     require_same(folder, record["identity"], own, "give the folder of a run of this backbone (run=, --run)")
     for name, digest in record["sha256"].items():

@@ -57,10 +57,10 @@ def lens_tokens(backbone: Backbone, v_Bd: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Writes texts for activations of a backbone, with what a bundle holds."""
+    """Writes texts for activations of a backbone, with what a bundle holds; one's own may do without it."""
 
     backbone: Backbone
-    bundle: Bundle
+    bundle: Optional[Bundle]
 
     @property
     def cost(self) -> int:

@@ -84,17 +84,19 @@ def read_vectors(path: Path) -> tuple[list[str], np.ndarray]:
     else:
         (rows,) = content.values()
         names = list(map(str, range(len(rows)) if names is None else names))
-    if len(names) != len(rows) or len(set(names)) < len(names):
-        raise ConfigError(f"{path} holds {len(rows)} vectors and {len(set(names))} different names; each has one")
+    if len(names) != len(rows):
+        raise ConfigError(f"{path} holds {len(rows)} vectors and {len(names)} names; each has one")
     return names, rows.float().numpy()
 
 
 def check_vectors(v_Md: np.ndarray, names: Sequence[str], d: int, what: str) -> np.ndarray:
     """The vectors as float32; raises ``ConfigError`` that names the first one that is zero or not finite, and for
-    another width."""
+    another width, or names that are not each one's own."""
     v_Md = np.asarray(v_Md, dtype=np.float32)
     if v_Md.ndim != 2 or not len(v_Md) or v_Md.shape[1] != d:
         raise ConfigError(f"vectors have shape {v_Md.shape}; those of {what} have (M, {d})")
+    if len(set(names)) != len(v_Md):
+        raise ConfigError(f"{len(v_Md)} vectors have {len(set(names))} different names; each has one")
     for said, bad_M in (
         ("holds NaN or infinity", ~np.isfinite(v_Md).all(axis=1)),
         ("is zero, and has no direction", ~v_Md.any(axis=1)),

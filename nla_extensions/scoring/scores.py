@@ -75,8 +75,8 @@ def _mean(name: str, values_M: np.ndarray) -> dict:
 
 @dataclass
 class Scores:
-    """What :func:`score` found: ``rows`` of the table; ``bits`` at ``k`` (value, interval, by rank), ``None`` for one
-    vector; the exact curve ``curve`` (J, 2) at ``ks``, of the texts and of unrelated ones; ``texts``, a row each;
+    """What :func:`score` found: ``rows`` of the table; ``bits`` at ``k`` (value, interval, by rank), ``None`` where
+    texts were searched for; the exact curve ``curve`` (J, 2) at ``ks``, of the texts and of unrelated ones; ``texts``, a row each;
     ``vectors``, a row each, with p-values; ``notes``: what a reader should know of them."""
 
     method: str
@@ -85,7 +85,7 @@ class Scores:
     k: int
     counts: list[int]
     rows: list[Measured]
-    bits: dict
+    bits: Optional[dict]
     ks: list[int]
     curve: np.ndarray
     curve_ci95: np.ndarray
@@ -103,7 +103,7 @@ class Scores:
         return made.assign(**{"which is": [row["against"] or "–" for row in rows]})
 
     def record(self) -> dict:
-        """All of it but texts, vectors and provenance, as JSON holds it."""
+        """All of it but texts and provenance, as JSON holds it."""
         return {
             "method": self.method,
             **self.about,
@@ -112,14 +112,15 @@ class Scores:
             "rows": {row.key: row.record() for row in self.rows},
             "bits": self.bits,
             "curve": {"k": self.ks, "texts": self.curve[:, 0].tolist(), "unrelated": self.curve[:, 1].tolist()},
+            "vectors": self.vectors.to_dict("list"),
             "discoveries": self.discoveries,
             "notes": self.notes,
         }
 
     def to_parquet(self, path: str | Path) -> None:
-        """One row a text; what is said once is JSON among the file's metadata. Raises ``ArtefactError`` where it cannot
+        """One row a text, with its vector's p-values; what is said once is JSON among the file's metadata. Raises ``ArtefactError`` where it cannot
         be written, as :meth:`to_html` does."""
-        table = pa.Table.from_pandas(self.texts, preserve_index=False)
+        table = pa.Table.from_pandas(self.texts.merge(self.vectors, on="id"), preserve_index=False)
         record = json.dumps(self.provenance | self.record(), ensure_ascii=False, allow_nan=False)
         buffer = io.BytesIO()
         pq.write_table(table.replace_schema_metadata({**table.schema.metadata, RECORD: record}), buffer)
@@ -141,6 +142,8 @@ class Scores:
 
     def bits_line(self) -> str:
         """Bits at k, pool P, and what they can at most be, in one line."""
+        if self.bits is None:
+            return "the texts were searched for: no bits, no p-values"
         p, b = self.about["P"], self.bits
         by_rank = "" if b["by_rank"] is None else f", {b['by_rank']:.1f} by rank"
         said = bits_cell(b["value"], b["ci95"], self.k, p)
@@ -203,7 +206,7 @@ def score(
         protocol: ``corrected``, or ``published``: texts and the null are read without the start token.
         sources: the text that each vector was taken from: its last tokens and its twin are then in the table.
         directions: the vectors are no activations but directions from μ (of an SAE's decoder, of steering).
-        searched: the writer looked at v: there are then no p-values.
+        searched: the writer looked at v: there are then no bits and no p-values.
         max_over_tokens: a text is read at every token, and the best counts; the null has as many tokens.
         encoder: gives activations (N, d) of token ids in place of the model: a trained reconstructor.
 
@@ -237,7 +240,8 @@ def score(
     most = max(map(len, ids))
     if most > len(pool.v):
         raise ConfigError(
-            f"a vector has {most} texts, the pool holds {len(pool.v)}: `nla pool --n {4 * most}` draws more"
+            f"a vector has {most} texts, the pool holds {len(pool.v)}: `nla pool --n {4 * most}` draws more, into a "
+            "folder for --pool"
         )
     begun = [text[:1] == [backbone.start_id] for own in ids for text in own if len(text) > 1]
     if begun and all(begun):
@@ -251,6 +255,11 @@ def score(
         notes.append(f"{empty} texts are empty: the start token alone is read in their place")
     if len(v_Md) == 1:
         notes.append("one vector: there are no intervals, no texts of others, and nothing to identify it among")
+    longest = max(map(len, pool.ids))
+    if max_over_tokens and max(len(text) for own in ids for text in own) > longest:
+        notes.append(
+            f"some texts are longer than the pool's, of up to {longest} tokens: for those the null is too weak"
+        )
     reading = Reading(backbone, "bos" not in known[protocol].slips, max_over_tokens, encoder)
     about = {"protocol": protocol, "M": len(v_Md), "P": len(pool.v), **pool.about}
     about |= {"read_by": "an encoder" if encoder else "the backbone", "max_over_tokens": max_over_tokens}
@@ -268,7 +277,7 @@ def score(
         k=found.k,
         counts=found.counts,
         rows=rows,
-        bits=found.bits(),
+        bits=None if searched else found.bits(),
         ks=found.ks,
         curve=curve_MJ2.mean(axis=0),
         curve_ci95=np.array([[metrics.ci95(x_M) for x_M in pair_2M] for pair_2M in curve_MJ2.transpose(1, 2, 0)]),
