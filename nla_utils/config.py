@@ -133,8 +133,9 @@ class RunConfig:
         for name in SIZES:
             if getattr(s, name) < 1:
                 raise ConfigError(f"{name} is {getattr(s, name)}; it must be a whole number of at least 1")
-        if s.n_eval < 2:
-            raise ConfigError(f"n_eval is {s.n_eval}: at least 2 targets are needed to compare them")
+        for name, why in (("n_eval", "targets to compare"), ("n_rollouts", "rollouts of a target to choose from")):
+            if getattr(s, name) < 2:
+                raise ConfigError(f"{name} is {getattr(s, name)}: there must be at least 2 {why}")
         need = 2 * s.n_eval + s.pool_size
         if need > s.n_targets:
             raise ConfigError(

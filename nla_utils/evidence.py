@@ -5,12 +5,13 @@ Kept as one Parquet file a run; ``paper/EVIDENCE.md`` describes its columns. Nee
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import pandas as pd
@@ -136,12 +137,22 @@ class Evidence:
         no such row."""
         if not self.has(kind, part, reading):
             raise ArtefactError(f"the evidence holds no {kind} of {part} targets read as {reading}; rerun its notebook")
+        return self._column(kind, part, reading, column)
+
+    @cached_property
+    def _column(self) -> Callable[..., np.ndarray]:
+        # Every protocol, kind and step of the ablation asks for the same ones again.
+        return functools.cache(self._take)
+
+    def _take(self, kind: str, part: str, reading: str, column: str) -> np.ndarray:
         places = self._places[kind, part, reading]
         found, m = self._frame[column].iloc[places], self._frame["row"].iloc[places].nunique()
         if pa.types.is_list(SCHEMA.field(column).type):
             found = pd.DataFrame(found.to_list())
         values = found.to_numpy(dtype=np.float64)
-        return values if len(values) == m else values.reshape(m, -1, *values.shape[1:])
+        values = values if len(values) == m else values.reshape(m, -1, *values.shape[1:])
+        values.flags.writeable = False
+        return values
 
     def to_bytes(self, record: Mapping) -> bytes:
         """The Parquet file; ``record`` goes into its metadata."""

@@ -141,15 +141,23 @@ def limits_of_bits(k: int, p: int) -> tuple[float, float]:
     return 0.0 - math.log2(k), math.log2(p / k)
 
 
-def bits(score: float, ks: Sequence[int], null_J: Array, k: int) -> float:
+def bits(score: float | Array, ks: Sequence[int], null_J: Array, k: int) -> float | Array:
     """log₂ K₀ − log₂ k, where the best of K₀ unrelated texts scores as much as a best of k: how many doublings of k
-    unrelated texts it is worth.
+    unrelated texts it is worth. Of scores (R,) and null curves (R, J) all at once, (R,).
 
-    ``null_J`` is the null's mean curve at ``ks``, joined by lines against log₂; NaN is left out. Beyond its ends the
-    figure is that of the end (:func:`limits_of_bits`): nothing is extrapolated.
+    ``null_J`` is the null's mean curve at ``ks``, joined by lines against log₂; NaN, which ends it where there are too
+    few texts, is left out. Beyond its ends the figure is that of the end (:func:`limits_of_bits`): nothing is
+    extrapolated.
     """
-    known = np.isfinite(null_J)
-    return float(np.interp(score, null_J[known], np.log2(ks)[known])) - math.log2(k)
+    log2_J, null_J, score = np.log2(ks), np.asarray(null_J, dtype=np.float64), np.asarray(score)[..., None]
+    last = np.isfinite(null_J).sum(axis=-1, keepdims=True) - 1
+    left = np.clip((null_J <= score).sum(axis=-1, keepdims=True) - 1, 0, last)
+    right = np.minimum(left + 1, last)
+    lower, upper = (np.take_along_axis(null_J, at, axis=-1) for at in (left, right))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(upper > lower, np.clip((score - lower) / (upper - lower), 0, 1), 0)
+    found = log2_J[left] + share * (log2_J[right] - log2_J[left]) - math.log2(k)
+    return found[..., 0] if found.ndim > 1 else float(found[0])
 
 
 def bits_of_means(values: tuple[Array, Array, Array, Sequence[int], int]) -> tuple[float, list[float]]:
@@ -171,9 +179,8 @@ def bits_again(values: tuple[Array, Array, Array, Sequence[int], int]) -> tuple[
     """Bits of a best of k, those of each resample of the targets (R,), and without each block of the pool (B,)."""
     score_M, null_MJ, left_out_MBJ, ks, k = values
     found = bits(score_M.mean(), ks, null_MJ.mean(axis=0), k)
-    resampled = zip(bootstrap_means(score_M), bootstrap_means(null_MJ))
-    blocks_B = np.array([bits(score_M.mean(), ks, null_J, k) for null_J in left_out_MBJ.mean(axis=0)])
-    return found, np.array([bits(score, ks, null_J, k) for score, null_J in resampled]), blocks_B
+    blocks_B = bits(np.full(left_out_MBJ.shape[1], score_M.mean()), ks, left_out_MBJ.mean(axis=0), k)
+    return found, bits(bootstrap_means(score_M), ks, bootstrap_means(null_MJ), k), blocks_B
 
 
 def interval_of_bits(found: float, resampled_R: Array, blocks_B: Array) -> list[float]:

@@ -192,7 +192,9 @@ class Trainer:
         self.run, self.backbone, self.targets, self.recipe = run, run.backbone, targets, recipe
         split = split or make_split(run, targets, recipe.span)
         if not len(split.train):
-            raise ArtefactError("no text of the targets is known, so no AV can be trained on them; give one with --av")
+            known, kept = len(split.pairs.rows), len(split.validation)
+            said = f"{known} targets have a text to train on, and {kept} of them are for validation"
+            raise ArtefactError(f"{said}: no AV can be trained; take more targets, or give an AV with --av")
         self.split = replace(split, train=split.train[: recipe.pairs])
         self.av = ActivationVerbalizer.fresh(run.backbone, run.sizes.max_new_tokens, recipe.span, recipe.inject_norm)
         if start is not None:

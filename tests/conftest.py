@@ -173,12 +173,31 @@ def comparable(run: Run, targets) -> bool:
     return len(published_pairs(run.backbone, targets, targets.held_out, run.sizes.max_new_tokens)[0].rows) >= 2
 
 
+@pytest.fixture(scope="session")
+def once():
+    """``once(name, run, make)``: what is made once for a run. Pytest makes a fixture with parameters anew whenever the
+    parameter has changed, which in one file it may do with every test."""
+    made = {}
+
+    def get(name: str, run, make):
+        key = name, run if isinstance(run, str) else run.backbone.name
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    return get
+
+
 @pytest.fixture(scope="session", params=sorted(TINY))
-def tiny_run(request, tiny_folders, tmp_path_factory):
+def tiny_run(request, once, tiny_folders, tmp_path_factory):
     """An opened run with its targets, for each tiny backbone."""
-    config = tiny_config(tiny_folders[request.param], tmp_path_factory.mktemp(f"run-{request.param}"))
-    run = open_run(config)
-    return run, make_targets(run)
+
+    def make():
+        config = tiny_config(tiny_folders[request.param], tmp_path_factory.mktemp(f"run-{request.param}"))
+        run = open_run(config)
+        return run, make_targets(run)
+
+    return once("run", request.param, make)
 
 
 @pytest.fixture(scope="session")
@@ -190,60 +209,75 @@ def gemma_run(tiny_folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def scored_run(tiny_run):
+def scored_run(once, tiny_run):
     """A run taken through training, ceilings and rollouts."""
     from nla_utils.baselines import make_ceilings
     from nla_utils.training import train_av
     from nla_utils.verbalizer import make_rollouts
 
     run, targets = tiny_run
-    train_av(run, targets)
-    ceilings = make_ceilings(run, targets)
-    rollouts = make_rollouts(run, targets)
-    return run, targets, ceilings, rollouts
+
+    def make():
+        train_av(run, targets)
+        return run, targets, make_ceilings(run, targets), make_rollouts(run, targets)
+
+    return once("scored run", run, make)
 
 
 @pytest.fixture(scope="session")
-def probe(scored_run):
+def probe(once, scored_run):
     """The probe's texts of the targets of ``scored_run``."""
     from nla_utils.baselines import make_probe
 
     run, targets, *_ = scored_run
-    return make_probe(run, targets)
+    return once("probe", run, lambda: make_probe(run, targets))
 
 
 @pytest.fixture(scope="session")
-def evidence(scored_run, probe):
+def evidence(once, scored_run, probe):
     """All that the results of ``scored_run`` are made of."""
     from nla_utils.evidence import of_ceilings, of_rollouts
     from nla_utils.verbalizer import make_source_loss
 
     run, targets, ceilings, rollouts = scored_run
-    loss = make_source_loss(run, targets)
-    return of_ceilings(targets, ceilings, run.sizes.n_rollouts) | of_rollouts(targets, rollouts, ceilings, probe, loss)
+
+    def make():
+        loss = make_source_loss(run, targets)
+        of_texts = of_rollouts(targets, rollouts, ceilings, probe, loss)
+        return of_ceilings(targets, ceilings, run.sizes.n_rollouts) | of_texts
+
+    return once("evidence", run, make)
 
 
 @pytest.fixture(scope="session")
-def readings(scored_run):
+def readings(once, scored_run):
     """What the reader writes for the targets of ``scored_run``."""
     from nla_extensions.tail_reader.reader import fit_reader
     from nla_extensions.tail_reader.rollouts import make_reader_rollouts
 
     run, targets, *_ = scored_run
-    fit_reader(run, targets)
-    return make_reader_rollouts(run, targets)
+
+    def make():
+        fit_reader(run, targets)
+        return make_reader_rollouts(run, targets)
+
+    return once("readings", run, make)
 
 
 @pytest.fixture(scope="session")
-def nla(scored_run, readings):
+def nla(once, scored_run, readings):
     """The verbalizers of ``scored_run``."""
     from nla_extensions.release.bundle import load_bundle
     from nla_utils import NLA
     from nla_utils.targets import describe
 
     run, targets, *_ = scored_run
-    run.write_results("targets", describe(run, targets), {"targets": targets.sha256})
-    return NLA(run.backbone, load_bundle(run.backbone, run.folder.path))
+
+    def make():
+        run.write_results("targets", describe(run, targets), {"targets": targets.sha256})
+        return NLA(run.backbone, load_bundle(run.backbone, run.folder.path))
+
+    return once("nla", run, make)
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,8 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    # An answer's body would wait for the client to acknowledge its head.
+    disable_nagle_algorithm = True
 
     def log_message(self, *_):
         pass

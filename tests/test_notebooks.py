@@ -205,6 +205,15 @@ def test_a_kernel_that_is_killed_is_one_error(tiny_folders, tmp_path):
     assert "error: 01_extract_targets: its process was ended" in said, said
 
 
+def test_the_least_sizes_that_are_taken_run_through(tiny_folders, tmp_path):
+    sizes = {"n_targets": 14, "n_eval": 2, "n_rollouts": 2, "pool_size": 2}
+    options = [word for name, size in sizes.items() for word in ("--set", f"{name}={size}")]
+    command = golden.reproduce_command(tiny_folders["tiny-gemma2"], tmp_path)[:-1]
+    golden.command(*command, "tail-reader", "--until", "5", *options)
+    (folder,) = (tmp_path / "tiny-gemma2").iterdir()
+    assert {stage.name for stage in ALL_STAGES[:5]} < {path.stem for path in folder.glob("executed/*.ipynb")}
+
+
 def test_several_backbones_in_one_call(tiny_folders, tmp_path):
     names = ("tiny-llama", "tiny-gemma3")
     chosen = [x for n in names for x in ("--backbone", str(tiny_folders[n]))]
@@ -230,6 +239,7 @@ def test_refusals_leave_earlier_artefacts_as_they_were(reproduced, extra):
         (["--backbone", "gema3-270m"], "did you mean 'gemma3-270m'"),
         (["--profile", "quik"], "did you mean 'quick'"),
         (["--set", "n_rollouts=0"], "n_rollouts is 0"),
+        (["--set", "n_rollouts=1"], "there must be at least 2 rollouts of a target to choose from"),
         (["--set", "rollouts=3"], "did you mean 'n_rollouts'"),
         (["--set", "pool_size=5000"], "too few"),
         (["--from", "5", "--until", "2"], "choose 1 to 8"),

@@ -19,22 +19,33 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("real")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run_folder(out):
-    return out / "gemma3-270m" / "smoke"
+    return out / "gemma3-270m" / "smoke-n_eval4"
 
 
 @pytest.fixture(scope="module")
-def results(out):
+def results(out, run_folder):
     """Of notebooks 01-05 as they are run by the command, and of 07 with the one ridge that is chosen here."""
-    command = ["reproduce", "--profile", "smoke", "--out", str(out), "--device", "cpu", "--until", "5"]
+    command = [
+        "reproduce",
+        "--profile",
+        "smoke",
+        "--set",
+        "n_eval=4",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--until",
+        "5",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reader, "RIDGES", reader.RIDGES[-1:])
-        run_cells("extensions/07_tail_reader", {"profile": "smoke", "out": str(out), "device": "cpu"})
-    folder = out / "gemma3-270m" / "smoke" / "results"
-    return {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
+        run_cells("extensions/07_tail_reader", {"profile": "smoke", "n_eval": 4, "out": str(out), "device": "cpu"})
+    return {p.stem: json.loads(p.read_text()) for p in run_folder.glob("results/*.json")}
 
 
 def run_cells(name, values):
