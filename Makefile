@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 NLA := $(VENV)/bin/nla
 
-.PHONY: reproduce test report pdf bench growth batch env clean
+.PHONY: reproduce test faults report pdf bench growth batch env clean
 
 # An environment runs the checkout that it was made in, wherever that has been moved or copied to since.
 env: $(VENV)/.installed
@@ -28,6 +28,10 @@ reproduce: env
 
 test: env $(VENV)/.batch
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+# Every call to the file system or the hub that a small run makes, refused in four ways, one at a time.
+faults: env
+	OMP_NUM_THREADS=1 NLA_FAULT_POINTS=100000 $(VENV)/bin/python -m pytest -q --capture no tests/slow/test_faults.py
 
 bench: env
 	cd benchmarks && ../$(VENV)/bin/python run.py

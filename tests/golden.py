@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,8 +21,6 @@ PROVENANCE = {"identity", "device", "made_from", "code", "libraries", "hardware"
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 # The backbone whose tail reader is also taken apart and repeated.
 TAKEN_APART = "tiny-gemma2"
-# The one whose command and kernels are new interpreters, as a user's are: what a notebook needs it imports itself.
-FRESH = "tiny-llama"
 
 
 def kind_of_machine() -> str:
@@ -54,11 +50,9 @@ def results_of(folder: Path) -> dict[str, dict]:
     return {name: {k: v for k, v in r.items() if k not in PROVENANCE} for name, r in found.items()}
 
 
-def command(*words: str, fresh: bool = False) -> str:
+def command(*words: str) -> str:
     environment = {**os.environ, **warm.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "nla_extensions.cli", *words]
-    run = functools.partial(subprocess.run, capture_output=True, text=True) if fresh else warm.run
-    done = run(program, env=environment, cwd=ROOT)
+    done = warm.run([sys.executable, "-m", "nla_extensions.cli", *words], env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -69,7 +63,7 @@ def reproduce_command(backbone: Path, out: Path) -> list[str]:
 
 def leave(backbone: Path, out: Path) -> tuple[Path, str]:
     """Everything that a run of a backbone can leave, §11 and what stands beside it; its folder, and what was said."""
-    said = command(*reproduce_command(backbone, out), fresh=backbone.name == FRESH)
+    said = command(*reproduce_command(backbone, out))
     if backbone.name == TAKEN_APART:
         for name in ("ablate", "replicate"):
             command(name, "--backbone", str(backbone), "--out", str(out), *OPTIONS, "--seeds", "1,2")

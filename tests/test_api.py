@@ -81,9 +81,15 @@ def test_bad_input_is_named(nla, call, message):
 def test_a_bundle_reads_like_the_run_it_was_packed_from(nla, scored_run, tmp_path, monkeypatch):
     run = scored_run[0]
     monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path / "cache"))
     files = write_bundle(run, tmp_path / run.backbone.name)
     assert all(f.stat().st_size < 5e6 for f in files)
-    shipped = NLA(run.backbone, bundles.load_bundle(run.backbone, None))
+    first = bundles.load_bundle(run.backbone, None)
+    with monkeypatch.context() as patched:
+        # Encoding the stored texts is most of the time that loading takes.
+        patched.setattr(type(run.backbone), "encode", lambda *_, **__: pytest.fail("encoded again"))
+        shipped = NLA(run.backbone, bundles.load_bundle(run.backbone, None))
+    np.testing.assert_array_equal(first.pool_v, shipped.bundle.pool_v)
     v = nla.activation(TEXT)
     assert shipped.verbalize(v, k=4, method="av").text == nla.verbalize(v, k=4, method="av").text
     assert shipped.bundle.reader.n == bundles.SHIPPED_TAIL

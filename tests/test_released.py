@@ -322,22 +322,22 @@ def test_a_run_takes_our_own_released_targets_and_says_what_it_does_not_know(sco
     assert facts["in_sample_trained_on"] is None and facts["held_out_trained_on"] is None
 
 
-def test_a_pack_of_10_gigabytes_is_read_in_less_than_one(tmp_path):
-    """Half as many bytes as 30,000 samples of 65 positions of width 2,600, in an eighth as many samples, a quarter as many
-    of which are read at one opening; holes of a sparse file: read like any other, but without room on the disk."""
-    path, n, d = tmp_path / "targets.pt", 3_750, 10_400
-    assert n > SAMPLES_PER_OPENING / 4
+def test_a_pack_of_5_gigabytes_is_read_in_less_than_one(tmp_path):
+    """Samples of 65 positions, of which an eighth as many are read at one opening as of a real one; holes of a sparse
+    file: read like any other, but without room on the disk."""
+    path, n, d = tmp_path / "targets.pt", 1_875, 10_400
+    assert n > SAMPLES_PER_OPENING / 8
     # Never touched, so never in memory; without their data, which is then a hole of the file.
     activations = [torch.empty(65, d) for _ in range(n)]
     with torch.serialization.skip_data():
         torch.save({"activations": activations, "sequences": [[0] + [7] * 64] * n}, path)
-    assert path.stat().st_size > 10e9 and path.stat().st_blocks * 512 < 1e9
+    assert path.stat().st_size > 5e9 and path.stat().st_blocks * 512 < 1e9
     program = (
         "import sys, re, pathlib, types; import nla_utils.targets as r\n"
         "from nla_utils.lm.weights import REGISTRY\n"
         f"b = types.SimpleNamespace(spec=REGISTRY['gemma2-2b'], layer=19, d={d}, start_id=0, eos_ids=(1,), pad_id=0)\n"
         "r._check = lambda *a: None\n"
-        "r.SAMPLES_PER_OPENING //= 4\n"
+        "r.SAMPLES_PER_OPENING //= 8\n"
         f"got, _ = r.read_released(pathlib.Path(sys.argv[1]), b, {n})\n"
         # Not ru_maxrss: a child starts with its parent's.
         "most = re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text()).group(1)\n"
@@ -347,7 +347,7 @@ def test_a_pack_of_10_gigabytes_is_read_in_less_than_one(tmp_path):
     path.unlink()
     assert done.returncode == 0, done.stderr[-2000:]
     most_kb, read = done.stdout.split(" ", 1)
-    assert read.strip() == f"({n}, {d}) 64" and int(most_kb) < 1e6
+    assert read.strip() == f"({n}, {d}) 64" and int(most_kb) < 0.8e6
     print(f"{int(most_kb) / 1e6:.2f} GB of memory")
 
 

@@ -183,11 +183,10 @@ def readers(tiny_folders, tmp_path_factory):
         return read
 
     def bundle():
-        before, bundles.BUNDLES = bundles.BUNDLES, root / "bundles"
-        try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(bundles, "BUNDLES", root / "bundles")
+            patched.setenv("NLA_CACHE", str(root / "cache"))
             found = bundles.load_bundle(run.backbone, None)
-        finally:
-            bundles.BUNDLES = before
         return (
             arrays_hash({"mu": found.mu, "pool": found.pool_v}) + str(found.av.config) + str(found.av.proj.weight.sum())
         )

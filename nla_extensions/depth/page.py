@@ -150,6 +150,7 @@ def _draw_scores(ax: Axes, depth: Depth, shade_of: str) -> None:
     layers, y, error = _series(trained, "corrected", AV_CURVE.cen)
     ax.errorbar(layers, y, error, fmt="o", color="black")
     ends[AV_CURVE.label] = (y[-1], "black")
+    ax.figure.draw_without_rendering()
     name_ends(ax, max(depth.texts), ends)
 
 

@@ -108,8 +108,8 @@ class NLA:
             name, layer = self.backbone.name, self.backbone.layer
             raise ArtefactError(
                 f"no verbalizers ship for {name} at layer {layer}; make them with `nla reproduce --backbone {name} "
-                f"--layer {layer} --with tail-reader` and give the run folder (run=, --run), or write for --vectors with "
-                "--method module:Class and set the texts beside unrelated ones with `nla score`"
+                f"--layer {layer} --with tail-reader` and give the run folder (run=, --run), or write for --vectors "
+                "with --method module:Class and set the texts beside unrelated ones with `nla score`"
             )
         return self._bundle
 
@@ -122,8 +122,8 @@ class NLA:
         layer: Optional[int] = None,
     ) -> NLA:
         """Verbalizers that ship with the package, or those of a finished run folder (``run``). Where there are none, or
-        of another ``layer``, only verbalizers of one's own can be used, and only to write. Raises ``ConfigError`` for an
-        unknown backbone, ``ArtefactError`` where those that there are fit other weights."""
+        of another ``layer``, only verbalizers of one's own can be used, and only to write. Raises ``ConfigError`` for
+        an unknown backbone, ``ArtefactError`` where those that there are fit other weights."""
         folder = None if run is None else Path(run)
         has = Bundle.layer_of(backbone, folder)
         loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=has if layer is None else layer))

@@ -16,12 +16,21 @@ import torch
 from safetensors.numpy import load_file, save
 
 from nla_extensions.tail_reader.reader import TailReader, half_norms, load_reader, reader_from
-from nla_utils.config import DATA, AVConfig, RunConfig
+from nla_utils.config import DATA, AVConfig, RunConfig, cache_dir
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import resolve, weights_note
 from nla_utils.run import Run
-from nla_utils.store import RunFolder, atomic_write, code_version, read_record, require_same, sha256_file, write_record
+from nla_utils.store import (
+    RunFolder,
+    atomic_write,
+    code_version,
+    json_hash,
+    read_record,
+    require_same,
+    sha256_file,
+    write_record,
+)
 from nla_utils.targets import load_targets
 from nla_utils.verbalizer import ActivationVerbalizer, import_av, load_av
 
@@ -31,6 +40,7 @@ SHIPPED_TAIL = 4
 SHIPPED_TEXTS = 512
 FILES = ("av.safetensors", "reader.safetensors", "reference.safetensors")
 IDENTITY = ("backbone", "weight_hash", "layer", "start_id")
+FROM_MODEL = "from_model"
 # Artefacts of a run that a bundle is made from.
 PARENTS = ("targets", "best_av", "reader")
 
@@ -88,14 +98,26 @@ def _shipped(backbone: Backbone) -> Bundle:
     own_av, packed, reference = (load_file(folder / name) for name in FILES)
     av = ActivationVerbalizer.of(AVConfig(**record["av_config"]), backbone)
     av.load_trainable({k: torch.from_numpy(x) for k, x in own_av.items()}, str(folder))
-    # Half precision back to float32; what follows from the embedding table is made again.
+    # Half precision back to float32.
     names = ("weights", "whiten", "mean", "embedding_mean", "log_prior")
     tensors = {k: (packed | reference)[k].astype(np.float32) for k in names}
-    weights_nad, mean_d = (torch.from_numpy(tensors[k]) for k in ("weights", "embedding_mean"))
-    tensors["half_norm"] = half_norms(backbone.embedding_table(), weights_nad, mean_d.to(backbone.device)).cpu().numpy()
     texts = [row[:n].tolist() for row, n in zip(reference["ids"], reference["lengths"])]
-    pool_v = backbone.encode(texts, start=True)
-    return Bundle(reader_from(tensors, backbone), av.eval(), reference["mu"], pool_v, texts, record["sha256"])
+    made = _made_with(backbone, tensors, texts, record["sha256"])
+    reader = reader_from(tensors | {"half_norm": made["half_norm"]}, backbone)
+    return Bundle(reader, av.eval(), reference["mu"], made["pool_v"], texts, record["sha256"])
+
+
+def _made_with(backbone: Backbone, tensors: dict, texts: list[list[int]], hashes: dict) -> dict[str, np.ndarray]:
+    """What a bundle leaves for the model to make: the stored texts' activations, and what follows from the embedding
+    table. Made once and kept in the cache."""
+    identity = {**backbone.identity(), "bundle": hashes}
+    place = cache_dir() / "bundles" / f"{backbone.name}-{json_hash(identity)[:16]}"
+    folder = RunFolder(place, identity, device=backbone.device.type)
+    if not folder.has(FROM_MODEL):
+        weights_nad, mean_d = (torch.from_numpy(tensors[k]) for k in ("weights", "embedding_mean"))
+        half_norm = half_norms(backbone.embedding_table(), weights_nad, mean_d.to(backbone.device)).cpu().numpy()
+        folder.save(FROM_MODEL, {"pool_v": backbone.encode(texts, start=True), "half_norm": half_norm})
+    return folder.load(FROM_MODEL).tensors
 
 
 def write_bundle(run: Run, out: Path) -> list[Path]:

@@ -76,8 +76,8 @@ def _mean(name: str, values_M: np.ndarray) -> dict:
 @dataclass
 class Scores:
     """What :func:`score` found: ``rows`` of the table; ``bits`` at ``k`` (value, interval, by rank), ``None`` where
-    texts were searched for; the exact curve ``curve`` (J, 2) at ``ks``, of the texts and of unrelated ones; ``texts``, a row each;
-    ``vectors``, a row each, with p-values; ``notes``: what a reader should know of them."""
+    texts were searched for; the exact curve ``curve`` (J, 2) at ``ks``, of the texts and of unrelated ones; ``texts``,
+    a row each; ``vectors``, a row each, with p-values; ``notes``: what a reader should know of them."""
 
     method: str
     about: dict
@@ -118,8 +118,8 @@ class Scores:
         }
 
     def to_parquet(self, path: str | Path) -> None:
-        """One row a text, with its vector's p-values; what is said once is JSON among the file's metadata. Raises ``ArtefactError`` where it cannot
-        be written, as :meth:`to_html` does."""
+        """One row a text, with its vector's p-values; what is said once is JSON among the file's metadata. Raises
+        ``ArtefactError`` where it cannot be written, as :meth:`to_html` does."""
         table = pa.Table.from_pandas(self.texts.merge(self.vectors, on="id"), preserve_index=False)
         record = json.dumps(self.provenance | self.record(), ensure_ascii=False, allow_nan=False)
         buffer = io.BytesIO()

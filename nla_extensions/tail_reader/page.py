@@ -84,8 +84,8 @@ def reader_column(results: RunResults) -> dict:
 
 def trained(results: RunResults) -> str:
     """How much the AV of a run was trained, and whether that is less than the paper's."""
-    facts = results.training
-    return f"{'undertrained: ' if results.undertrained else ''}{facts['train_pairs']:,} pairs, {facts['steps']:,} steps"
+    facts, less = results.training, "undertrained: " if results.undertrained else ""
+    return f"{less}{facts['train_pairs']:,} pairs, kept at step {facts['best_step']:,} of {facts['steps']:,}"
 
 
 def findings_table(everything: Sequence[RunResults]) -> pd.DataFrame:
@@ -270,6 +270,7 @@ def figure_6(everything: Sequence[RunResults]) -> Figure:
         ax.xaxis.set_major_formatter("{x:,.0f}")
         style(ax, "sequences used (log₂)", "centred fve_nrm", in_two_lines(results))
         ax.label_outer()
+    fig.draw_without_rendering()
     for ax, names in zip(axes, ends):
         figures.name_ends(ax, ax.get_xlim()[1], names)
     return fig

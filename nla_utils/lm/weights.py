@@ -246,7 +246,7 @@ class BackboneSpec:
 
     @property
     def shown(self) -> str:
-        """The name for readers, with the variant: ``Gemma-3-270M (base, 4-bit)``."""
+        """The name for readers, with the variant: ``Gemma-3-270M (base, Q4)``."""
         return (self.title or self.name) + (f" ({self.variant})" if self.variant else "")
 
     @property

@@ -465,14 +465,20 @@ def ends_table(everything: Sequence[RunResults]) -> pd.DataFrame:
 
 def at_the_ends(everything: Sequence[RunResults]) -> str:
     """What :func:`ends_table` says of runs where own v saves something at the last token and something is left once the
-    token is the same; the verdicts on a run's four figures are one family."""
-    said, (last, alike, first, _) = [], rows.OF_ENDS
+    token is the same, and of the others; the verdicts on a run's four figures are one family."""
+    said, others, (last, alike, first, alike_first) = [], [], rows.OF_ENDS
     for r in everything:
         words = decide({row: claimed(r.of(row), row.key, low=0) for row in rows.OF_ENDS})
-        if words[last] == words[alike] == YES:
-            left = r.value(alike) / r.value(last)
-            peak = f"about {1 - left:.0%} of the peak at the last token is that token's identity, {left:.0%} is not"
-            said.append(f"{r.label}: {peak}; whether own v saves anything at the first token: {words[first]}")
+        if not words[last] == words[alike] == YES:
+            others += [f"{r.label}: {words[last]} ({words[alike]})"] if alike.key in r.of(alike) else []
+            continue
+        left = r.value(alike) / r.value(last)
+        peak = f"about {1 - left:.0%} of the peak at the last token is that token's identity, {left:.0%} is not"
+        begin = f"{words[first]} (against sources that begin alike: {words[alike_first]})"
+        said.append(f"{r.label}: {peak}. Whether own v saves anything at the first token: {begin}")
+    if said and others:
+        asked = "Whether it saves anything at the last token of the other runs (and against sources that end alike)"
+        said.append(f"{asked}: {', '.join(others)}")
     return ". ".join(said)
 
 

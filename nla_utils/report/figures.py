@@ -131,9 +131,8 @@ def apart(heights: Sequence[float], gap: float) -> np.ndarray:
 def name_ends(ax: Axes, x: float, ends: Mapping[str, tuple[float, str]]) -> None:
     """Labels to the right of ``x``, ``{label: (height, colour)}``, moved apart where they would touch.
 
-    Called when the axes have their limits: heights are compared on the page.
+    Called when the figure is laid out, by ``draw_without_rendering``: heights are compared on the page.
     """
-    ax.figure.draw_without_rendering()
     points = 72 / ax.figure.dpi
     heights = np.array([ax.transData.transform((x, y))[1] for y, _ in ends.values()]) * points
     for (label, (y, color)), old, new in zip(ends.items(), heights, apart(heights, 1.3 * SMALL)):
@@ -479,6 +478,7 @@ def figure_1(everything: Sequence[RunResults]) -> Figure:
         ax.set_xlim(0.9, 75)
     fig.supxlabel("K (texts to choose from, log₂)", fontsize=9)
     # Last, since labels are placed on the page as it is then laid out.
+    fig.draw_without_rendering()
     for ax, ends in drawn.items():
         name_ends(ax, 1.17 * max(max(line.get_xdata()) for line in ax.lines), ends)
     return fig
@@ -523,6 +523,8 @@ def figure_bits(everything: Sequence[RunResults]) -> Figure:
         for p in pools[ax]:
             ax.plot(PUBLISHED_KS, np.log2(p / np.array(PUBLISHED_KS)), color=NULL_GREY, linewidth=0.7)
         ax.set_ylim(limits)
+    fig.draw_without_rendering()
+    for ax in axes:
         name_ends(ax, 75, ends[ax])
         for p in pools[ax]:
             (x, ha), (y, va) = ((4, "left"), (1, "bottom")) if p == max(pools[ax]) else ((-4, "right"), (-1, "top"))

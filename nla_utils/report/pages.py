@@ -163,6 +163,9 @@ def save_figure(fig: Figure, folder: Path, name: str) -> list[Path]:
     """Write PNG to look at and PDF for LaTeX, without dates, so that equal figures are equal files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    # Laid out once for both.
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
     fig.savefig(paths[0], dpi=160, metadata={"Software": None})
     fig.savefig(paths[1], metadata={"CreationDate": None, "Producer": None, "Creator": None})
     plt.close(fig)
@@ -200,11 +203,11 @@ FIGURE_1 = FigureSpec(
     "another evaluation than the curve: Qwen's is of the final checkpoint, its curve of an earlier one; Llama's has "
     "fewer targets. The null (dashed) is a line through the paper's NN-in-pool and NN-retrieval, an extension below "
     "199 texts, where it lies too high. Later ports (triangles) are with their family, gpt-oss with the first. The "
-    "paper prints no intervals. Right, ours, smaller, with 4-bit weights and one training each, held out and "
-    "corrected; an AV trained on 640 targets is undertrained. The rise with K is there for texts that have nothing to "
-    "do with v. Two such nulls lie close together: unrelated texts (wide pale line) and the AV's rollouts of other "
-    "targets (dots). What the AV adds is its distance from them. The best of eight paraphrases and the nearest stored "
-    "text are levels, not curves. Bands are 95 % intervals over targets.",
+    "paper prints no intervals. Right, ours, smaller, with quantized weights and one training each, held out and "
+    "corrected; AVs trained on fewer targets than the paper's 30,000 are undertrained. The rise with K is there for "
+    "texts that have nothing to do with v. Two such nulls lie close together: unrelated texts (wide pale line) and the "
+    "AV's rollouts of other targets (dots). What the AV adds is its distance from them. The best of eight paraphrases "
+    "and the nearest stored text are levels, not curves. Bands are 95 % intervals over targets.",
 )
 BITS = FigureSpec(
     "fig9_bits",
@@ -212,10 +215,10 @@ BITS = FigureSpec(
     "What the best of K is worth, in doublings of K unrelated texts (bits at K), family by family. Published "
     "(diamonds, dashed): the null is a line through NN-in-pool and NN-retrieval; above a pool of 2,000 texts nothing "
     "can be said (arrows); of gpt-oss, shown with the first family, and gemma-4 there is only a bound (open). Ours, "
-    "with 4-bit weights and one training each, held out and corrected: with a 95 % band over targets and pool where "
-    "the run has evidence, dotted and without one where it has none; an AV trained on 640 targets is undertrained, "
-    "and one that is named was given to the run. Below 199 texts the published line is an extension, which makes bits "
-    "too few if anything. Grey lines: the most that a pool can tell at each K.",
+    "with quantized weights and one training each, held out and corrected: with a 95 % band over targets and pool where "
+    "the run has evidence, dotted and without one where it has none; AVs trained on fewer targets than the paper's "
+    "30,000 are undertrained, and one that is named was given to the run. Below 199 texts the published line is an "
+    "extension, which makes bits too few if anything. Grey lines: the most that a pool can tell at each K.",
 )
 READING = FigureSpec(
     "fig8_reading",

@@ -94,7 +94,7 @@ class RunResults:
 
     @property
     def label(self) -> str:
-        """What tables and figures call the run: ``Gemma-3-270M (base, 4-bit), 30,000 targets``."""
+        """What tables and figures call the run: ``Gemma-3-270M (base, Q4), 30,000 targets``."""
         return f"{self.spec.shown}, {self.size}"
 
     @property

@@ -275,8 +275,8 @@ def published_null_table(released: Mapping[str, RunResults]) -> pd.DataFrame:
 
 
 def bits_cell(value: Optional[float], ci95: Optional[Sequence[float]], k: int, p: int) -> str:
-    """Bits with their interval. Beyond what P texts can tell there is a bound, ``> 5.0``; ``°`` marks a figure that is
-    told from fewer than a quarter of them."""
+    """Bits with their interval. Beyond what P texts can tell there is a bound, ``> 5.0``; ``°`` marks a figure within
+    two bits of the most that they can tell: there a few of them decide it."""
     if value is None:
         return number(None)
     least, most = metrics.limits_of_bits(k, p)
