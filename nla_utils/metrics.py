@@ -326,9 +326,15 @@ def ci95(values_M: Array) -> list[float]:
     return interval(bootstrap_means(values_M)) if len(values_M) else [math.nan, math.nan]
 
 
+def mean_of_known(values: Array, axis: Optional[int] = None) -> Array:
+    """Mean of what is not NaN; NaN, and no warning, where nothing is left."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=axis) / (~np.isnan(values)).sum(axis=axis)
+
+
 def mean(values_M: Array) -> tuple[float, list[float]]:
     """Mean over targets with its interval, NaN rows left out."""
-    return float(np.nanmean(values_M)), ci95(values_M)
+    return float(mean_of_known(np.asarray(values_M))), ci95(values_M)
 
 
 def rho_of_means(values_M3: Array) -> tuple[float, Optional[list[float]]]:

@@ -315,7 +315,7 @@ OF_STEPS_OF_ROLLOUTS = (
 
 # Nats a token of the source's own text (M, T), NaN after the end; what stands in the slot differs.
 def _nats(label: str, key: str, control: bool = True) -> Row:
-    return Row(label, key, (key,), partial(np.nanmean, axis=1), control=control)
+    return Row(label, key, (key,), partial(metrics.mean_of_known, axis=1), control=control)
 
 
 NATS_OWN = _nats("its own v", "nats_own", control=False)
@@ -354,7 +354,7 @@ OF_ENDS = tuple(
 
 
 def _by_position(*nats_MT: np.ndarray) -> dict[str, list[float]]:
-    return dict(zip(("own", "other", "mean", "none"), [np.nanmean(x, axis=0).tolist() for x in nats_MT]))
+    return dict(zip(("own", "other", "mean", "none"), [metrics.mean_of_known(x, axis=0).tolist() for x in nats_MT]))
 
 
 BY_POSITION = _fact("nats_by_position", tuple(need for row in NATS for need in row.needs), _by_position)

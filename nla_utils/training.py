@@ -19,7 +19,7 @@ from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone, pad
 from nla_utils.lm.checks import check_frozen
 from nla_utils.lm.sampling import SamplingSettings
-from nla_utils.lm.weights import fetch_av
+from nla_utils.lm.weights import RELEASED, fetch_av
 from nla_utils.metrics import fve
 from nla_utils.run import Run
 from nla_utils.store import Progress, arrays_hash, atomic_write, derive_seed, require_same
@@ -342,8 +342,8 @@ def _take_released(run: Run) -> tuple[ActivationVerbalizer, dict]:
         "released_from": source.name,
         "sampling": av.sampling(run.sizes.max_new_tokens).record(),
         **dict.fromkeys(("pairs", "skipped_pairs", "changed_pairs", "train_pairs", "best_step_by_centred")),
-        # It never saw targets drawn here; which of the released ones it was trained on is not published.
-        "train_rows": [] if run.config.released_targets is None else None,
+        # The authors' own never saw targets drawn here; of anyone's, or on released ones, it is not known.
+        "train_rows": [] if run.config.av == RELEASED and run.config.released_targets is None else None,
         "steps": record["step"],
         "best_step": record["step"],
         "best_val_fve_nrm": record["val_fve_nrm"],

@@ -22,6 +22,7 @@ from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams, sample
 from nla_utils.lm.weights import fetch_av, resolve
+from nla_utils.metrics import mean_of_known
 from nla_utils.protocol import PROTOCOLS
 from nla_utils.run import Run
 from nla_utils.store import SPECS, ChunkStore, Progress, arrays_hash, atomic_write, json_hash, require_disk, write_json
@@ -381,7 +382,7 @@ class SourceLoss:
     @property
     def per_target(self) -> dict[str, np.ndarray]:
         """Mean nats a token of each source (M,)."""
-        return {c: np.nanmean(nats_MT, axis=1) for c, nats_MT in self.nats.items()}
+        return {c: mean_of_known(nats_MT, axis=1) for c, nats_MT in self.nats.items()}
 
 
 def make_source_loss(run: Run, targets: Targets) -> SourceLoss:

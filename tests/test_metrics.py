@@ -271,3 +271,20 @@ def test_signs_are_learned_from_the_other_targets():
 def test_the_interval_of_trainings_is_students():
     found = metrics.t_interval([0.1, 0.2, 0.3])
     assert found == pytest.approx(ttest_1samp([0.1, 0.2, 0.3], 0).confidence_interval(), rel=1e-9)
+
+
+@given(hnp.arrays(np.float64, (4, 6), elements=st.floats(-1, 1)), st.integers(1, 6))
+def test_bits_of_many_curves_are_those_of_each_by_interpolation(x, known):
+    """Curves that end early included; numpy's interpolation is the reference."""
+    ks, null_RJ, score_R = [1, 2, 4, 8, 16, 50], np.sort(x, axis=1), x[:, 0] * 1.5
+    null_RJ[::2, known:] = np.nan
+    found = metrics.bits(score_R, ks, null_RJ, 4)
+    for bits, score, null_J in zip(found, score_R, null_RJ):
+        given_J = np.isfinite(null_J)
+        expected = np.interp(score, null_J[given_J], np.log2(ks)[given_J]) - 2
+        assert bits == pytest.approx(expected, abs=1e-9) and metrics.bits(score, ks, null_J, 4) == bits
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_mean_of_nothing_known_is_nan_without_a_warning():
+    assert math.isnan(metrics.mean(np.full(3, np.nan))[0]) and metrics.mean(np.array([1.0, np.nan]))[0] == 1.0

@@ -21,20 +21,19 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_folder(out):
-    return out / "gemma3-270m" / "smoke-n_targets64-n_eval4"
+    return out / "gemma3-270m" / "smoke-n_eval4"
 
 
 @pytest.fixture(scope="module")
 def results(out, run_folder):
-    """Of notebooks 01-05 as they are run by the command, and of 07 with the one ridge that is chosen here."""
+    """Of notebooks 01-05 as they are run by the command, and of 07 with a shorter reader and the one ridge that is
+    chosen here."""
     command = [
         "reproduce",
         "--profile",
         "smoke",
         "--set",
         "n_eval=4",
-        "--set",
-        "n_targets=64",
         "--out",
         str(out),
         "--device",
@@ -46,10 +45,8 @@ def results(out, run_folder):
     assert result.exit_code == 0, result.output
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reader, "RIDGES", reader.RIDGES[-1:])
-        run_cells(
-            "extensions/07_tail_reader",
-            {"profile": "smoke", "n_targets": 64, "n_eval": 4, "out": str(out), "device": "cpu"},
-        )
+        patched.setattr(reader, "TAIL_TOKENS", 4)
+        run_cells("extensions/07_tail_reader", {"profile": "smoke", "n_eval": 4, "out": str(out), "device": "cpu"})
     return {p.stem: json.loads(p.read_text()) for p in run_folder.glob("results/*.json")}
 
 

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 from nla_extensions.cli import app
 from nla_extensions.scoring import files
+from nla_extensions.scoring.found import RECORD
 from nla_extensions.scoring.pool import Pool, load_pool, make_pool
-from nla_extensions.scoring.scores import LAST, RECORD, Reading, score, warnings_of
+from nla_extensions.scoring.reading import Reading, warnings_of
+from nla_extensions.scoring.scores import LAST, score
 from nla_utils import metrics
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.metrics import fve
@@ -147,6 +149,10 @@ def test_the_source_as_text_scores_one_and_is_identified(given, scored_run):
 def test_at_every_token_against_a_loop(given):
     backbone, pool, v_Md, texts, _ = given
     scores = score(texts, v_Md, backbone, pool=pool, max_over_tokens=True)
+    assert not any("too weak" in note for note in scores.notes)
+    longer = [*texts[:-1], [[5] * (1 + max(map(len, pool.ids)))]]
+    said = score(longer, v_Md, backbone, pool=pool, max_over_tokens=True).notes
+    assert any(note.startswith("1 texts are longer than any of the pool") for note in said)
     m, own = 1, texts[1]
     n = max(1, round(np.mean([len(text) for text in own])))
 

@@ -4,180 +4,35 @@ K, the texts of the other vectors, and the nearest text of the pool. Texts are r
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 
-import jinja2
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from nla_extensions.comparison.measure import LEAST, SHARED, twins
 from nla_extensions.scoring.files import blocks, check_vectors, ids_of
-from nla_extensions.scoring.page import cell
+from nla_extensions.scoring.found import LEVEL, NULLS, Measured, Scores
 from nla_extensions.scoring.pool import Pool, pool_of
+from nla_extensions.scoring.reading import Reading, notes_of_texts, warnings_of
 from nla_utils import metrics
 from nla_utils.config import RunConfig
 from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ConfigError, nearest
 from nla_utils.evidence import N_BLOCKS
-from nla_utils.lm.backbone import Backbone, pad
+from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.loading import load_backbone
 from nla_utils.metrics import fve, fve_matrix, mean_direction
 from nla_utils.protocol import CORRECTED, PROTOCOLS
-from nla_utils.report.tables import bits_cell
-from nla_utils.store import Progress, atomic_write, code_version, library_versions
+from nla_utils.store import Progress, code_version, library_versions
 
 # Texts that are read together, and other vectors that a vector's texts are scored against.
 BLOCK, MOST_OTHERS = 4096, 256
 # A source's own last tokens, as texts.
 LAST = (1, 2, 4, 8, 16)
-LEVEL = 0.05
-# Share of vectors unlike the pool's that is worth a word.
-ODD = 0.1
 # So close, an activation of the pool is the vector's own.
 SAME = 1 - 1e-6
-# p-values by their null: what it is called, and what its number of texts or writers is.
-NULLS = {"law": ("rank among unrelated texts", "P"), "writer": ("texts of other vectors", "J")}
-# The key of what is said once, among the metadata of the Parquet file.
-RECORD = b"nla_scores"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A row of the table: numbers per vector (M,), and of what they stand beside; ``key`` is the name in JSON."""
-
-    key: str
-    label: str
-    own_M: np.ndarray
-    against: str = ""
-    other_M: Optional[np.ndarray] = None
-
-    def record(self) -> dict:
-        """Means with their 95 % intervals over vectors, and of the paired difference."""
-        found = {"label": self.label, "against": self.against or None} | _mean("value", self.own_M)
-        if self.other_M is not None:
-            found |= _mean("null", self.other_M) | _mean("difference", self.own_M - self.other_M)
-        return found
-
-
-def _mean(name: str, values_M: np.ndarray) -> dict:
-    value, ends = metrics.mean(values_M) if np.isfinite(values_M).any() else (np.nan, [np.nan, np.nan])
-    # One vector has no interval.
-    known = len(values_M) > 1 and np.isfinite(ends).all()
-    return {name: float(value) if np.isfinite(value) else None, f"{name}_ci95": ends if known else None}
-
-
-@dataclass
-class Scores:
-    """What :func:`score` found: ``rows`` of the table; ``bits`` at ``k`` (value, interval, by rank), ``None`` where
-    texts were searched for; the exact curve ``curve`` (J, 2) at ``ks``, of the texts and of unrelated ones; ``texts``,
-    a row each; ``vectors``, a row each, with p-values; ``notes``: what a reader should know of them."""
-
-    method: str
-    about: dict
-    provenance: dict
-    k: int
-    counts: list[int]
-    rows: list[Measured]
-    bits: Optional[dict]
-    ks: list[int]
-    curve: np.ndarray
-    curve_ci95: np.ndarray
-    texts: pd.DataFrame
-    vectors: pd.DataFrame
-    discoveries: dict
-    notes: list[str] = field(default_factory=list)
-
-    def table(self) -> pd.DataFrame:
-        """Rows with their nulls and paired differences, 95 % intervals over vectors in brackets."""
-        rows = [row.record() for row in self.rows]
-        shown = {"value": "value", "null": "beside it", "difference": "difference"}
-        cells = [{name: cell(row, which) for which, name in shown.items()} for row in rows]
-        made = pd.DataFrame(cells, index=pd.Index([row["label"] for row in rows], name=self.method))
-        return made.assign(**{"which is": [row["against"] or "–" for row in rows]})
-
-    def record(self) -> dict:
-        """All of it but texts and provenance, as JSON holds it."""
-        return {
-            "method": self.method,
-            **self.about,
-            "K": self.k,
-            "uneven": len(set(self.counts)) > 1,
-            "rows": {row.key: row.record() for row in self.rows},
-            "bits": self.bits,
-            "curve": {"k": self.ks, "texts": self.curve[:, 0].tolist(), "unrelated": self.curve[:, 1].tolist()},
-            "vectors": self.vectors.to_dict("list"),
-            "discoveries": self.discoveries,
-            "notes": self.notes,
-        }
-
-    def to_parquet(self, path: str | Path) -> None:
-        """One row a text, with its vector's p-values; what is said once is JSON among the file's metadata. Raises
-        ``ArtefactError`` where it cannot be written, as :meth:`to_html` does."""
-        table = pa.Table.from_pandas(self.texts.merge(self.vectors, on="id"), preserve_index=False)
-        record = json.dumps(self.provenance | self.record(), ensure_ascii=False, allow_nan=False)
-        buffer = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, RECORD: record}), buffer)
-        atomic_write(Path(path), buffer.getvalue())
-
-    def to_html(self, path: str | Path) -> None:
-        """One self-contained page: the table, the curve, and texts of the worst vector, the best and five others."""
-        picture = io.StringIO()
-        self.plot().savefig(picture, format="svg")
-        best = self.texts[self.texts["best"]]
-        order = best["score"].to_numpy().argsort()
-        others = np.random.default_rng(0).permutation(order[1:-1])[:5]
-        chosen = {"the worst": order[:1], "the best": order[-1:], "at random": others}
-        shown = [(why, best.iloc[i].to_dict()) for why, at in chosen.items() for i in at[: len(order)]]
-        source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-        values = {"table": self.table().to_html(border=0), "bits": self.bits_line(), "plot": picture.getvalue()}
-        page = jinja2.Template(source, autoescape=True).render(scores=self, shown=shown, **values)
-        atomic_write(Path(path), page.encode())
-
-    def bits_line(self) -> str:
-        """Bits at k, pool P, and what they can at most be, in one line."""
-        if self.bits is None:
-            return "the texts were searched for: no bits, no p-values"
-        p, b = self.about["P"], self.bits
-        by_rank = "" if b["by_rank"] is None else f", {b['by_rank']:.1f} by rank"
-        said = bits_cell(b["value"], b["ci95"], self.k, p)
-        return f"bits at {self.k}, {p:,} unrelated texts: {said}{by_rank}; at most {b['limits'][1]:.1f}"
-
-    def p_lines(self) -> list[str]:
-        """How many vectors have a text that is not chance, and how large the null would have to be for one."""
-        lines = []
-        for name, found in self.discoveries.items():
-            null, what = NULLS[name]
-            counts = f"{found['BH']} (Benjamini–Hochberg), {found['BY']} (Benjamini–Yekutieli)"
-            lines.append(
-                f"p by {null}: {counts} of {self.about['M']} at a false discovery rate of {LEVEL}; the smallest p is "
-                f"{found['smallest']:.2g}, a single discovery needs {what} ≥ {found[f'{what}_for_one']:,}"
-            )
-        return lines
-
-    def plot(self):
-        """The K-curve beside that of unrelated texts, as a matplotlib figure."""
-        from nla_utils.report import figures as of
-
-        @of.styled
-        def draw():
-            fig, ax = of.plt.subplots(figsize=(of.WIDTH / 2, 2.6), layout="constrained")
-            for j, (label, color) in enumerate(((self.method, of.COLOURS["gemma3-270m"]), ("unrelated", of.NULL_GREY))):
-                ax.plot(self.ks, self.curve[:, j], "o-", color=color)
-                ax.fill_between(self.ks, *self.curve_ci95[:, j].T, color=color, alpha=0.2, lw=0)
-                ax.annotate(label, (self.ks[-1], self.curve[-1, j]), xytext=(4, 0), textcoords="offset points")
-            of.log2_k_axis(ax, self.ks)
-            of.style(ax, "K", "centred score, best of K")
-            of.plt.close(fig)
-            return fig
-
-        return draw()
 
 
 @torch.inference_mode()
@@ -243,23 +98,9 @@ def score(
             f"a vector has {most} texts, the pool holds {len(pool.v)}: `nla pool --n {4 * most}` draws more, into a "
             "folder for --pool"
         )
-    begun = [text[:1] == [backbone.start_id] for own in ids for text in own if len(text) > 1]
-    if begun and all(begun):
-        raise ConfigError(
-            f"every text begins with the start token {backbone.start_id}: leave it out, it is put in front"
-        )
-    if any(begun):
-        notes.append(f"{sum(begun)} texts begin with the start token, and are read behind two of them")
-    empty = sum(not text for own in ids for text in own)
-    if empty:
-        notes.append(f"{empty} texts are empty: the start token alone is read in their place")
+    notes += notes_of_texts(ids, backbone, max(map(len, pool.ids)) if max_over_tokens else None)
     if len(v_Md) == 1:
         notes.append("one vector: there are no intervals, no texts of others, and nothing to identify it among")
-    longest = max(map(len, pool.ids))
-    if max_over_tokens and max(len(text) for own in ids for text in own) > longest:
-        notes.append(
-            f"some texts are longer than the pool's, of up to {longest} tokens: for those the null is too weak"
-        )
     reading = Reading(backbone, "bos" not in known[protocol].slips, max_over_tokens, encoder)
     about = {"protocol": protocol, "M": len(v_Md), "P": len(pool.v), **pool.about}
     about |= {"read_by": "an encoder" if encoder else "the backbone", "max_over_tokens": max_over_tokens}
@@ -286,52 +127,6 @@ def score(
         discoveries=discoveries,
         notes=notes,
     )
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How texts become activations: with the start token or without, at the last token or at the one that scores best,
-    by the backbone or by an ``encoder``."""
-
-    backbone: Backbone
-    start: bool
-    every_token: bool = False
-    encoder: Optional[Callable[[list[list[int]]], np.ndarray]] = None
-
-    @property
-    def differs(self) -> bool:
-        """Whether a text of the pool is read as anything but its own activation."""
-        return not self.start or self.every_token or self.encoder is not None
-
-    def states(self, texts: Sequence[list[int]]) -> list[np.ndarray]:
-        """h (T, d) float32 of each text: at its last token (T = 1), or at all. Equal texts are read once."""
-        place = {tuple(text): i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
-        unique = list(map(list, place))
-        if self.encoder is not None:
-            h_Ud = np.asarray(self.encoder(unique), dtype=np.float32)
-            if h_Ud.shape != (len(unique), self.backbone.d) or not np.isfinite(h_Ud).all():
-                raise ConfigError(
-                    f"the encoder gave {h_Ud.shape}, or NaN; it must be ({len(unique)}, {self.backbone.d})"
-                )
-            found: Sequence = h_Ud[:, None]
-        elif self.every_token:
-            found = self._all_tokens(unique)
-        else:
-            rows = unique if self.start else [text or [self.backbone.start_id] for text in unique]
-            found = self.backbone.encode(rows, start=self.start)[:, None]
-        return [found[place[tuple(text)]] for text in texts]
-
-    def _all_tokens(self, texts: list[list[int]]) -> list[np.ndarray]:
-        """At every token, the start token aside unless it is all there is."""
-        head = [self.backbone.start_id] if self.start else []
-        rows = [head + text or [self.backbone.start_id] for text in texts]
-        order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [np.empty(0)] * len(rows)
-        for batch in np.array_split(order, -(-len(rows) // 32)):
-            ids_BT, mask_BT = pad([rows[i] for i in batch], self.backbone.pad_id, "right")
-            h_BTd = self.backbone.hidden_at_layer(input_ids=ids_BT.to(self.backbone.device)).float().cpu().numpy()
-            for i, h_Td, n in zip(batch, h_BTd, mask_BT.sum(dim=1).tolist()):
-                found[i] = h_Td[min(len(head), n - 1) : n].copy()
-        return found
 
 
 # What is told of a text against its vector.
@@ -522,37 +317,3 @@ class _Comparison:
             counts = {"BH": bh, "BY": by, f"{NULLS[name][1]}_for_one": int(np.ceil(needed[name]))}
             discoveries[name] = {"smallest": float(p_M.min()), **counts}
         return p_values, discoveries
-
-
-def warnings_of(v_Md: np.ndarray, pool: Pool) -> list[str]:
-    """What vectors say by their norm, their part along μ and their first principal coordinate if they are not of the
-    pool's kind, with the likely cause."""
-    mu_d, found = pool.mu.astype(np.float64), []
-    norm_M, norm_P = (np.linalg.norm(x, axis=1) for x in (v_Md, pool.v))
-    along_M, along_P = (x @ mu_d / n / np.linalg.norm(mu_d) for x, n in ((v_Md, norm_M), (pool.v, norm_P)))
-    first_d = metrics.principal_directions(pool.v[: pool.size], 1)[0]
-    at_M, at_P = ((x - mu_d) @ first_d for x in (v_Md, pool.v))
-    layer = "another layer or model, or read without the start token, or at it"
-
-    def outside(a_M: np.ndarray, a_P: np.ndarray) -> float:
-        margin = (a_P.max() - a_P.min()) / 2
-        return ((a_M < a_P.min() - margin) | (a_M > a_P.max() + margin)).mean()
-
-    if np.abs(norm_M - 1).max() < 1e-3 < abs(norm_P.mean() - 1):
-        found.append("every vector has norm 1: they were divided by their norms")
-    elif (share := outside(norm_M, norm_P)) > ODD:
-        ratio = np.median(norm_M) / np.median(norm_P)
-        found.append(
-            f"{share:.0%} of the vectors' norms are unlike the pool's, {ratio:.3g} times as large: scaled, or {layer}"
-        )
-    if np.median(along_M) < along_P.min() and np.abs(np.median(along_M)) < along_P.min() / 2:
-        said = f"the vectors have a cosine of {np.median(along_M):.2f} with μ, the pool's {np.median(along_P):.2f}"
-        found.append(
-            f"{said}: differences of activations, rows of an SAE's decoder or steering vectors are --directions"
-        )
-    elif (share := outside(along_M, along_P)) > ODD:
-        found.append(f"{share:.0%} of the vectors' cosines with μ are unlike the pool's: {layer}")
-    if (share := outside(at_M, at_P)) > ODD:
-        said = f"{share:.0%} of the vectors' first principal coordinates are unlike the pool's"
-        found.append(f"{said}: {layer}, or of another kind of text")
-    return found

@@ -470,7 +470,7 @@ def at_the_ends(everything: Sequence[RunResults]) -> str:
     for r in everything:
         words = decide({row: claimed(r.of(row), row.key, low=0) for row in rows.OF_ENDS})
         if not words[last] == words[alike] == YES:
-            others += [f"{r.label}: {words[last]} ({words[alike]})"] if alike.key in r.of(alike) else []
+            others += [f"{r.label}: {words[last]} ({words[alike]})"] if r.value(alike) is not None else []
             continue
         left = r.value(alike) / r.value(last)
         peak = f"about {1 - left:.0%} of the peak at the last token is that token's identity, {left:.0%} is not"

@@ -215,7 +215,7 @@ BITS = FigureSpec(
     "What the best of K is worth, in doublings of K unrelated texts (bits at K), family by family. Published "
     "(diamonds, dashed): the null is a line through NN-in-pool and NN-retrieval; above a pool of 2,000 texts nothing "
     "can be said (arrows); of gpt-oss, shown with the first family, and gemma-4 there is only a bound (open). Ours, "
-    "with quantized weights and one training each, held out and corrected: with a 95 % band over targets and pool where "
+    "with quantized weights and one training each, held out and corrected: with a 95 % band over targets and pool if "
     "the run has evidence, dotted and without one where it has none; AVs trained on fewer targets than the paper's "
     "30,000 are undertrained, and one that is named was given to the run. Below 199 texts the published line is an "
     "extension, which makes bits too few if anything. Grey lines: the most that a pool can tell at each K.",
