@@ -328,8 +328,9 @@ def ci95(values_M: Array) -> list[float]:
 
 def mean_of_known(values: Array, axis: Optional[int] = None) -> Array:
     """Mean of what is not NaN; NaN, and no warning, where nothing is left."""
+    total = np.nansum(values, axis=axis)
     with np.errstate(invalid="ignore"):
-        return np.nansum(values, axis=axis) / (~np.isnan(values)).sum(axis=axis)
+        return total / (~np.isnan(values)).sum(axis=axis, dtype=total.dtype)
 
 
 def mean(values_M: Array) -> tuple[float, list[float]]:

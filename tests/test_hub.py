@@ -115,7 +115,7 @@ def test_what_the_user_already_has_is_not_fetched_again(hub, tmp_path):
 
 
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_path):
-    hub.files["org/model"]["config.json"] = b'{"model_type": "gemma3"}'
+    hub.files["org/model"] |= {"config.json": b'{"model_type": "gemma3"}', "tokenizer.json": b"{}"}
     program = "from nla_utils.lm.weights import fetch, resolve; fetch(resolve('org/model'))"
     hub.lie.add("config.json")
     assert "config.json does not have the hash" in in_a_process(hub, tmp_path, program).stderr
@@ -123,6 +123,10 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
     done = in_a_process(hub, tmp_path, program)
     assert "org--model is multimodal (Gemma3Config)" in done.stderr
     assert "config.json" in hub.served and "model.safetensors" not in hub.served
+    del hub.files["org/model"]["tokenizer.json"]
+    assert "holds no tokenizer (tokenizer.json, " in in_a_process(hub, tmp_path, program).stderr
+    assert "model.safetensors" not in hub.served
+    hub.files["org/model"]["tokenizer.json"] = b"{}"
     del hub.files["org/model"]["config.json"]
     assert "has no file config.json" in in_a_process(hub, tmp_path, program).stderr
 
@@ -130,6 +134,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
 def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, tmp_path):
     hub.files["org/model"] |= {
         "config.json": b'{"model_type": "llama"}',
+        "tokenizer.json": b"{}",
         "consolidated.safetensors": WEIGHTS,
         "original/model.safetensors": WEIGHTS,
     }

@@ -15,15 +15,22 @@ from nla_utils.errors import BackboneError, ConfigError, SourceError
 from nla_utils.lm import cpu
 from nla_utils.lm.backbone import Backbone, Description
 from nla_utils.lm.checks import TOLERANCE, check_backbone, differ, float32_activations, probe_ids
-from nla_utils.lm.weights import BackboneSpec, fetch, quantized, read_model_config, resolve, settings_hash, weight_hash
+from nla_utils.lm.weights import (
+    TOKENIZERS,
+    BackboneSpec,
+    fetch,
+    quantized,
+    read_model_config,
+    resolve,
+    settings_hash,
+    weight_hash,
+)
 from nla_utils.store import read_json
 
 # The value of a run's ``device`` that spreads a backbone over several cards.
 SPLIT = "split"
 # What rounding to bfloat16 once can move a product by, and more than enough for other dtypes.
 HEAD_TOLERANCE = 2.0**-7
-# Files that hold a tokenizer.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def describe(given: RunConfig) -> Description:

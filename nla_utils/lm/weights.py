@@ -31,13 +31,16 @@ COMMIT = re.compile(r"^[0-9a-f]{40}$")
 # In a snapshot's folder: the patterns whose files are complete and have the hub's hashes.
 VERIFIED = ".verified"
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
+# Files that hold a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # The same weights again, under another name or in a folder.
 OTHER_LAYOUTS = ("consolidated*", "*/*")
 
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files of a hub repository, all at one commit: those that match ``patterns`` and none of ``ignored``.
+    """Files of a hub repository, all at one commit: those that match ``patterns`` and none of ``ignored``; one of
+    ``needed`` must be among them, if any are named.
 
     ``source`` is ``org/name`` or ``org/name@revision``, ``kind`` ``model`` or ``dataset``. Without a revision it is the
     commit that an earlier download pinned, else the newest. Raises ``SourceError`` that says what to do.
@@ -47,6 +50,7 @@ class HubFiles:
     patterns: Sequence[str]
     kind: str = "model"
     ignored: Sequence[str] = ()
+    needed: Sequence[str] = ()
 
     @property
     def repo(self) -> str:
@@ -121,6 +125,9 @@ class HubFiles:
         if not files:
             names = sorted(file.rfilename for file in info.siblings)
             raise SourceError(f"{self.repo}@{info.sha} has no file {' or '.join(self.patterns)}; it holds {names}")
+        if self.needed and not {*self.needed} & {file.rfilename for file in files}:
+            lacks = f"{self.repo}@{info.sha} holds no tokenizer ({', '.join(self.needed)})"
+            raise SourceError(f"{lacks}; give a folder of its files with that of the model added")
         return info.sha, files
 
     def _cached(self, commit: str, files: list) -> tuple[Optional[Path], int]:
@@ -254,7 +261,7 @@ class BackboneSpec:
         """The files of a backbone that comes from the hub."""
         if isinstance(self.source, GGUFPackage) or Path(self.source).is_dir():
             return None
-        return HubFiles(self.source, HUB_FILES, ignored=OTHER_LAYOUTS)
+        return HubFiles(self.source, HUB_FILES, ignored=OTHER_LAYOUTS, needed=TOKENIZERS)
 
 
 def _read_registry() -> dict[str, BackboneSpec]:

@@ -210,7 +210,7 @@ FIGURE_1 = FigureSpec(
     "and the nearest stored text are levels, not curves. Bands are 95 % intervals over targets.",
 )
 BITS = FigureSpec(
-    "fig9_bits",
+    "fig10_bits",
     figures.figure_bits,
     "What the best of K is worth, in doublings of K unrelated texts (bits at K), family by family. Published "
     "(diamonds, dashed): the null is a line through NN-in-pool and NN-retrieval; above a pool of 2,000 texts nothing "
