@@ -240,6 +240,9 @@ def verbalize(
     if (vectors is None) != (to is None):
         raise ConfigError("--vectors and --to go together: the texts of many activations go to a file")
     if vectors is not None:
+        alone = {"--token": token != -1, "--fluency": how["fluency"] is not None, "--others": how["others"]}
+        for option in (option for option, given in (alone | {"--json": as_json}).items() if given):
+            raise ConfigError(f"{option} is for a single activation; leave it out beside --vectors")
         names, v_Md = read_vectors(vectors)
         nla = NLA.load(backbone, run, layer=layer)
         nla.verbalize_many(names, v_Md, to.resolve(), how["k"], how["method"], how["seed"])
@@ -317,7 +320,11 @@ def check(backbone: str, activations: Optional[Path], as_json: bool, **given) ->
 @click.option("--pool", type=FILE, help="A folder of `nla pool`, or a finished run, if not one drawn and cached.")
 @click.option("--protocol", default="corrected", help="corrected, or published: read without the start token.")
 @click.option("--directions", is_flag=True, help="The vectors are directions (SAE decoder rows, steering vectors).")
-@click.option("--searched", is_flag=True, help="The writer looked at v: no bits, no p-values.")
+@click.option(
+    "--searched",
+    is_flag=True,
+    help="The texts were optimised against this score, or chosen by it: no bits, no p-values.",
+)
 @click.option("--max-over-tokens", is_flag=True, help="Read a text at every token; the best counts.")
 @click.option("--encoder", help="module:Class of a trained reconstructor, which gives activations of token ids.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

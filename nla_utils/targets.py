@@ -263,8 +263,8 @@ def corpus_rows(texts: list[str], path: Path, tokenizer, n: int, longest: int) -
         short, equal = len(rows) - len(long_enough), len(long_enough) - len(different)
         raise ArtefactError(
             f"{path} holds {len(texts)} texts, {short} of them shorter than {LEAST_TOKENS} tokens and {equal} equal to "
-            f"another in their first {longest} tokens; the run needs {n}: give more texts, or add --set "
-            f"n_targets={len(different)}"
+            f"another in their first {longest} tokens; {n} are needed: give more texts, or ask for fewer (nla "
+            f"reproduce --set n_targets={len(different)}, nla pool --n {len(different)})"
         )
     return [list(ids) for ids in different[:n]]
 

@@ -59,7 +59,7 @@ def test_too_few_texts_say_how_many_there_are(run, texts):
     texts.write_text("\n".join(json.dumps({"text": t}) for t in ["a", "b", *TEXTS[:90], TEXTS[0]]))
     message = (
         f"holds 93 texts, 2 of them shorter than {LEAST_TOKENS} tokens and 1 equal to another in their first "
-        "24 tokens; the run needs 96"
+        "24 tokens; 96 are needed"
     )
     with pytest.raises(ArtefactError, match=message):
         make_targets(run)

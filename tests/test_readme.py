@@ -72,6 +72,17 @@ def test_the_p_value_of_the_example_is_the_smallest_that_the_stored_texts_can_gi
     assert f"0 of {stored} stored texts are as close; p = {p} for the best of {k}" in PROSE
 
 
+def test_what_runs_with_less_training_show_is_counted():
+    assert claims.small_runs(find_results()) in PROSE
+
+
+def test_the_readers_scores_on_a_corpus_and_on_samples_are_the_runs():
+    for profile in ("quick-corpus-kjv", "quick"):
+        column = RUNS["gemma3-270m", profile].optional("tail_reader")["reader"]["corrected"]
+        low, high = column["ci95"][rows.GREEDY.cen]
+        assert f"{column[rows.GREEDY.cen]:.3f} [{low:.3f}, {high:.3f}]" in PROSE
+
+
 def test_two_runs_spread_as_far_as_is_said():
     column = RUNS["smollm2-135m", "laptop"].column(rows.EVALUATION_FILE, "corrected")
     now = column[rows.GREEDY_MINUS_OTHERS.cen]
@@ -103,7 +114,14 @@ def test_what_requantizing_moves_is_that_of_the_results():
     worst = min(each("Q4_0", lambda f: f["v"]["mu_worst"]))
     assert f"{min(v):.2f} to {max(v):.2f} against itself, the worst of 640 targets {worst:.2f}" in PROSE
     scores, margins = [r for r in requantized.ROWS if r not in requantized.MARGINS], requantized.MARGINS
-    assert f"move by at most {most('Q4_0', scores):.3f}, margins by at most {most('Q4_0', margins):.3f}" in PROSE
-    assert f"bits by at most {most('Q4_0', requantized.BITS):.1f}" in PROSE
-    assert f"To 8 bits, scores and margins move by at most {most('Q8_0', requantized.ROWS):.3f}" in PROSE
+
+    def reach(chosen):
+        return max(each("Q4_0", lambda f: max(abs(x) for row in chosen for x in f["ci95"][f"{row.cen}_change"])))
+
+    assert f"moved by at most {most('Q4_0', scores):.3f}, margins by at most {most('Q4_0', margins):.3f}" in PROSE
+    assert f"(intervals reach {reach(requantized.ROWS):.3f})" in PROSE
+    assert (
+        f"bits by at most {most('Q4_0', requantized.BITS):.1f} (intervals reach {reach(requantized.BITS):.1f})" in PROSE
+    )
+    assert f"To 8 bits, scores and margins moved by at most {most('Q8_0', requantized.ROWS):.3f}" in PROSE
     assert sum(len(requantized.changed_sides(r, "Q4_0")) for r in held) == 2 and len(held) * len(margins) == 15

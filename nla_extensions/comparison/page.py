@@ -20,7 +20,7 @@ from nla_utils.report.tables import number, signed, with_interval
 
 # What a reader is shown for a method.
 SHOWN = {
-    "av": "the paper's AV",
+    "av": "our AV",
     "reader": "tail reader",
     "guided": "tail reader, guided",
     "lens": "logit lens",

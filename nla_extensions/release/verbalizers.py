@@ -135,18 +135,25 @@ class PromptVerbalizer(Verbalizer):
     @functools.cached_property
     def writer(self) -> Backbone:
         """The model that writes; raises ``ConfigError`` where it has another width, or peft is missing."""
-        writer = self.backbone
+        writer, own = self.backbone, self.backbone.spec
         if self.model is not None or self.adapter is not None:
             # An adapter changes the model in place, so it has one of its own.
-            source = self.model or str(self.backbone.folder)
+            source = self.model or (own.source if isinstance(own.source, str) else own.name)
             writer = load_backbone(RunConfig(backbone=source, dtype=self.backbone.identity()["dtype"]))
         if writer.d != self.backbone.d:
             raise ConfigError(
                 f"{writer.name} has width {writer.d}, the vectors of {self.backbone.name} {self.backbone.d}"
             )
+        if self.at > len(writer.blocks):
+            raise ConfigError(f"v is to enter at layer {self.at}, and {writer.name} has {len(writer.blocks)}")
         if self.adapter is not None:
             with_adapter(writer.model, Path(self.adapter))
         return writer
+
+    @property
+    def at(self) -> int:
+        """The layer that v enters behind."""
+        return self.backbone.layer if self.layer is None else self.layer
 
     @functools.cached_property
     def ids(self) -> tuple[list[int], list[int]]:
@@ -177,9 +184,9 @@ class PromptVerbalizer(Verbalizer):
             return self.scale * unit_B1d + (there_Bnd.float() if self.add else 0)
 
         embeds_BPd = writer.embed(torch.tensor([ids])).expand(len(v_B1d), -1, -1).clone()
-        layer, within = writer.layer if self.layer is None else self.layer, contextlib.nullcontext()
-        if layer:
-            within = placed(writer.blocks[layer - 1], places, entered)
+        within = contextlib.nullcontext()
+        if self.at:
+            within = placed(writer.blocks[self.at - 1], places, entered)
         else:
             embeds_BPd[:, places] = entered(embeds_BPd[:, places]).to(embeds_BPd)
         with within:

@@ -1,4 +1,4 @@
-"""``paper/requantized.md``: §11's numbers where the weights are quantized once more, from JSON alone."""
+"""``paper/requantized.md``: our numbers where the weights are quantized once more, from JSON alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BITS = tuple(of.row for of in rows.BITS if of.of in (rows.GREEDY, rows.BEST, row
 
 
 def changed_sides(results: RunResults, kind: str) -> list[str]:
-    """Margins whose interval holds 0 in §11 and not in the requantized model, or the other way round."""
+    """Margins whose interval holds 0 in the run and not in the requantized model, or the other way round."""
     now = results.optional(RESULTS)["kinds"][kind]
     ends = {row.label: [of["ci95"][row.cen] for of in (results.of(row), now)] for row in MARGINS}
     return [label for label, both in ends.items() if len({low <= 0 <= high for low, high in both}) > 1]
@@ -59,14 +59,14 @@ def weights_table(shown: Sequence[RunResults]) -> pd.DataFrame:
 
 
 def changes_table(results: RunResults) -> pd.DataFrame:
-    """Each row as §11 has it, and its change where the same texts are judged by the requantized model."""
+    """Each row as the run has it, and its change where the same texts are judged by the requantized model."""
     found = results.optional(RESULTS)["kinds"]
     table = []
     for row in (*ROWS, *BITS):
         label, digits = (f"bits, {row.label}", 2) if row in BITS else (row.title, 3)
         cells = [with_interval(of, f"{row.cen}_change", digits, "+") for of in found.values()]
         table.append([label, with_interval(results.of(row), row.cen, digits, "+" if row in MARGINS else ""), *cells])
-    columns = ["held out, centred", "§11", *(f"change: {KINDS[kind]}" for kind in found)]
+    columns = ["held out, centred", "as in the run", *(f"change: {KINDS[kind]}" for kind in found)]
     return pd.DataFrame(table, columns=columns).set_index(columns[0])
 
 
@@ -75,6 +75,6 @@ def requantized_page(roots: Iterable[Path] = (COMMITTED,)) -> Page:
     everything = find_results(roots)
     shown = [r for r in everything if r.optional(RESULTS)]
     moved = {"moved": Table("requantized", "How far weights and v move", weights_table(shown))} if shown else {}
-    caption = "What §11's numbers change by"
+    caption = "What the run's numbers change by"
     of_runs = {r.label: [Table(f"{r.stem}-{RESULTS}", caption, changes_table(r), of=r.label)] for r in shown}
     return page("requantized", everything, (RESULTS,), shown, {}, moved, of_runs)

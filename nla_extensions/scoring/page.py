@@ -29,7 +29,7 @@ SHOWN = (
     ("nats a token", "nats", "value"),
     ("best − the source's own last 4", "best_beside_last_4", "difference"),
     ("closer to its source than to a twin", "names_twin", "value"),
-    ("its last 8 tokens are", "names_twin", "null"),
+    ("the source's own last 8: closer to it than to the twin", "names_twin", "null"),
 )
 
 
@@ -48,9 +48,9 @@ def methods_table(record: dict) -> pd.DataFrame:
         bits, at, m = method["bits"], (method["K"], method["P"]), method["M"]
         column["bits"] = bits_cell(bits["value"], bits["ci95"], *at)
         column["bits by rank"] = bits_cell(bits["by_rank"], None, *at)
-        for name, label in (("law", "unrelated texts"), ("writer", "texts of others")):
+        for name, label in (("law", "rank among unrelated texts"), ("writer", "texts of other vectors")):
             found = method["discoveries"][name]
-            column[f"no chance among {label}"] = f"{found['BH']} of {m} ({found['BY']})"
+            column[f"discoveries, by {label}"] = f"{found['BH']} of {m} ({found['BY']})"
         table[shown(method["method"])] = column
     return pd.DataFrame(table).rename_axis(f"best of {method['K']}")
 

@@ -61,7 +61,8 @@ def score(
         protocol: ``corrected``, or ``published``: texts and the null are read without the start token.
         sources: the text that each vector was taken from: its last tokens and its twin are then in the table.
         directions: the vectors are no activations but directions from μ (of an SAE's decoder, of steering).
-        searched: the writer looked at v: there are then no bits and no p-values.
+        searched: the texts were optimised against this score, or chosen by it from more than these: there are then no
+            bits and no p-values.
         max_over_tokens: a text is read at every token, and the best counts; the null has as many tokens.
         encoder: gives activations (N, d) of token ids in place of the model: a trained reconstructor.
 
@@ -95,8 +96,8 @@ def score(
     most = max(map(len, ids))
     if most > len(pool.v):
         raise ConfigError(
-            f"a vector has {most} texts, the pool holds {len(pool.v)}: `nla pool --n {4 * most}` draws more, into a "
-            "folder for --pool"
+            f"a vector has {most} texts, the pool holds {len(pool.v)}; `nla pool --backbone {backbone.name} --layer "
+            f"{backbone.layer} --n {4 * most}`, with the same --dtype, prints a folder with more: give it as --pool"
         )
     notes += notes_of_texts(ids, backbone, max(map(len, pool.ids)) if max_over_tokens else None)
     if len(v_Md) == 1:

@@ -116,7 +116,7 @@ def trained_table(everything: Sequence[RunResults]) -> pd.DataFrame:
     """The tail reader and the AV of the paper's size, best of as many texts as the same forward tokens buy, on the
     sources of the comparison."""
     ways = {
-        "the paper's AV": "av",
+        "our AV": "av",
         "tail reader": "reader",
         "tail reader, guided search": "guided",
         "nearest stored text": "retrieved",

@@ -179,6 +179,20 @@ def verdicts(results: RunResults) -> dict[tuple[str, str], str]:
     )
 
 
+def small_runs(everything: Sequence[RunResults]) -> str:
+    """How many runs with less training than the paper's have a *yes* on either null, each by its own family of
+    verdicts."""
+    words = [verdicts(r) for r in everything if r.undertrained and not r.av]
+    unrelated, others = (
+        sum(of_run[f"best_of_k_beats_{null}", "corrected"] == YES for of_run in words)
+        for null in ("unrelated", "others")
+    )
+    return (
+        f"of {len(words)} such runs, of any layer and seed, {unrelated or 'none'} have a yes against unrelated texts, "
+        f"and {others or 'none'} against rollouts of other targets"
+    )
+
+
 def verdict_counts(results: RunResults) -> str:
     """How many of §11's own claims got which verdict, corrected: ``yes 4 · no 2 · not decided 1 · value only 1``."""
     found = verdicts(results)
