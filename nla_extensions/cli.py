@@ -233,6 +233,7 @@ def verbalize(
     """Put an activation into words: the best of k texts, its score, and what chance and retrieval give. Of many
     --vectors, write k texts each to a file."""
     from nla_extensions.release.api import NLA
+    from nla_extensions.release.verbalizers import METHODS
     from nla_extensions.scoring.files import read_vector, read_vectors
 
     if sum(given is not None for given in (text, vector, vectors)) != 1:
@@ -244,7 +245,7 @@ def verbalize(
         for option in (option for option, given in (alone | {"--json": as_json}).items() if given):
             raise ConfigError(f"{option} is for a single activation; leave it out beside --vectors")
         names, v_Md = read_vectors(vectors)
-        nla = NLA.load(backbone, run, layer=layer)
+        nla = NLA.load(backbone, run, layer=layer, bundled=how["method"] in METHODS)
         nla.verbalize_many(names, v_Md, to.resolve(), how["k"], how["method"], how["seed"])
         click.echo(f"  {show(to.resolve())}  {len(names):,} × {how['k']} texts")
         return

@@ -21,6 +21,8 @@ PROVENANCE = {"identity", "device", "made_from", "code", "libraries", "hardware"
 OPTIONS = ["--profile", "smoke", "--dtype", "float32", "--device", "cpu"]
 # The backbone whose tail reader is also taken apart and repeated.
 TAKEN_APART = "tiny-gemma2"
+# Those of which the pages are made too, by 06.
+WITH_PAGES = ("tiny-gemma2", "tiny-qwen2")
 
 
 def kind_of_machine() -> str:
@@ -58,7 +60,18 @@ def command(*words: str) -> str:
 
 
 def reproduce_command(backbone: Path, out: Path) -> list[str]:
-    return ["reproduce", "--backbone", str(backbone), "--out", str(out), *OPTIONS, "--with", "tail-reader,depth"]
+    until = [] if backbone.name in WITH_PAGES else ["--until", "5"]
+    return [
+        "reproduce",
+        "--backbone",
+        str(backbone),
+        "--out",
+        str(out),
+        *OPTIONS,
+        *until,
+        "--with",
+        "tail-reader,depth",
+    ]
 
 
 def leave(backbone: Path, out: Path) -> tuple[Path, str]:

@@ -132,7 +132,10 @@ def test_without_a_bundle_ones_own_verbalizer_writes(nla, tmp_path, monkeypatch)
     (line,) = (tmp_path / "t.jsonl").read_text().splitlines()
     assert json.loads(line)["texts"] == ["the clock"] * 2
     with pytest.raises(ArtefactError, match="at layer 1; make them with `nla reproduce"):
-        NLA.load(nla.backbone.spec.source, layer=1).verbalize(nla.activation(TEXT))
+        NLA.load(nla.backbone.spec.source, layer=1, bundled=False).verbalize(nla.activation(TEXT))
+    monkeypatch.setattr("nla_extensions.release.api.load_backbone", lambda _: pytest.fail("weights were asked for"))
+    with pytest.raises(ArtefactError, match="no verbalizers ship for org/large; make them"):
+        NLA.load("org/large")
 
 
 def test_command_line_reads_text_and_vectors_alike(nla, scored_run, tmp_path):

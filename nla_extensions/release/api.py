@@ -105,12 +105,7 @@ class NLA:
     def bundle(self) -> Bundle:
         """The bundle; raises ``ArtefactError`` where there is none."""
         if self._bundle is None:
-            name, layer = self.backbone.name, self.backbone.layer
-            raise ArtefactError(
-                f"no verbalizers ship for {name} at layer {layer}; make them with `nla reproduce --backbone {name} "
-                f"--layer {layer} --with tail-reader` and give the run folder (run=, --run), or write for --vectors "
-                "with --method module:Class and set the texts beside unrelated ones with `nla score`"
-            )
+            raise _lacks_bundle(self.backbone.name, self.backbone.layer)
         return self._bundle
 
     @classmethod
@@ -120,12 +115,18 @@ class NLA:
         run: Optional[str | Path] = None,
         device: str = "auto",
         layer: Optional[int] = None,
+        bundled: bool = True,
     ) -> NLA:
-        """Verbalizers that ship with the package, or those of a finished run folder (``run``). Where there are none, or
-        of another ``layer``, only verbalizers of one's own can be used, and only to write. Raises ``ConfigError`` for
-        an unknown backbone, ``ArtefactError`` where those that there are fit other weights."""
+        """Verbalizers that ship with the package, or those of a finished run folder (``run``).
+
+        Raises ``ConfigError`` for an unknown backbone; ``ArtefactError``, before anything is fetched, where there are
+        none or of another ``layer``, and where they fit other weights. Unless they need to be there (``bundled``):
+        verbalizers of one's own can write without.
+        """
         folder = None if run is None else Path(run)
         has = Bundle.layer_of(backbone, folder)
+        if bundled and (has is None or layer not in (None, has)):
+            raise _lacks_bundle(backbone, layer)
         loaded = load_backbone(RunConfig(backbone=backbone, device=device, layer=has if layer is None else layer))
         return cls(loaded, load_bundle(loaded, folder) if loaded.layer == has else None)
 
@@ -298,6 +299,15 @@ class NLA:
     def _read_again(self, ids: Sequence[int]) -> list[int]:
         """Ids of the text as they are tokenized from its letters."""
         return self.backbone.tokenize_text(self.backbone.decode_text(ids)) or list(ids)
+
+
+def _lacks_bundle(name: str, layer: Optional[int]) -> ArtefactError:
+    at, options = ("", "") if layer is None else (f" at layer {layer}", f" --layer {layer}")
+    return ArtefactError(
+        f"no verbalizers ship for {name}{at}; make them with `nla reproduce --backbone {name}{options} --with "
+        "tail-reader` and give the run folder (run=, --run), or write for --vectors with --method module:Class and set "
+        "the texts beside unrelated ones with `nla score`"
+    )
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
