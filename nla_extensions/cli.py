@@ -241,9 +241,10 @@ def verbalize(
     if (vectors is None) != (to is None):
         raise ConfigError("--vectors and --to go together: the texts of many activations go to a file")
     if vectors is not None:
-        alone = {"--token": token != -1, "--fluency": how["fluency"] is not None, "--others": how["others"]}
-        for option in (option for option, given in (alone | {"--json": as_json}).items() if given):
-            raise ConfigError(f"{option} is for a single activation; leave it out beside --vectors")
+        alone = {"--token": token != -1, "--fluency": how["fluency"] is not None, "--others": how["others"] != 0}
+        for option, given in {**alone, "--json": as_json}.items():
+            if given:
+                raise ConfigError(f"{option} is for a single activation; leave it out beside --vectors")
         names, v_Md = read_vectors(vectors)
         nla = NLA.load(backbone, run, layer=layer, bundled=how["method"] in METHODS)
         nla.verbalize_many(names, v_Md, to.resolve(), how["k"], how["method"], how["seed"])

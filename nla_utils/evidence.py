@@ -5,13 +5,12 @@ Kept as one Parquet file a run; ``paper/EVIDENCE.md`` describes its columns. Nee
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Mapping, Optional, Sequence
 
 import numpy as np
 import pandas as pd
@@ -137,12 +136,15 @@ class Evidence:
         no such row."""
         if not self.has(kind, part, reading):
             raise ArtefactError(f"the evidence holds no {kind} of {part} targets read as {reading}; rerun its notebook")
-        return self._column(kind, part, reading, column)
+        # Every protocol, kind and step of the ablation asks for the same ones again.
+        key = kind, part, reading, column
+        if key not in self._taken:
+            self._taken[key] = self._take(*key)
+        return self._taken[key]
 
     @cached_property
-    def _column(self) -> Callable[..., np.ndarray]:
-        # Every protocol, kind and step of the ablation asks for the same ones again.
-        return functools.cache(self._take)
+    def _taken(self) -> dict[tuple, np.ndarray]:
+        return {}
 
     def _take(self, kind: str, part: str, reading: str, column: str) -> np.ndarray:
         places = self._places[kind, part, reading]

@@ -143,7 +143,7 @@ def limits_of_bits(k: int, p: int) -> tuple[float, float]:
 
 def bits(score: float | Array, ks: Sequence[int], null_J: Array, k: int) -> float | Array:
     """log₂ K₀ − log₂ k, where the best of K₀ unrelated texts scores as much as a best of k: how many doublings of k
-    unrelated texts it is worth. Of scores (R,) and null curves (R, J) all at once, (R,).
+    unrelated texts it is worth. Of several null curves (R, J) all at once (R,), with a score each or one for all.
 
     ``null_J`` is the null's mean curve at ``ks``, joined by lines against log₂; NaN, which ends it where there are too
     few texts, is left out. Beyond its ends the figure is that of the end (:func:`limits_of_bits`): nothing is
@@ -179,7 +179,7 @@ def bits_again(values: tuple[Array, Array, Array, Sequence[int], int]) -> tuple[
     """Bits of a best of k, those of each resample of the targets (R,), and without each block of the pool (B,)."""
     score_M, null_MJ, left_out_MBJ, ks, k = values
     found = bits(score_M.mean(), ks, null_MJ.mean(axis=0), k)
-    blocks_B = bits(np.full(left_out_MBJ.shape[1], score_M.mean()), ks, left_out_MBJ.mean(axis=0), k)
+    blocks_B = bits(score_M.mean(), ks, left_out_MBJ.mean(axis=0), k)
     return found, bits(bootstrap_means(score_M), ks, bootstrap_means(null_MJ), k), blocks_B
 
 

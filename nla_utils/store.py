@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from nla_utils import __version__
-from nla_utils.config import CHECKOUT, ROOT, RunConfig
+from nla_utils.config import CHECKOUT, ROOT, RunConfig, cache_dir
 from nla_utils.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -335,6 +335,23 @@ class RunFolder:
 
     def _record(self, name: str) -> Path:
         return self.file(f"{name}.safetensors.json")
+
+
+def made_once(
+    kind: str, name: str, identity: dict, device: str, artefact: str, make: Callable[[RunFolder], None]
+) -> RunFolder:
+    """The folder in the cache that holds an artefact of this identity; ``make`` saves it there where it is missing.
+
+    Of several processes one makes it, and the others wait and find it.
+    """
+    path = cache_dir() / kind / f"{name}-{json_hash(identity)[:16]}"
+    folder = RunFolder(path, identity, device=device)
+    if not folder.has(artefact):
+        path.mkdir(parents=True, exist_ok=True)
+        with hold(folder.file("lock"), f"another process is filling {path}", wait=True):
+            if not folder.has(artefact):
+                make(folder)
+    return folder
 
 
 @dataclass

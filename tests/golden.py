@@ -61,17 +61,8 @@ def command(*words: str) -> str:
 
 def reproduce_command(backbone: Path, out: Path) -> list[str]:
     until = [] if backbone.name in WITH_PAGES else ["--until", "5"]
-    return [
-        "reproduce",
-        "--backbone",
-        str(backbone),
-        "--out",
-        str(out),
-        *OPTIONS,
-        *until,
-        "--with",
-        "tail-reader,depth",
-    ]
+    where = ["--backbone", str(backbone), "--out", str(out)]
+    return ["reproduce", *where, *OPTIONS, *until, "--with", "tail-reader,depth"]
 
 
 def leave(backbone: Path, out: Path) -> tuple[Path, str]:

@@ -114,17 +114,8 @@ def test_without_a_bundle_ones_own_verbalizer_writes(nla, tmp_path, monkeypatch)
     """On a backbone, or at a layer of it, that nothing ships for."""
     np.save(tmp_path / "v.npy", nla.activation(TEXT)[None])
     monkeypatch.chdir(tmp_path)
-    options = [
-        "verbalize",
-        "--backbone",
-        nla.backbone.spec.source,
-        "--layer",
-        "1",
-        "--vectors",
-        "v.npy",
-        "--to",
-        "t.jsonl",
-    ]
+    where = ["--backbone", nla.backbone.spec.source, "--layer", "1"]
+    options = ["verbalize", *where, "--vectors", "v.npy", "--to", "t.jsonl"]
     for method, status in (("reader", 2), ("test_api:Words", 0)):
         result = CliRunner().invoke(app, [*options, "--k", "2", "--method", method])
         assert result.exit_code == status, result.output

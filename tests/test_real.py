@@ -28,20 +28,8 @@ def run_folder(out):
 def results(out, run_folder):
     """Of notebooks 01-05 as they are run by the command, and of 07 with a shorter reader and the one ridge that is
     chosen here."""
-    command = [
-        "reproduce",
-        "--profile",
-        "smoke",
-        "--set",
-        "n_eval=4",
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        "--until",
-        "5",
-    ]
-    result = CliRunner().invoke(app, command)
+    options = ["--profile", "smoke", "--set", "n_eval=4", "--device", "cpu", "--until", "5"]
+    result = CliRunner().invoke(app, ["reproduce", "--out", str(out), *options])
     assert result.exit_code == 0, result.output
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reader, "RIDGES", reader.RIDGES[-1:])

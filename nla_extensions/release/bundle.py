@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 from nla_extensions.tail_reader.reader import TailReader, half_norms, load_reader, reader_from
-from nla_utils.config import DATA, AVConfig, RunConfig, cache_dir
+from nla_utils.config import DATA, AVConfig, RunConfig
 from nla_utils.errors import ArtefactError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.weights import resolve, weights_note
@@ -25,7 +25,7 @@ from nla_utils.store import (
     RunFolder,
     atomic_write,
     code_version,
-    json_hash,
+    made_once,
     read_record,
     require_same,
     sha256_file,
@@ -110,13 +110,14 @@ def _shipped(backbone: Backbone) -> Bundle:
 def _made_with(backbone: Backbone, tensors: dict, texts: list[list[int]], hashes: dict) -> dict[str, np.ndarray]:
     """What a bundle leaves for the model to make: the stored texts' activations, and what follows from the embedding
     table. Made once and kept in the cache."""
-    identity = {**backbone.identity(), "bundle": hashes}
-    place = cache_dir() / "bundles" / f"{backbone.name}-{json_hash(identity)[:16]}"
-    folder = RunFolder(place, identity, device=backbone.device.type)
-    if not folder.has(FROM_MODEL):
+
+    def make(folder: RunFolder) -> None:
         weights_nad, mean_d = (torch.from_numpy(tensors[k]) for k in ("weights", "embedding_mean"))
         half_norm = half_norms(backbone.embedding_table(), weights_nad, mean_d.to(backbone.device)).cpu().numpy()
         folder.save(FROM_MODEL, {"pool_v": backbone.encode(texts, start=True), "half_norm": half_norm})
+
+    identity = {**backbone.identity(), "bundle": hashes}
+    folder = made_once("bundles", backbone.name, identity, backbone.device.type, FROM_MODEL, make)
     return folder.load(FROM_MODEL).tensors
 
 

@@ -9,12 +9,12 @@ from typing import Optional
 import numpy as np
 
 from nla_extensions.release.bundle import config_of
-from nla_utils.config import PROFILES, cache_dir
+from nla_utils.config import PROFILES
 from nla_utils.encoding import nats_per_token
 from nla_utils.errors import ArtefactError, ConfigError
 from nla_utils.lm.backbone import Backbone
 from nla_utils.lm.sampling import SamplingSettings, row_streams
-from nla_utils.store import ChunkStore, RunFolder, json_hash
+from nla_utils.store import ChunkStore, RunFolder, json_hash, made_once
 from nla_utils.targets import Targets, corpus_rows, draw_chunk, read_texts
 
 ARTEFACT = "pool"
@@ -62,28 +62,26 @@ def make_pool(backbone: Backbone, n: int = SIZE, corpus: Optional[Path] = None, 
     rows = corpus and corpus_rows(read_texts(corpus), corpus, backbone.tokenizer, n, LENGTH)
     of = {"corpus": json_hash(rows)} if rows else {"sampling": settings.record(), "seed": seed}
     identity = {**backbone.identity(), "n": n, **of}
-    folder = RunFolder(
-        cache_dir() / "pools" / f"{backbone.name}-layer{backbone.layer}-{json_hash(identity)[:16]}",
-        identity,
-        device=backbone.device.type,
-    )
-    if not folder.has(ARTEFACT):
+
+    def draw(part: slice) -> dict[str, np.ndarray]:
+        if rows:
+            lengths = np.array([len(ids) for ids in rows[part]], dtype=np.int32)
+            made = {"ids": np.zeros((len(lengths), LENGTH), dtype=np.int32), "lengths": lengths}
+            for row, ids in zip(made["ids"], rows[part]):
+                row[: len(ids)] = ids
+            made["v"] = backbone.encode(rows[part], start=True)
+        else:
+            made = draw_chunk(backbone, settings, row_streams(seed, ARTEFACT, range(part.start, part.stop)))
+        return made | {"nats": nats_per_token(backbone, _sequences(made["ids"], made["lengths"]))}
+
+    def make(folder: RunFolder) -> None:
         chunks = ChunkStore(folder.file("pool.chunks"), folder.conditions)
-
-        def draw(part: slice) -> dict[str, np.ndarray]:
-            if rows:
-                lengths = np.array([len(ids) for ids in rows[part]], dtype=np.int32)
-                made = {"ids": np.zeros((len(lengths), LENGTH), dtype=np.int32), "lengths": lengths}
-                for row, ids in zip(made["ids"], rows[part]):
-                    row[: len(ids)] = ids
-                made["v"] = backbone.encode(rows[part], start=True)
-            else:
-                made = draw_chunk(backbone, settings, row_streams(seed, ARTEFACT, range(part.start, part.stop)))
-            return made | {"nats": nats_per_token(backbone, _sequences(made["ids"], made["lengths"]))}
-
         tensors = chunks.fill(n, min(backbone.sample_batch, CHUNK), draw, "drawing the pool", "text")
         folder.save(ARTEFACT, tensors, corpus=corpus and corpus.name)
         chunks.clear()
+
+    name = f"{backbone.name}-layer{backbone.layer}"
+    folder = made_once("pools", name, identity, backbone.device.type, ARTEFACT, make)
     return load_pool(folder.path, backbone), folder.path
 
 

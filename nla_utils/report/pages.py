@@ -413,7 +413,8 @@ def said(about: Sequence[RunResults]) -> dict[str, object]:
 def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, str]] = None) -> Page:
     """The section of the results below ``roots``: of the largest run of each backbone, or of ``own`` (backbone,
     profile) in its backbone's place, and first."""
-    shown = without_variants(find_results(roots), own)
+    everything = find_results(roots)
+    shown = without_variants(everything, own)
     about, released = section_runs(shown, own), tables.released_runs(shown)
     shared = shared_tables(shown, about, released)
     of_runs = {r.label: tables_of_run(r, released.get(r.counterpart)) for r in about}
@@ -437,7 +438,7 @@ def section_page(roots: Iterable[Path] = (COMMITTED,), own: Optional[tuple[str, 
         "sign": _listed_verdicts(rows.GAIN_OWN_MINUS_OTHERS, [r for r in shown if not r.av]),
         "sharper": _sharper([r for r in shown if not r.av]),
         "ends": claims.at_the_ends(shown),
-        "small_runs": claims.small_runs(find_results(roots)),
+        "small_runs": claims.small_runs(everything),
         "rows": rows,
         "weights": weights_note(shown),
         "references": references(),

@@ -3,6 +3,7 @@
 A row is (what was reported, what to do, what to expect). To add one, write a function that gives the outcome, and a row.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -26,7 +27,7 @@ from nla_extensions.cli import app
 from nla_extensions.release.api import label_tokens
 from nla_extensions.release.explore import explore
 from nla_extensions.release.publish import push
-from nla_utils import NLA
+from nla_utils import NLA, store
 from nla_utils import notebooks as execution
 from nla_utils.config import RunConfig, cache_dir
 from nla_utils.errors import ArtefactError, CollapsedTargetsError, ConfigError, NLAError, NotebookError, SourceError
@@ -265,6 +266,26 @@ def test_of_two_jobs_that_fill_one_cache_the_second_finds_the_firsts_work(tmp_pa
         job.join()
     assert made == ["tiny"]
     assert capsys.readouterr().out.count("another process is fetching tiny into") == 2
+
+
+def test_what_another_process_has_put_into_the_cache_is_not_made_again(tmp_path, monkeypatch):
+    """Pools and bundles: the lock is free once the other is done."""
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path))
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        folder.save("pool", {"x": np.zeros(1)})
+
+    @contextlib.contextmanager
+    def waited(path, *_, **__):
+        make(RunFolder(path.parent, {"n": 1}))
+        yield
+
+    monkeypatch.setattr(store, "hold", waited)
+    for _ in range(2):
+        assert store.made_once("pools", "tiny", {"n": 1}, "cpu", "pool", make).has("pool")
+    assert len(made) == 1
 
 
 def test_an_environment_without_pip_says_what_is_missing(tmp_path, monkeypatch):
